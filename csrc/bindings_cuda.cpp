@@ -1,0 +1,21 @@
+#include "bindings.h"
+
+namespace {
+// Streams arrive as integers; the ops take pointers.
+template <auto op, class Args>
+void on_stream(const Args& args, uintptr_t stream) {
+    op(args, reinterpret_cast<void*>(stream));
+}
+}  // namespace
+
+PYBIND11_MODULE(_cuda, m) {
+    using namespace miue;
+    pybind11::register_exception<BackendFailure>(m, "BackendFailure", PyExc_RuntimeError);
+    define_ops<uintptr_t, on_stream<nt_xent_cuda, NtXentArgs>, on_stream<intra_class_distance_cuda, IntraClassDistanceArgs>,
+               on_stream<projected_step_cuda, ProjectedStepArgs>, on_stream<projected_step_inplace_cuda, ProjectedStepInplaceArgs>,
+               on_stream<perturbed_input_cuda, PerturbedInputArgs>>(m);
+    m.def("nt_xent_workspace", [](int64_t B, int64_t D, int t, bool g) { return nt_xent_workspace_cuda(B, D, DType(t), g); });
+    m.def("intra_class_distance_workspace",
+          [](int64_t B, int64_t D, int t, bool g) { return intra_class_distance_workspace_cuda(B, D, DType(t), g); });
+    m.attr("build") = MIUE_BUILD_FLAGS;
+}

@@ -1,0 +1,122 @@
+// The native ops. One signature per op; `<op>_cpu` takes a thread count where `<op>_cuda` takes a stream.
+// Pointers are to memory of the op's own device unless the comment says "host". No torch, no Python.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+namespace miue {
+
+enum class DType : int { none = -1, f32 = 0, f16 = 1, bf16 = 2, f64 = 3, u8 = 4, i8 = 5 };
+
+// NT-Xent over all pairs (or, with `negatives`, cross-class pairs only): value, and gradient when `grad` is not null.
+//   features [B, D], element stride `row_stride` between rows, 1 inside; f32, f16, bf16, f64 (f64: cpu only)
+//   labels   [B]
+//   loss     one f32 (f64 for f64 features)
+//   grad     [B, D] contiguous, grad_dtype = the features' dtype or f32 (f64 for f64 features); may be null
+//   workspace of at least nt_xent_workspace_*() bytes, 64-byte aligned, never more than 32 MB + O(B*D)
+struct NtXentArgs {
+    const void* features;
+    DType dtype;
+    int64_t row_stride;
+    const int64_t* labels;
+    int64_t B, D;
+    double temperature;
+    bool negatives;
+    void* loss;
+    void* grad;
+    DType grad_dtype;
+    void* workspace;
+};
+
+// Within-class distance: mean_i log(1 + scale * sum_{j: y_j = y_i} ||f_i - f_j||), scale = 1/D or 1.
+// Writes loss = addend_loss + weight * distance and grad = addend_grad + weight * gradient; both addends may be null,
+// are f32 (f64 for f64 features), and may be the outputs themselves.
+struct IntraClassDistanceArgs {
+    const void* features;
+    DType dtype;
+    int64_t row_stride;
+    const int64_t* labels;
+    int64_t B, D;
+    bool normalize_dim;
+    double weight;
+    const void* addend_loss;
+    const void* addend_grad;
+    void* loss;
+    void* grad;
+    DType grad_dtype;
+    void* workspace;
+};
+
+// out = clamp(image + clamp(delta - alpha * sign(grad), -eps, eps), 0, 1) - image on n values of one dtype.
+// sign(0) = sign(NaN) = 0. f16 and bf16 compute in f32 and round once.
+struct ProjectedStepArgs {
+    void* out;
+    const void* delta;
+    const void* grad;
+    const void* image;
+    DType dtype;
+    int64_t n;
+    double alpha, eps;
+};
+
+// The same step in place on rows `index` of the poison store.
+//   delta  [N, C, H, W] contiguous; f32, f16 or i8 levels (value = level * eps/127)
+//   grad   [B, C, H, W], any strides (in elements); f32, f16, bf16
+//   images [N, C, H, W] contiguous; u8 (value = u8/255) or f32; read mirrored along W where flip[b] != 0
+//   index  [B], unique, in [0, N); null = 0..B-1.   flip [B] or null
+//   nonfinite: one i64, incremented by the number of NaN or Inf gradient values; may be null
+struct ProjectedStepInplaceArgs {
+    void* delta;
+    DType delta_dtype;
+    const int64_t* index;
+    const void* grad;
+    DType grad_dtype;
+    int64_t grad_stride[4];
+    const void* images;
+    DType image_dtype;
+    const uint8_t* flip;
+    int64_t B, C, H, W, N;
+    double alpha, eps;
+    int64_t* nonfinite;
+};
+
+// out[b] = (flip_b(images[index_b]) + delta[index_b] - mean) * (1 / std), written contiguous or channels-last.
+//   images as above; delta as above or null; out f32, f16, bf16 [B, C, H, W]
+//   mean, inv_std: C floats in HOST memory, or null for no normalisation; cuda takes C <= 16 there
+struct PerturbedInputArgs {
+    void* out;
+    DType out_dtype;
+    bool channels_last;
+    const void* images;
+    DType image_dtype;
+    const void* delta;
+    DType delta_dtype;
+    double eps;
+    const int64_t* index;
+    const uint8_t* flip;
+    const float* mean;
+    const float* inv_std;
+    int64_t B, C, H, W, N;
+};
+
+int64_t nt_xent_workspace_cpu(int64_t B, int64_t D, DType dtype, bool want_grad);
+int64_t intra_class_distance_workspace_cpu(int64_t B, int64_t D, DType dtype, bool want_grad);
+void nt_xent_cpu(const NtXentArgs&, int threads);
+void intra_class_distance_cpu(const IntraClassDistanceArgs&, int threads);
+void projected_step_cpu(const ProjectedStepArgs&, int threads);
+void projected_step_inplace_cpu(const ProjectedStepInplaceArgs&, int threads);
+void perturbed_input_cpu(const PerturbedInputArgs&, int threads);
+
+// "generic", "avx2" or "avx512": the best this processor has unless MIUE_CPU_LEVEL or set_cpu_level says otherwise.
+const char* cpu_level();
+void set_cpu_level(const char* name);
+
+int64_t nt_xent_workspace_cuda(int64_t B, int64_t D, DType dtype, bool want_grad);
+int64_t intra_class_distance_workspace_cuda(int64_t B, int64_t D, DType dtype, bool want_grad);
+void nt_xent_cuda(const NtXentArgs&, void* stream);
+void intra_class_distance_cuda(const IntraClassDistanceArgs&, void* stream);
+void projected_step_cuda(const ProjectedStepArgs&, void* stream);
+void projected_step_inplace_cuda(const ProjectedStepInplaceArgs&, void* stream);
+void perturbed_input_cuda(const PerturbedInputArgs&, void* stream);
+
+}  // namespace miue

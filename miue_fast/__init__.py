@@ -1,0 +1,23 @@
+"""MI-UE unlearnable examples, fast: fused ops in four backends and resumable generation. See README.md."""
+
+from importlib.metadata import PackageNotFoundError, version
+
+try:
+    __version__ = version("miue_fast")
+except PackageNotFoundError:
+    raise ImportError("miue_fast is imported from a checkout that is not installed: run `pip install -e .` in it") from None
+
+from ._registry import BackendError
+from .ops import intra_class_distance, l2sim, mi_ue_value_and_grad, nt_xent, perturbed_input, projected_step, projected_step_
+
+__all__ = [
+    "BackendError",
+    "__version__",
+    "intra_class_distance",
+    "l2sim",
+    "mi_ue_value_and_grad",
+    "nt_xent",
+    "perturbed_input",
+    "projected_step",
+    "projected_step_",
+]

@@ -1,0 +1,82 @@
+"""One wording for every bad input: `op: argument: expected X, got Y`."""
+
+import torch
+
+from ._registry import DOUBLES, FLOATS
+
+INTEGERS = frozenset({torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64})
+
+
+def fail(op, argument, expected, got):
+    raise ValueError(f"{op}: {argument}: expected {expected}, got {got}")
+
+
+def describe(tensor):
+    if not isinstance(tensor, torch.Tensor):
+        return f"{type(tensor).__name__}"
+    return f"{str(tensor.dtype)[6:]} {list(tensor.shape)} on {tensor.device}"
+
+
+def features_and_labels(op, features, labels):
+    """Features [B, D] of a float type and integer labels [B] of the same device; the labels come back as contiguous int64."""
+    if not isinstance(features, torch.Tensor) or features.dim() != 2 or features.dtype not in DOUBLES:
+        fail(op, "features", "a float tensor [B, D]", describe(features))
+    if not isinstance(labels, torch.Tensor) or labels.shape != features.shape[:1] or labels.dtype not in INTEGERS:
+        fail(op, "labels", f"an integer tensor [{features.shape[0]}]", describe(labels))
+    if labels.device != features.device:
+        fail(op, "labels", f"device {features.device}", labels.device)
+    if labels.dtype is torch.int64 and labels.is_contiguous():
+        return labels
+    return labels.to(torch.int64).contiguous()
+
+
+def temperature(op, value):
+    if not 1e-3 <= value <= 10:
+        fail(op, "temperature", "a number from 1e-3 to 10", value)
+
+
+def denominator(op, value):
+    if value not in ("all", "negatives"):
+        fail(op, "denominator", "'all' or 'negatives'", repr(value))
+
+
+def step_sizes(op, alpha, eps):
+    if not 0 <= alpha < float("inf"):
+        fail(op, "alpha", "a finite number >= 0", alpha)
+    if not 0 <= eps <= 1:
+        fail(op, "eps", "a number from 0 to 1 ([0, 1] image scale)", eps)
+
+
+def images(op, tensor, name="images", dtypes=frozenset({torch.uint8, torch.float32})):
+    """A contiguous image store [N, C, H, W]."""
+    if not isinstance(tensor, torch.Tensor) or tensor.dim() != 4 or tensor.dtype not in dtypes:
+        wanted = " or ".join(sorted(str(d)[6:] for d in dtypes))
+        fail(op, name, f"a {wanted} tensor [N, C, H, W]", describe(tensor))
+    if not tensor.is_contiguous():
+        fail(op, name, "a contiguous store (call .contiguous() once, outside the loop)", f"strides {tuple(tensor.stride())}")
+
+
+def same_store(op, delta, images):
+    """The poison store that belongs to `images`: fp32, fp16 or int8 levels, same shape, contiguous, same device."""
+    if delta.shape != images.shape or delta.device != images.device:
+        fail(op, "delta", f"shape {list(images.shape)} on {images.device}", describe(delta))
+    if delta.dtype not in (torch.float32, torch.float16, torch.int8):
+        fail(op, "delta", "float32, float16 or int8 levels", describe(delta))
+    if not delta.is_contiguous():
+        fail(op, "delta", "a contiguous store", f"strides {tuple(delta.stride())}")
+
+
+def selection(op, index, flip, batch, device):
+    """Optional int64 index [B] and optional flip mask [B] (bool or uint8); the mask comes back contiguous."""
+    if index is not None and (index.dtype != torch.int64 or index.dim() != 1 or index.device != device or not index.is_contiguous()):
+        fail(op, "index", f"a contiguous int64 tensor [B] on {device}", describe(index))
+    if flip is None:
+        return None
+    if flip.shape != (batch,) or flip.dtype not in (torch.bool, torch.uint8) or flip.device != device:
+        fail(op, "flip", f"a bool tensor [{batch}] on {device}", describe(flip))
+    return flip.contiguous()
+
+
+def gradient(op, grad, shape, device):
+    if not isinstance(grad, torch.Tensor) or grad.shape != shape or grad.dtype not in FLOATS or grad.device != device:
+        fail(op, "grad", f"a float32, float16 or bfloat16 tensor {list(shape)} on {device}", describe(grad))

@@ -1,0 +1,143 @@
+"""The only importer of `_cpu` and `_cuda`: gives each op of the native modules the signature of its reference.
+
+Both modules take raw pointers and the same arguments; only the last one differs (threads or the current stream).
+"""
+
+import importlib
+import importlib.util
+
+import torch
+
+from ._registry import BackendError
+
+_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.float64: 3, torch.uint8: 4, torch.int8: 5, None: -1}
+
+
+def _load(name):
+    """(module, None), or (None, reason) where it was not built. A module that exists and does not load is an exception."""
+    if importlib.util.find_spec(f"miue_fast.{name}") is None:
+        return None, f"miue_fast.{name} was not built on this machine (no compiler, no nvcc, or MIUE_BUILD)"
+    return importlib.import_module(f"miue_fast.{name}"), None
+
+
+_cpu, _cpu_reason = _load("_cpu")
+_cuda, _cuda_reason = _load("_cuda")
+
+
+def cpu_missing():
+    return _cpu_reason
+
+
+def cuda_missing():
+    return _cuda_reason or (None if torch.cuda.is_available() else "no CUDA device")
+
+
+def build_flags():
+    return {"cpu": _cpu.build if _cpu else None, "cuda": _cuda.build if _cuda else None}
+
+
+def cpu_level():
+    """The instruction set in use, or None without `_cpu`."""
+    return _cpu.level() if _cpu else None
+
+
+def set_cpu_level(name):
+    """Forces 'generic', 'avx2' or 'avx512' for tests; ValueError where the processor lacks it."""
+    _cpu.set_level(name)
+
+
+def _call(device, op, *args):
+    if device.type == "cpu":
+        return getattr(_cpu, op)(*args, torch.get_num_threads())
+    if _cuda is None:
+        raise BackendError(f"{op}: {_cuda_reason}")
+    try:
+        if device.type != "cuda":
+            return getattr(_cuda, op)(*args, 0)
+        with torch.cuda.device(device):
+            return getattr(_cuda, op)(*args, torch.cuda.current_stream(device).cuda_stream)
+    except _cuda.BackendFailure as error:
+        raise BackendError(f"{op}: {error}") from None
+
+
+def _ptr(tensor):
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _accumulated(dtype):
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _rows(features):
+    return features if features.stride(1) == 1 or features.shape[1] <= 1 else features.contiguous()
+
+
+def _workspace(op, features, want_grad):
+    module = _cpu if features.device.type == "cpu" else _cuda
+    size = getattr(module, f"{op}_workspace")(*features.shape, _CODES[features.dtype], want_grad)
+    return torch.empty(size, dtype=torch.uint8, device=features.device)
+
+
+def _outputs(features, want_grad, grad_dtype):
+    loss = torch.empty((), dtype=_accumulated(features.dtype), device=features.device)
+    return loss, torch.empty(features.shape if want_grad else (0,), dtype=grad_dtype, device=features.device)
+
+
+def _nt_xent(features, labels, temperature, denominator, want_grad, grad_dtype):
+    features = _rows(features)
+    loss, grad = _outputs(features, want_grad, grad_dtype)
+    workspace = _workspace("nt_xent", features, want_grad)
+    _call(features.device, "nt_xent", features.data_ptr(), _CODES[features.dtype], features.stride(0), labels.data_ptr(),
+          *features.shape, temperature, denominator == "negatives", loss.data_ptr(), grad.data_ptr() if want_grad else 0,
+          _CODES[grad_dtype], workspace.data_ptr())  # fmt: skip
+    return loss, grad
+
+
+def nt_xent(features, labels, temperature, denominator, want_grad):
+    return _nt_xent(features, labels, temperature, denominator, want_grad, features.dtype)
+
+
+def _distance(features, labels, normalize_dim, want_grad, weight=1.0, addend=(None, None)):
+    features = _rows(features)
+    loss, grad = _outputs(features, want_grad, features.dtype)
+    workspace = _workspace("intra_class_distance", features, want_grad)
+    _call(features.device, "intra_class_distance", features.data_ptr(), _CODES[features.dtype], features.stride(0), labels.data_ptr(),
+          *features.shape, normalize_dim, weight, _ptr(addend[0]), _ptr(addend[1]), loss.data_ptr(),
+          grad.data_ptr() if want_grad else 0, _CODES[grad.dtype], workspace.data_ptr())  # fmt: skip
+    return loss, grad
+
+
+def intra_class_distance(features, labels, normalize_dim, want_grad):
+    return _distance(features, labels, normalize_dim, want_grad)
+
+
+def mi_ue_value_and_grad(features, labels, temperature, zeta, denominator, normalize_dim):
+    if zeta == 0:
+        return nt_xent(features, labels, temperature, denominator, True)
+    similarity = _nt_xent(features, labels, temperature, denominator, True, _accumulated(features.dtype))
+    return _distance(features, labels, normalize_dim, True, zeta, similarity)
+
+
+def projected_step(delta, grad, image, alpha, eps):
+    delta, grad, image = delta.contiguous(), grad.contiguous(), image.contiguous()
+    out = torch.empty_like(delta)
+    _call(delta.device, "projected_step", out.data_ptr(), delta.data_ptr(), grad.data_ptr(), image.data_ptr(), _CODES[delta.dtype],
+          delta.numel(), alpha, eps)  # fmt: skip
+    return out
+
+
+def projected_step_(delta, index, grad, images, flip, alpha, eps, nonfinite):
+    _call(delta.device, "projected_step_inplace", delta.data_ptr(), _CODES[delta.dtype], _ptr(index), grad.data_ptr(),
+          _CODES[grad.dtype], *grad.stride(), images.data_ptr(), _CODES[images.dtype], _ptr(flip), *grad.shape, delta.shape[0],
+          alpha, eps, _ptr(nonfinite))  # fmt: skip
+
+
+def perturbed_input(images, delta, index, flip, mean, std, eps, dtype, channels_last):
+    n, c, h, w = images.shape
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    b = n if index is None else index.shape[0]
+    out = torch.empty((b, c, h, w), dtype=dtype, device=images.device, memory_format=layout)
+    _call(images.device, "perturbed_input", out.data_ptr(), _CODES[dtype], channels_last, images.data_ptr(), _CODES[images.dtype],
+          _ptr(delta), _CODES[delta.dtype if delta is not None else None], eps, _ptr(index), _ptr(flip), mean,
+          [1 / s for s in std], b, c, h, w, n)  # fmt: skip
+    return out

@@ -1,0 +1,85 @@
+"""What the three loss ops share: fake outputs, the autograd rule, the float64 oracle and the feature samples."""
+
+import torch
+
+from .._registry import LIB
+
+
+def fake(features, labels, *args):
+    """(loss, grad) as the kernels return them; grad is empty when the op's `want_grad` is False."""
+    want_grad = args[-2] if isinstance(args[-2], bool) else True
+    wide = torch.float64 if features.dtype == torch.float64 else torch.float32
+    loss = torch.empty((), dtype=wide, device=features.device)
+    return loss, torch.empty(features.shape if want_grad else (0,), dtype=features.dtype, device=features.device)
+
+
+def truth(formula, drop):
+    """Loss and autograd gradient of `formula` in float64; the op's last `drop` arguments are not the formula's."""
+
+    def oracle(features, labels, *args):
+        leaf = features.detach().double().requires_grad_()
+        kept, want_grad = (args[:-1], args[-1]) if drop else (args, True)
+        with torch.enable_grad():
+            loss = formula(leaf, labels, *kept)
+        if not want_grad:
+            return loss.detach(), leaf.new_empty(0)
+        (grad,) = torch.autograd.grad(loss, leaf)
+        return loss.detach(), grad
+
+    return oracle
+
+
+def differentiable_in_features(name):
+    """The op returns its gradient beside its value; backward only scales it. Second derivatives are refused."""
+
+    def setup(ctx, inputs, output):
+        if not inputs[-2]:
+            raise RuntimeError(f"{name}: called with want_grad=False on features that require a gradient")
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(inputs[0], output[1])
+        ctx.unused = len(inputs) - 1
+
+    def backward(ctx, grad_loss, _):
+        features, grad = ctx.saved_tensors
+        return torch.ops.miue_fast.scaled_gradient(grad, grad_loss, features), *([None] * ctx.unused)
+
+    torch.library.register_autograd(f"miue_fast::{name}", backward, setup_context=setup, lib=LIB)
+
+
+def _no_second_derivative(ctx, _):
+    raise RuntimeError("miue_fast: nt_xent and intra_class_distance can be differentiated once only")
+
+
+LIB.define("scaled_gradient(Tensor grad, Tensor scale, Tensor features) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+LIB.impl("scaled_gradient", lambda grad, scale, features: (grad * scale).to(grad.dtype), "CompositeExplicitAutograd")
+torch.library.register_fake("miue_fast::scaled_gradient", lambda grad, scale, features: torch.empty_like(grad), lib=LIB)
+torch.library.register_autograd("miue_fast::scaled_gradient", _no_second_derivative, lib=LIB)
+
+
+def samples(device, dtype):
+    """(features, labels): one, ragged, workload-sized; duplicates, zero rows, lone members, tight clusters, strange labels, strides."""
+    gen = torch.Generator().manual_seed(7)
+
+    def make(batch, width, classes, *, spread=1.0, offset=0):
+        labels = torch.randint(classes, (batch,), generator=gen) + offset
+        centres = torch.randn(classes, width, generator=gen)
+        features = centres[labels - offset] + spread * torch.randn(batch, width, generator=gen)
+        return features.relu().to(dtype).to(device), labels.to(device)
+
+    yield make(2, 1, 2)
+    yield make(1, 5, 1)
+    yield make(7, 3, 2)
+    yield make(33, 17, 4, offset=-3)
+    yield make(40, 64, 10, spread=0.01)  # tight clusters: the end of every run
+    features, labels = make(24, 16, 3)
+    features[5] = features[4]
+    labels[5] = labels[4]
+    features[9] = 0
+    yield features, labels.to(torch.int32).long()
+    labels = labels.clone()
+    labels[0] = 2**40  # a class with one member, and labels that are no small numbers
+    yield features, labels
+    wide, labels = make(20, 32, 3)
+    yield wide[:, ::2], labels  # strided rows
+    yield wide[::2, :9], labels[::2].contiguous()
+    yield make(130, 70, 7)

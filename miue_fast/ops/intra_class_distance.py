@@ -1,0 +1,57 @@
+"""The within-class distance term of MI-UE ("l2sim" in existing scripts)."""
+
+import torch
+
+from .. import _checks, _native, _triton
+from .._registry import DOUBLES, FLOATS, Impl, define
+from ..reference.intra_class_distance import formula
+from ..reference.intra_class_distance import intra_class_distance as reference
+from . import _loss
+
+
+def _samples(device, dtype):
+    for features, labels in _loss.samples(device, dtype):
+        yield features, labels, True, True
+        yield features, labels, False, True
+    yield features, labels, True, False
+
+
+define(
+    "intra_class_distance(Tensor features, Tensor labels, bool normalize_dim, bool want_grad, str backend) -> (Tensor, Tensor)",
+    reference=reference,
+    truth=_loss.truth(formula, drop=1),
+    fake=_loss.fake,
+    samples=_samples,
+    dtypes=DOUBLES,
+    impls=[
+        Impl("triton", _triton.lazy("intra_class_distance"), _triton.DEVICES, FLOATS, _triton.missing),
+        Impl("cuda", _native.intra_class_distance, frozenset({"cuda"}), FLOATS, _native.cuda_missing),
+        Impl("cpu", _native.intra_class_distance, frozenset({"cpu"}), DOUBLES, _native.cpu_missing),
+    ],
+)
+_loss.differentiable_in_features("intra_class_distance")
+
+
+def intra_class_distance(features, labels, *, normalize_dim=True, backend="auto"):
+    """Within-class distance of a batch, differentiable in `features`.
+
+    mean_i log(1 + s * sum_{j: y_j = y_i} ||f_i - f_j||_2), s = 1/D with `normalize_dim`, else 1 (MI-UE, ICLR 2026).
+    Differences are taken directly in fp32, inside a class only; a pair at distance 0 has gradient 0.
+
+    Args:
+        features: [B, D] float32, float16, bfloat16 (float64 on the CPU), not normalised.
+        labels: [B], any integer dtype, any values.
+        backend: "auto", "triton", "cuda", "cpu" or "reference".
+
+    Returns: a scalar, float32 (float64 for float64). An empty batch gives NaN, NaN features give NaN.
+    Memory: O(B * D). Deterministic on one machine and thread count.
+    Errors: ValueError (shape, dtype, device), BackendError (the backend cannot serve this here).
+    """
+    labels = _checks.features_and_labels("intra_class_distance", features, labels)
+    want_grad = features.requires_grad and torch.is_grad_enabled()
+    return torch.ops.miue_fast.intra_class_distance(features, labels, bool(normalize_dim), want_grad, backend)[0]
+
+
+def l2sim(features, labels):
+    """`intra_class_distance(features, labels)` under the name existing MI-UE scripts call."""
+    return intra_class_distance(features, labels)

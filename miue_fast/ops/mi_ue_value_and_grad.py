@@ -1,0 +1,53 @@
+"""The poison step's loss and its feature gradient in one call: what the inner loop calls, without autograd."""
+
+import torch
+
+from .. import _checks, _native, _triton
+from .._registry import DOUBLES, FLOATS, Impl, define
+from ..reference.mi_ue_value_and_grad import formula
+from ..reference.mi_ue_value_and_grad import mi_ue_value_and_grad as reference
+from . import _loss
+
+
+def _samples(device, dtype):
+    for features, labels in _loss.samples(device, dtype):
+        yield features, labels, 0.1, 0.1, "all", True
+        yield features, labels, 0.2, 0.0, "all", True
+        if len(labels.unique()) > 1:
+            yield features, labels, 0.1, 0.1, "negatives", False
+
+
+define(
+    "mi_ue_value_and_grad(Tensor features, Tensor labels, float temperature, float zeta, str denominator, bool normalize_dim, "
+    "str backend) -> (Tensor, Tensor)",
+    reference=reference,
+    truth=_loss.truth(formula, drop=0),
+    fake=lambda features, *args: _loss.fake(features, None, True, None),
+    samples=_samples,
+    dtypes=DOUBLES,
+    impls=[
+        Impl("triton", _triton.lazy("mi_ue_value_and_grad"), _triton.DEVICES, FLOATS, _triton.missing),
+        Impl("cuda", _native.mi_ue_value_and_grad, frozenset({"cuda"}), FLOATS, _native.cuda_missing),
+        Impl("cpu", _native.mi_ue_value_and_grad, frozenset({"cpu"}), DOUBLES, _native.cpu_missing),
+    ],
+)
+
+
+def mi_ue_value_and_grad(features, labels, temperature=0.1, zeta=0.1, *, denominator="all", normalize_dim=True, backend="auto"):
+    """Loss nt_xent + zeta * intra_class_distance of a batch and its gradient, without autograd.
+
+    Args:
+        features: [B, D] float32, float16, bfloat16 (float64 on the CPU).
+        labels: [B], any integer dtype, any values.
+        temperature, denominator: as in `nt_xent`. normalize_dim: as in `intra_class_distance`.
+        zeta: weight of the distance term; at 0 the term is not computed.
+        backend: "auto", "triton", "cuda", "cpu" or "reference".
+
+    Returns: (loss, grad): a float32 scalar (float64 for float64) and d loss / d features [B, D] in the features' dtype.
+    Deterministic on one machine and thread count. Errors: ValueError, BackendError as in `nt_xent`.
+    """
+    labels = _checks.features_and_labels("mi_ue_value_and_grad", features, labels)
+    _checks.temperature("mi_ue_value_and_grad", temperature)
+    _checks.denominator("mi_ue_value_and_grad", denominator)
+    with torch.no_grad():
+        return torch.ops.miue_fast.mi_ue_value_and_grad(features.detach(), labels, temperature, zeta, denominator, normalize_dim, backend)

@@ -1,0 +1,62 @@
+"""NT-Xent with several positives: mean_i -log(P_i / A_i) over cosine similarities."""
+
+import torch
+
+from .. import _checks, _native, _triton
+from .._registry import DOUBLES, FLOATS, Impl, define
+from ..reference.nt_xent import formula
+from ..reference.nt_xent import nt_xent as reference
+from . import _loss
+
+
+def _samples(device, dtype):
+    for features, labels in _loss.samples(device, dtype):
+        yield features, labels, 0.1, "all", True
+        yield features, labels, 0.5, "all", False
+        if len(labels.unique()) > 1:
+            yield features, labels, 0.1, "negatives", True
+    features, labels = list(_loss.samples(device, dtype))[3]
+    for temperature in (1e-3, 0.02, 10.0):
+        yield features, labels, temperature, "all", True
+        yield features, labels, temperature, "negatives", True
+
+
+define(
+    "nt_xent(Tensor features, Tensor labels, float temperature, str denominator, bool want_grad, str backend) -> (Tensor, Tensor)",
+    reference=reference,
+    truth=_loss.truth(formula, drop=1),
+    fake=_loss.fake,
+    samples=_samples,
+    dtypes=DOUBLES,
+    impls=[
+        Impl("triton", _triton.lazy("nt_xent"), _triton.DEVICES, FLOATS, _triton.missing),
+        Impl("cuda", _native.nt_xent, frozenset({"cuda"}), FLOATS, _native.cuda_missing),
+        Impl("cpu", _native.nt_xent, frozenset({"cpu"}), DOUBLES, _native.cpu_missing),
+    ],
+)
+_loss.differentiable_in_features("nt_xent")
+
+
+def nt_xent(features, labels, temperature=0.1, *, denominator="all", backend="auto", t=None):
+    """NT-Xent loss of a batch, differentiable in `features`.
+
+    mean_i log(A_i / P_i), P_i = sum_{j: y_j = y_i} exp(cos(f_i, f_j) / t), A_i = the same sum over all j, the pair (i, i)
+    included in both (MI-UE, ICLR 2026). denominator="negatives": A_i sums over the pairs of other classes only; a batch of
+    one class then gives -inf.
+
+    Args:
+        features: [B, D] float32, float16, bfloat16 (float64 on the CPU). Norms are clamped at 1e-8.
+        labels: [B], any integer dtype, any values.
+        temperature: 1e-3 to 10. `t` is another name for it.
+        backend: "auto", "triton", "cuda", "cpu" or "reference".
+
+    Returns: a scalar, float32 (float64 for float64). An empty batch gives NaN, NaN features give NaN.
+    Memory: O(B * D) and at most 32 MB. Deterministic: the same input gives the same bits on one machine and thread count.
+    Errors: ValueError (shape, dtype, device, temperature), BackendError (the backend cannot serve this here).
+    """
+    temperature = temperature if t is None else t
+    labels = _checks.features_and_labels("nt_xent", features, labels)
+    _checks.temperature("nt_xent", temperature)
+    _checks.denominator("nt_xent", denominator)
+    want_grad = features.requires_grad and torch.is_grad_enabled()
+    return torch.ops.miue_fast.nt_xent(features, labels, temperature, denominator, want_grad, backend)[0]

@@ -1,0 +1,74 @@
+"""Package map and the two extension modules. Metadata and tool settings are in pyproject.toml.
+
+MIUE_BUILD=auto (default) builds what this machine can; cpu, cuda and none ask for exactly that and fail if it is impossible.
+"""
+import os
+import shutil
+import subprocess
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent
+WANT = os.environ.get("MIUE_BUILD", "auto")
+CXX = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
+NVCC = shutil.which("nvcc") or next((str(p) for p in [Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"), "bin/nvcc")] if p.exists()), None)
+GENCODE = ["80,code=sm_80", "90a,code=sm_90a", "90,code=compute_90"]
+
+
+def extensions():
+    if WANT not in ("auto", "cpu", "cuda", "none"):
+        raise SystemExit(f"MIUE_BUILD: expected auto, cpu, cuda or none, got {WANT!r}")
+    if WANT in ("cpu", "cuda") and not CXX:
+        raise SystemExit(f"MIUE_BUILD={WANT}: no C++ compiler found (g++, clang++ or $CXX)")
+    if WANT == "cuda" and not NVCC:
+        raise SystemExit("MIUE_BUILD=cuda: no nvcc found on PATH or in $CUDA_HOME/bin")
+    want_cpu = CXX and WANT != "none"
+    want_cuda = CXX and NVCC and WANT in ("auto", "cuda")
+    modules = [m for m, on in (("cpu", want_cpu), ("cuda", want_cuda)) if on]
+    return [Extension(f"miue_fast._{m}", [f"csrc/bindings_{m}.cpp", *map(str, sorted(Path("csrc", m).glob("*.c*")))],
+                      depends=list(map(str, Path("csrc").rglob("*.*"))), optional=WANT == "auto") for m in modules]  # fmt: skip
+
+
+class NinjaBuild(build_ext):
+    """Writes one build.ninja per module (parallel, incremental) and runs it."""
+
+    def build_extension(self, ext):
+        import ninja
+        import pybind11
+
+        cuda = ext.name.endswith("_cuda")
+        folder = (ROOT / self.build_temp / ext.name).resolve()
+        folder.mkdir(parents=True, exist_ok=True)
+        output = Path(self.get_ext_fullpath(ext.name)).resolve()
+        flags = "-O3 -ffp-contract=off -fno-math-errno -fPIC -fvisibility=hidden" + ("" if cuda else " -fopenmp")
+        gencode = " ".join(f"-gencode=arch=compute_{g}" for g in GENCODE)
+        include = f"-I{ROOT / 'csrc'} -I{pybind11.get_include()} -I{sysconfig.get_paths()['include']}"
+        define = f"-DMIUE_BUILD_FLAGS='\"{flags}{' ' + gencode if cuda else ''}\"'"
+        text = f"""
+rule cxx
+  command = {CXX} -std=c++17 {flags} {include} {define} -MMD -MF $out.d -c $in -o $out
+  depfile = $out.d
+rule nvcc
+  command = {NVCC} -std=c++17 -O3 -fmad=false --threads 2 -cudart static {gencode} -Xcompiler -fPIC,-fvisibility=hidden -I{ROOT / "csrc"} -MMD -MF $out.d -c $in -o $out
+  depfile = $out.d
+rule link
+  command = {NVCC + " -cudart static -Xcompiler" if cuda else CXX} {"-fPIC" if cuda else "-fopenmp"} -shared $in -o $out
+"""
+        objects = []
+        for source in ext.sources:
+            objects.append(f"{folder / source.replace('/', '_')}.o")
+            text += f"build {objects[-1]}: {'nvcc' if source.endswith('.cu') else 'cxx'} {ROOT.resolve() / source}\n"
+        text += f"build {output}: link {' '.join(objects)}\n"
+        (folder / "build.ninja").write_text(text.replace("$out.d", "$out.d"))
+        output.parent.mkdir(parents=True, exist_ok=True)
+        result = subprocess.run([Path(ninja.BIN_DIR, "ninja"), "-C", folder, output])
+        if result.returncode:
+            from setuptools.errors import CompileError
+
+            raise CompileError(f"{ext.name}: ninja failed in {folder}; the compiler's message is above")
+
+
+setup(ext_modules=extensions(), cmdclass={"build_ext": NinjaBuild})
