@@ -1,0 +1,43 @@
+# Everything the README names. `make demo` and `make test` do their own set-up on a machine with python3 and nothing else.
+VENV ?= .venv
+PY = $(VENV)/bin/python
+PYTHON ?= python3
+
+.PHONY: setup demo test lint bench report fuzz asan install-check clean
+
+setup: $(VENV)/.ready
+
+# torch is pinned here and nowhere else: users' installs take any torch >= 2.11.
+$(VENV)/.ready: requirements-dev.txt pyproject.toml setup.py $(wildcard csrc/*.* csrc/*/*.*)
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install -q -r requirements-dev.txt
+	$(PY) -m pip install -q -e .
+	touch $@
+
+demo: setup
+	$(PY) -m miue_fast.demo
+
+test: setup
+	$(PY) -m pytest
+
+lint: setup
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+
+bench: setup
+	$(PY) benchmarks/bench.py --out benchmarks/results/cpu.json
+	$(PY) benchmarks/report.py --readme
+
+# Heavier checks, run by hand: 100,000 cases per op, 50 kills; sanitizers; numel > 2^31; isolated installs from the package index.
+fuzz: setup
+	MIUE_FUZZ=100000 MIUE_KILLS=50 MIUE_HUGE=1 $(PY) -m pytest tests/test_fuzz.py tests/test_resume.py tests/test_huge.py
+
+asan: setup
+	bash tests/asan.sh
+	bash tests/sanitize_cuda_host.sh
+
+install-check:
+	bash tests/install_matrix.sh
+
+clean:
+	rm -rf build dist *.egg-info miue_fast.egg-info $(VENV) miue_fast/_c*.so
