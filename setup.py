@@ -2,6 +2,7 @@
 
 MIUE_BUILD=auto (default) builds what this machine can; cpu, cuda and none ask for exactly that and fail if it is impossible.
 """
+
 import os
 import shutil
 import subprocess
@@ -14,7 +15,8 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).parent
 WANT = os.environ.get("MIUE_BUILD", "auto")
 CXX = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
-NVCC = shutil.which("nvcc") or next((str(p) for p in [Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"), "bin/nvcc")] if p.exists()), None)
+CUDA_HOME = os.environ.get("CUDA_HOME", "/usr/local/cuda")
+NVCC = shutil.which("nvcc") or shutil.which(f"{CUDA_HOME}/bin/nvcc")
 GENCODE = ["80,code=sm_80", "90a,code=sm_90a", "90,code=compute_90"]
 
 
@@ -28,8 +30,12 @@ def extensions():
     want_cpu = CXX and WANT != "none"
     want_cuda = CXX and NVCC and WANT in ("auto", "cuda")
     modules = [m for m, on in (("cpu", want_cpu), ("cuda", want_cuda)) if on]
-    return [Extension(f"miue_fast._{m}", [f"csrc/bindings_{m}.cpp", *map(str, sorted(Path("csrc", m).glob("*.c*")))],
-                      depends=list(map(str, Path("csrc").rglob("*.*"))), optional=WANT == "auto") for m in modules]  # fmt: skip
+    found = []
+    for m in modules:
+        kernels = sorted(str(p) for p in Path("csrc", m).iterdir() if p.suffix in (".cpp", ".cu"))
+        headers = [str(p) for p in Path("csrc").rglob("*.*")]
+        found.append(Extension(f"miue_fast._{m}", [f"csrc/bindings_{m}.cpp", *kernels], depends=headers, optional=WANT == "auto"))
+    return found
 
 
 class NinjaBuild(build_ext):
@@ -46,13 +52,14 @@ class NinjaBuild(build_ext):
         flags = "-O3 -ffp-contract=off -fno-math-errno -fPIC -fvisibility=hidden" + ("" if cuda else " -fopenmp")
         gencode = " ".join(f"-gencode=arch=compute_{g}" for g in GENCODE)
         include = f"-I{ROOT / 'csrc'} -I{pybind11.get_include()} -I{sysconfig.get_paths()['include']}"
+        nvcc_flags = "-std=c++17 -O3 -fmad=false --threads 2 -cudart static -Xcompiler -fPIC,-fvisibility=hidden"
         define = f"-DMIUE_BUILD_FLAGS='\"{flags}{' ' + gencode if cuda else ''}\"'"
         text = f"""
 rule cxx
   command = {CXX} -std=c++17 {flags} {include} {define} -MMD -MF $out.d -c $in -o $out
   depfile = $out.d
 rule nvcc
-  command = {NVCC} -std=c++17 -O3 -fmad=false --threads 2 -cudart static {gencode} -Xcompiler -fPIC,-fvisibility=hidden -I{ROOT / "csrc"} -MMD -MF $out.d -c $in -o $out
+  command = {NVCC} {nvcc_flags} {gencode} -I{ROOT / "csrc"} -MMD -MF $out.d -c $in -o $out
   depfile = $out.d
 rule link
   command = {NVCC + " -cudart static -Xcompiler" if cuda else CXX} {"-fPIC" if cuda else "-fopenmp"} -shared $in -o $out
@@ -62,7 +69,7 @@ rule link
             objects.append(f"{folder / source.replace('/', '_')}.o")
             text += f"build {objects[-1]}: {'nvcc' if source.endswith('.cu') else 'cxx'} {ROOT.resolve() / source}\n"
         text += f"build {output}: link {' '.join(objects)}\n"
-        (folder / "build.ninja").write_text(text.replace("$out.d", "$out.d"))
+        (folder / "build.ninja").write_text(text)
         output.parent.mkdir(parents=True, exist_ok=True)
         result = subprocess.run([Path(ninja.BIN_DIR, "ninja"), "-C", folder, output])
         if result.returncode:

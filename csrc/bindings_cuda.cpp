@@ -10,7 +10,7 @@ void on_stream(const Args& args, uintptr_t stream) {
 
 PYBIND11_MODULE(_cuda, m) {
     using namespace miue;
-    pybind11::register_exception<BackendFailure>(m, "BackendFailure", PyExc_RuntimeError);
+    pybind11::register_local_exception<BackendFailure>(m, "BackendFailure", PyExc_RuntimeError);
     define_ops<uintptr_t, on_stream<nt_xent_cuda, NtXentArgs>, on_stream<intra_class_distance_cuda, IntraClassDistanceArgs>,
                on_stream<projected_step_cuda, ProjectedStepArgs>, on_stream<projected_step_inplace_cuda, ProjectedStepInplaceArgs>,
                on_stream<perturbed_input_cuda, PerturbedInputArgs>>(m);

@@ -8,15 +8,20 @@ except PackageNotFoundError:
     raise ImportError("miue_fast is imported from a checkout that is not installed: run `pip install -e .` in it") from None
 
 from ._registry import BackendError
+from .evaluate import evaluate
+from .generate import generate, perturb
 from .ops import intra_class_distance, l2sim, mi_ue_value_and_grad, nt_xent, perturbed_input, projected_step, projected_step_
 
 __all__ = [
     "BackendError",
     "__version__",
+    "evaluate",
+    "generate",
     "intra_class_distance",
     "l2sim",
     "mi_ue_value_and_grad",
     "nt_xent",
+    "perturb",
     "perturbed_input",
     "projected_step",
     "projected_step_",

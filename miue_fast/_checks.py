@@ -41,8 +41,8 @@ def denominator(op, value):
 
 
 def step_sizes(op, alpha, eps):
-    if not 0 <= alpha < float("inf"):
-        fail(op, "alpha", "a finite number >= 0", alpha)
+    if not 0 <= alpha <= 1:
+        fail(op, "alpha", "a number from 0 to 1 ([0, 1] image scale)", alpha)
     if not 0 <= eps <= 1:
         fail(op, "eps", "a number from 0 to 1 ([0, 1] image scale)", eps)
 

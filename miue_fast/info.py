@@ -9,7 +9,17 @@ import torch
 from . import __version__, _native
 from ._registry import OPS
 
+# Where the kernels of each backend have really run; changed by hand when that changes, printed into the README.
+RUN_ON = {
+    "reference": "CPU",
+    "cpu": "CPU (generic, AVX2 and AVX-512)",
+    "triton": "interpreter on the CPU; compiled for sm_80 and sm_90; **never on a GPU**",
+    "cuda": "host shim on the CPU; compiled for sm_80 and sm_90a; **never on a GPU**",
+}
 MODULES = ("numpy", "triton", "safetensors", "PIL", "tqdm", "matplotlib")
+
+
+cpu_level, build_flags = _native.cpu_level, _native.build_flags
 
 
 def versions():
@@ -28,11 +38,25 @@ def matrix():
     return {name: {impl.backend: (sorted(impl.devices), impl.missing()) for impl in op.impls} for name, op in OPS.items()}
 
 
-def main(out=sys.stdout):
+def markdown():
+    """The op x backend table of the README: the dtypes each implementation takes, and where that backend has really run."""
+    backends = ("reference", "cpu", "triton", "cuda")
+    short = {"float64": "f64", "float32": "f32", "float16": "f16", "bfloat16": "bf16", "int8": "int8"}
+    lines = ["| op | " + " | ".join(backends) + " |", "|---" * (len(backends) + 1) + "|"]
+    for name, op in OPS.items():
+        taken = {impl.backend: {str(d)[6:] for d in impl.dtypes} for impl in op.impls}
+        cells = [" ".join(v for k, v in short.items() if k in taken.get(b, ())) for b in backends]
+        lines.append(f"| `{name}` | " + " | ".join(cells) + " |")
+    lines.append("| *has run on* | " + " | ".join(RUN_ON[b] for b in backends) + " |")
+    return "\n".join(lines)
+
+
+def main(out=None):
     print("versions:", ", ".join(f"{name} {version or 'not installed'}" for name, version in versions().items()), file=out)
     devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    print(f"devices: cpu ({torch.get_num_threads()} threads, {_native.cpu_level() or 'no native level'}),", ", ".join(devices) or "no CUDA device", file=out)
-    for name, flags in _native.build_flags().items():
+    cpu = f"cpu ({torch.get_num_threads()} threads, {cpu_level() or 'no native level'})"
+    print(f"devices: {', '.join([cpu, *devices])}" + ("" if devices else ", no CUDA device"), file=out)
+    for name, flags in build_flags().items():
         print(f"build _{name}: {flags or 'not built'}", file=out)
     for name, backends in matrix().items():
         print(name, file=out)
@@ -41,4 +65,4 @@ def main(out=sys.stdout):
 
 
 if __name__ == "__main__":
-    main()
+    print(markdown()) if "--markdown" in sys.argv[1:] else main()

@@ -1,1 +1,30 @@
+"""Images in, poisoned images out. `load`, `shapes`, the poison store, exports and their verification."""
 
+from .atomic import check_writable, sweep, write_file, write_files
+from .dataset import Dataset
+from .export import export_folder, export_npz, export_pt
+from .poison import apply_poison, load_poison, quantise, random_noise, save_poison
+from .shapes import shapes
+from .sources import from_arrays, load
+from .verify import Report, verify
+
+__all__ = [
+    "Dataset",
+    "Report",
+    "apply_poison",
+    "check_writable",
+    "export_folder",
+    "export_npz",
+    "export_pt",
+    "from_arrays",
+    "load",
+    "load_poison",
+    "quantise",
+    "random_noise",
+    "save_poison",
+    "shapes",
+    "sweep",
+    "verify",
+    "write_file",
+    "write_files",
+]

@@ -1,1 +1,94 @@
+"""Does a poison work? The standard victim, trained on clean, poisoned and random-noise images with the same seeds."""
 
+import torch
+from tqdm import tqdm
+
+from .. import data
+from .._checks import fail
+from .figure import figure
+from .poisoned import poisoned_images
+from .table import Table
+from .victims import Run, padding, recipe, train
+
+__all__ = ["Run", "Table", "evaluate", "figure", "poisoned_images"]
+NOISES = ("sign", "uniform")
+
+
+def evaluate(clean, poisoned, test, *, victim="small_resnet", epochs=None, seeds=1, lr=None, batch=None, crop=None, eps=None, noise="sign",
+             size=None, device=None, progress=True):  # fmt: skip
+    """Trains one victim per training set and seed and returns a Table of train and clean-test accuracies.
+
+    Args:
+        clean: data.Dataset, or what data.load takes. Images that have no poisoned copy are left out.
+        poisoned: an exported folder or .npz of images, a poison (folder, .safetensors, .pt, .npz) that is applied to `clean`,
+            a Dataset, or a perturbation: float [N, C, H, W], [0, 1] scale.
+        test: clean test images of the same classes, as for `clean`.
+        victim: "small_resnet", "resnet18", or a callable (number of classes -> module on [0, 1] images) with epochs and lr.
+        epochs, lr, batch: None takes the victim's own (`victims.RECIPES`; resnet18: 200, 0.5, 128). SGD with momentum 0.9, weight
+            decay 1e-4, cosine to 1e-6, random crop and flip, no input normalisation.
+        crop: zero padding of the random crop in pixels; None: an eighth of the width (4 at 32, the standard); 0: flips only.
+        seeds: how many (0, 1, ...), or the seeds. With one seed the three rows share weights, order, crops and flips.
+        eps: budget of the random-noise row, [0, 1] scale; None: the largest change found in the poisoned images.
+        noise: "sign" (every value -eps or +eps: the whole budget) or "uniform" (from -eps to eps), rounded and clamped to 8 bits.
+        size: images are resized to it when they are loaded; None: they must agree.
+
+    Deterministic on the CPU for given seeds, versions and thread count. Errors: ValueError, OSError.
+    """
+    plan = recipe(victim, epochs, lr, batch, crop)
+    seeds = list(range(seeds)) if isinstance(seeds, int) else [int(seed) for seed in seeds]
+    if not seeds:
+        fail("evaluate", "seeds", "at least one", seeds)
+    if noise not in NOISES:
+        fail("evaluate", "noise", " or ".join(map(repr, NOISES)), repr(noise))
+    if eps is not None and not 0 < eps <= 1:
+        fail("evaluate", "eps", "a number in (0, 1] ([0, 1] image scale: 8/255, not 8)", eps)
+    clean, test = _dataset(clean, size), _dataset(test, size)
+    clean, images = poisoned_images(clean, poisoned, size=size)
+    _check(clean, test)
+    if eps is None:
+        eps = int((images.to(torch.int16) - clean.images).abs().amax()) / 255
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    labels, test_images, test_labels = clean.labels.to(device), test.images.to(device), test.labels.to(device)
+    rows = {"clean": [], "poisoned": [], "random noise": []}
+    with tqdm(total=len(rows) * len(seeds) * plan.epochs, unit="epoch", disable=not progress, dynamic_ncols=True, leave=False) as bar:
+
+        def tick(run):
+            bar.set_postfix(train=f"{100 * run.train:.0f}%", test=f"{100 * run.test:.0f}%", refresh=False)
+            bar.update()
+
+        for seed in seeds:
+            noisy = data.apply_poison(clean.images, data.random_noise(clean, eps, seed, kind=noise), eps)
+            for name, used in zip(rows, (clean.images, images, noisy)):
+                bar.set_description(f"{name}, seed {seed}", refresh=False)
+                run = train(plan, used.to(device), labels, test_images, test_labels, len(clean.classes), seed, on_epoch=tick)
+                rows[name].append(run)
+    options = {
+        "victim": victim if isinstance(victim, str) else getattr(victim, "__name__", type(victim).__name__),
+        "epochs": plan.epochs,
+        "lr": plan.lr,
+        "batch": plan.batch,
+        "crop": padding(plan.crop, clean.images),
+        "momentum": plan.momentum,
+        "weight_decay": plan.weight_decay,
+        "seeds": seeds,
+        "eps": eps,
+        "noise": noise,
+        "classes": len(clean.classes),
+        "train_images": len(clean.images),
+        "test_images": len(test.images),
+    }
+    return Table(rows, options)
+
+
+def _dataset(source, size):
+    return source if isinstance(source, data.Dataset) else data.load(source, size=size)
+
+
+def _check(clean, test):
+    if test.classes != clean.classes:
+        fail("evaluate", "test", f"the {len(clean.classes)} classes of the clean images, {clean.classes[:3]}...",
+             f"{len(test.classes)} classes, {test.classes[:3]}...")  # fmt: skip
+    if test.images.shape[1:] != clean.images.shape[1:]:
+        fail("evaluate", "test", f"images {list(clean.images.shape[1:])} (or a size to resize to)", list(test.images.shape[1:]))
+    if len(clean.images) < 2 or len(clean.labels.unique()) < 2:
+        fail("evaluate", "clean", "images of two or more classes", f"{len(clean.images)} images, {len(clean.labels.unique())} classes")

@@ -17,13 +17,17 @@ def _samples(device, dtype):
             yield images, delta if k % 5 else None, index, flip, mean, std, 8 / 255, dtype, k % 4 < 2
 
 
+def _fake(images, delta, index, flip, mean, std, eps, dtype, channels_last, backend):
+    batch = images.shape[0] if index is None else index.shape[0]
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    return torch.empty((batch, *images.shape[1:]), dtype=dtype, device=images.device, memory_format=layout)
+
+
 define(
     "perturbed_input(Tensor images, Tensor? delta, Tensor? index, Tensor? flip, float[] mean, float[] std, float eps, "
     "ScalarType dtype, bool channels_last, str backend) -> Tensor",
     reference=reference,
-    fake=lambda images, delta, index, flip, mean, std, eps, dtype, channels_last, backend: torch.empty(
-        (images.shape[0] if index is None else index.shape[0], *images.shape[1:]), dtype=dtype, device=images.device,
-        memory_format=torch.channels_last if channels_last else torch.contiguous_format),  # fmt: skip
+    fake=_fake,
     samples=_samples,
     dtypes=FLOATS,
     dtype_of=lambda *args: args[7],
@@ -60,7 +64,7 @@ def perturbed_input(images, delta=None, index=None, flip=None, mean=None, std=No
             _checks.fail(op, "eps", "the budget of the int8 store, > 0", eps)
     flip = _checks.selection(op, index, flip, images.shape[0] if index is None else index.shape[0], images.device)
     mean, std = list(mean or ()), list(std or ())
-    if (mean or std) and not len(mean) == len(std) == images.shape[1] or 0 in std:
+    if ((mean or std) and not len(mean) == len(std) == images.shape[1]) or 0 in std:
         _checks.fail(op, "mean and std", f"{images.shape[1]} numbers each, no std of 0", f"{mean} and {std}")
     if dtype not in FLOATS:
         _checks.fail(op, "dtype", "float32, float16 or bfloat16", dtype)

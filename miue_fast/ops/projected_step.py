@@ -59,7 +59,8 @@ def store_samples(device, dtype, eps=8 / 255):
         flip = torch.rand(batch, generator=gen) < 0.5
         yield delta.to(device), order.to(device), (batch, c, h, w), images.to(device), flip.to(device)
         whole = torch.rand(images.shape, generator=gen)
-        yield delta.clone().to(device), None, (count, c, h, w), whole.to(device), None
+        mirror = torch.arange(count) % 2 == 0 if batch % 2 else None
+        yield delta.clone().to(device), None, (count, c, h, w), whole.to(device), mirror if mirror is None else mirror.to(device)
 
 
 def _store_step_samples(device, dtype):

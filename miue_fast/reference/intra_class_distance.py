@@ -5,7 +5,7 @@ def formula(features, labels, normalize_dim):
     """mean_i log(1 + scale * sum_{j: y_j = y_i} ||f_i - f_j||), scale = 1/D or 1; autograd through it is the oracle."""
     same = labels[:, None] == labels[None, :]
     distances = torch.linalg.vector_norm(features[:, None] - features[None, :], dim=2)
-    scale = 1 / features.shape[1] if normalize_dim else 1.0
+    scale = 1 / features.shape[1] if normalize_dim and features.shape[1] else 1.0
     return torch.log1p(scale * (distances * same).sum(1)).mean()
 
 

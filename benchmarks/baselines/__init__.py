@@ -1,0 +1,1 @@
+"""What the library is compared with. Every path has the arguments of its op's `Impl.fn`."""

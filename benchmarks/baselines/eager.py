@@ -1,0 +1,69 @@
+"""The path a user of published MI-UE code has today, written anew: one PyTorch operator per step, autograd, nothing fused."""
+
+import torch
+
+
+def _value_and_grad(loss, features, labels, *args):
+    leaf = features.detach().requires_grad_()
+    with torch.enable_grad():
+        value = loss(leaf.float(), labels, *args)
+    return value.detach(), torch.autograd.grad(value, leaf)[0]
+
+
+def _nt_xent_loss(features, labels, temperature, denominator):
+    """The cosine matrix comes from a B x B x D broadcast."""
+    similarity = torch.nn.functional.cosine_similarity(features.unsqueeze(1), features.unsqueeze(0), dim=2, eps=1e-8)
+    weights = torch.exp(similarity / temperature)
+    same = labels.unsqueeze(1) == labels.unsqueeze(0)
+    positives = (weights * same).sum(1)
+    pool = weights.sum(1) if denominator == "all" else (weights * ~same).sum(1)
+    return (-torch.log(positives / pool)).mean()
+
+
+def _distance_loss(features, labels, normalize_dim):
+    """A Python loop over the batch; each row meets the members of its class."""
+    losses = []
+    for i in range(features.shape[0]):
+        members = features[labels == labels[i]]
+        total = torch.norm(features[i] - members, p=2, dim=1).sum()
+        losses.append(torch.log(1 + (total / features.shape[1] if normalize_dim else total)))
+    return torch.stack(losses).mean()
+
+
+def _mi_ue_loss(features, labels, temperature, zeta, denominator, normalize_dim):
+    """The distance term is computed at zeta = 0 too, then multiplied by it."""
+    return _nt_xent_loss(features, labels, temperature, denominator) + zeta * _distance_loss(features, labels, normalize_dim)
+
+
+def nt_xent(features, labels, temperature, denominator, want_grad):
+    return _value_and_grad(_nt_xent_loss, features, labels, temperature, denominator)
+
+
+def intra_class_distance(features, labels, normalize_dim, want_grad):
+    return _value_and_grad(_distance_loss, features, labels, normalize_dim)
+
+
+def mi_ue_value_and_grad(features, labels, temperature, zeta, denominator, normalize_dim):
+    return _value_and_grad(_mi_ue_loss, features, labels, temperature, zeta, denominator, normalize_dim)
+
+
+def projected_step(delta, grad, image, alpha, eps):
+    delta = delta - alpha * torch.sign(grad.float())
+    delta = torch.clamp(delta, -eps, eps)
+    return torch.clamp(image + delta, 0, 1) - image
+
+
+def _gather(images, index, flip):
+    x = images[index].float() / 255
+    return torch.where(flip[:, None, None, None], torch.flip(x, [3]), x)
+
+
+def projected_step_(delta, index, grad, images, flip, alpha, eps, nonfinite):
+    delta[index] = projected_step(delta[index], grad, _gather(images, index, flip), alpha, eps)
+
+
+def perturbed_input(images, delta, index, flip, mean, std, eps, dtype, channels_last):
+    x = _gather(images, index, flip) + delta[index]
+    centre, scale = (torch.tensor(v, device=x.device)[:, None, None] for v in (mean, std))
+    x = ((x - centre) / scale).to(dtype)
+    return x.to(memory_format=torch.channels_last) if channels_last else x

@@ -1,0 +1,144 @@
+"""Times every op of the registry on the CPU beside the published path and the best of plain PyTorch: `make bench`.
+
+Each implementation is checked against float64 first; a wrong one is not timed. A run of all ops writes results/cpu.json.
+"""
+
+import argparse
+import functools
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import measure
+import report
+import torch
+import workloads
+
+from miue_fast._registry import OPS
+
+RESULTS = Path(__file__).parent / "results"
+METHOD = {
+    "time": "implementations interleaved in one process on the same random data, each sample after an untimed call of the same "
+    "implementation (none for calls of seconds); median, 10th and 90th percentile",
+    "extra_bytes": "growth of the peak resident memory (VmHWM, reset before) over one call in a fresh process after a tiny first call; "
+    "the results count, the inputs do not",
+    "overhead": "public call less `Impl.fn` of the implementation it chooses, on tiny inputs, in alternating blocks of calls",
+    "error_of_allowed": "largest error against float64 as a fraction of: twice the reference's error plus four roundings",
+}
+
+
+@dataclass(frozen=True)
+class Target:
+    """`speed`: times faster than `against`; `memory`: bytes; `overhead`: seconds."""
+
+    kind: str
+    workload: str
+    needed: float
+    against: str | None = None
+
+
+TARGETS = (
+    Target("speed", "nt_xent B=512 D=512", 300, "eager"),
+    Target("speed", "nt_xent B=512 D=512", 1.3, "strong"),
+    Target("memory", "nt_xent B=512 D=512", 8e6),
+    Target("memory", "nt_xent B=8192 D=512", 200e6),
+    Target("speed", "intra_class_distance B=512 D=512", 50, "eager"),
+    Target("speed", "projected_step 512x3x32x32", 8, "eager"),
+    Target("speed", "perturbed_input 512x3x32x32 channels-last", 4, "eager"),
+    Target("overhead", "every op, tiny inputs", 15e-6),
+)
+
+
+def judged(rows, overhead):
+    """Every target with what was measured and whether it is met (None: nothing was measured)."""
+    for target in TARGETS:
+        if target.kind == "overhead":
+            measured = max((o["overhead_s"] for o in overhead if o["overhead_s"] is not None), default=None)
+        else:
+            mine = [r for r in rows if r["workload"] == target.workload]
+            ours, other = report.fastest(mine, "ours"), report.fastest(mine, target.against)
+            if target.kind == "memory":
+                measured = ours and ours["extra_bytes"]
+            else:
+                measured = other["median_s"] / ours["median_s"] if ours and other else None
+        met = None if measured is None else measured >= target.needed if target.kind == "speed" else measured < target.needed
+        yield {**vars(target), "measured": measured, "met": met}
+
+
+def overhead(op, *, quick):
+    """Median extra time of the public call, from alternating blocks."""
+    args = workloads.tiny(op.name)
+    chosen = next(i for i in op.impls if op.why_not(i, "cpu", op.dtype_of(*args)) is None)
+    row = {"op": op.name, "implementation": chosen.backend, "reason": None, "public_s": None, "kernel_s": None,
+           "overhead_s": None, "p10_s": None, "p90_s": None}  # fmt: skip
+    if chosen is op.reference:
+        return row | {"reason": "served by the reference: no kernel here"}
+    public, kernel = (functools.partial(fn, *args) for fn in (workloads.PUBLIC[op.name], chosen.fn))
+    blocks, calls = (20, 20) if quick else (300, 200)
+    pairs = [(measure.cpu_clock(public, calls), measure.cpu_clock(kernel, calls)) for _ in range(blocks)]
+    difference = measure.spread([a - b for a, b in pairs])
+    middle = [measure.spread(side)["median_s"] for side in zip(*pairs)]
+    return row | {"public_s": middle[0], "kernel_s": middle[1], "overhead_s": difference["median_s"],
+                  "p10_s": difference["p10_s"], "p90_s": difference["p90_s"]}  # fmt: skip
+
+
+def add_memory(rows, options):
+    """Extra memory of every timed row, each in its own process with malloc returning freed blocks at once."""
+    for row in rows:
+        if row["median_s"] is None or row["extra_bytes_reason"]:
+            continue
+        if options.quick and row["role"] not in ("ours", "eager"):
+            row["extra_bytes_reason"] = "left out by --quick"
+            continue
+        if not Path("/proc/self/clear_refs").exists():
+            row["extra_bytes_reason"] = "needs Linux's /proc"
+        elif "compiled" in row["implementation"]:
+            row["extra_bytes_reason"] = "the compiler's own memory would be counted"
+        else:
+            command = [sys.executable, __file__, "--memory", row["workload"], row["implementation"], "--threads", str(options.threads)]
+            limits = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+            done = subprocess.run([*command, *["--quick"] * options.quick], env=os.environ | limits, capture_output=True, text=True)
+            if done.returncode:
+                row["extra_bytes_reason"] = f"failed: {(done.stderr.strip().splitlines() or [f'exit code {done.returncode}'])[-1]}"
+            else:
+                row["extra_bytes"] = int(done.stdout)
+
+
+def parse(argv):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="tiny sizes, no torch.compile, seconds: shows that it runs, not how fast")
+    parser.add_argument("--ops", nargs="+", choices=sorted(OPS), default=sorted(OPS), metavar="OP", help="only these ops")
+    parser.add_argument("--out", type=Path, help="the JSON file (default: results/cpu.json for a full run, else none)")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--memory", nargs=2, metavar=("WORKLOAD", "IMPLEMENTATION"), help="print the extra bytes of one call and stop")
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    options = parse(argv)
+    torch.set_num_threads(options.threads)
+    chosen = [w for w in workloads.cpu(options.quick) if w.op in options.ops]
+    if options.memory:
+        print(measure.cpu_extra_bytes(next(w for w in chosen if w.name == options.memory[0]), options.memory[1]))
+        return 0
+    record = {"format": report.FORMAT, "kind": "cpu", "quick": options.quick, "environment": measure.environment(), "method": METHOD}
+    rows = []
+    for workload in chosen:
+        print(f"{workload.name} ...", file=sys.stderr, flush=True)
+        rows += measure.run(workload, "cpu", quick=options.quick, budget=0.05 if options.quick else 3.0)
+    extra = [overhead(OPS[name], quick=options.quick) for name in options.ops]
+    add_memory(rows, options)
+    record |= {"rows": rows, "overhead": extra, "targets": [] if options.quick else list(judged(rows, extra))}
+    out = options.out or (RESULTS / "cpu.json" if set(options.ops) == set(OPS) and not options.quick else None)
+    if out:
+        report.save(record, out)
+    print(report.markdown(record))
+    for row in measure.broken(rows):
+        print(f"{row['workload']}: {row['implementation']}: {row['reason']}", file=sys.stderr)
+    return 1 if measure.broken(rows) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,282 @@
+"""The protocol of every table: gate against float64 first, then time the implementations interleaved in one process."""
+
+import itertools
+import math
+import os
+import platform
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+from baselines import eager, strong
+
+from miue_fast import info
+from miue_fast._registry import OPS
+
+COMPILE_LIMIT = 120  # seconds for one torch.compile
+SAMPLE = 1e-3  # seconds: faster calls are timed several at once
+ORACLE_ROWS = 128  # op.truth is B x B x D for some ops; larger batches use the float64 reference, itself checked on so many rows
+
+
+class WrongResult(RuntimeError):
+    """An implementation left its tolerance; it is not timed."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One implementation of a workload's op, or the reason why it takes no part."""
+
+    name: str
+    role: str  # "ours", "reference", "eager", "strong"
+    fn: Callable
+    reason: str | None
+
+
+def candidates(workload, device, args, quick):
+    """Every backend of the registry, then the baselines."""
+    op = OPS[workload.op]
+    dtype = op.dtype_of(*args)
+    for impl in op.impls:
+        if device == "cuda" and impl.devices == {"cpu"}:
+            continue
+        reason = impl.missing() or op.why_not(impl, device, dtype)
+        if impl.backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1":
+            reason = "runs in Triton's interpreter, whose time says nothing"
+        yield Candidate(impl.backend, "reference" if impl is op.reference else "ours", impl.fn, reason)
+    baselines = [("eager", "eager", getattr(eager, workload.op))]
+    baselines += [(name, "strong", fn) for name, fn in strong.PATHS[workload.op].items()]
+    for name, role, fn in baselines:
+        reason = workload.skip.get(name)
+        if quick and strong.COMPILED in name:
+            reason = reason or "left out by --quick: compiling takes seconds"
+        yield Candidate(name, role, fn, reason)
+
+
+def in_double(args):
+    return tuple(a.double() if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in args)
+
+
+def fresh(op, args):
+    """The arguments with private copies of what the op writes."""
+    return tuple(a.clone() if i in op.mutates and a is not None else a for i, a in enumerate(args))
+
+
+def results(op, fn, args):
+    """Everything the call produced: what it returned and what it wrote in place."""
+    args = fresh(op, args)
+    out = fn(*args)
+    out = () if out is None else out if isinstance(out, tuple) else (out,)
+    return (*out, *(args[i] for i in op.mutates if args[i] is not None))
+
+
+def truth(op, args):
+    """What a right implementation gives: the reference itself for pointwise ops, else float64."""
+    if op.exact:
+        return results(op, op.reference.fn, args)
+    if len(args[0]) <= ORACLE_ROWS:
+        return results(op, op.truth, in_double(args))
+    head = in_double(tuple(a[:ORACLE_ROWS] if isinstance(a, torch.Tensor) else a for a in args))
+    for got, want in zip(results(op, op.reference.fn, head), results(op, op.truth, head), strict=True):
+        if not (got - want).abs().max() <= torch.finfo(torch.float32).eps / 1024 * want.abs().max():
+            raise WrongResult(f"{op.name}: the float64 reference differs from op.truth")
+    return results(op, op.reference.fn, in_double(args))
+
+
+def gate(op, args, want, plain, fn, *, exact):
+    """The largest error as a fraction of what is allowed (0 to 1); WrongResult beyond it.
+
+    Allowed: twice the reference's own error against float64 plus four roundings of the largest value; with `exact`: nothing.
+    """
+    worst = 0.0
+    for got, true, ref in zip(results(op, fn, args), want, plain, strict=True):
+        if got.shape != true.shape or got.dtype != ref.dtype:
+            raise WrongResult(f"expected {ref.dtype} {list(true.shape)}, got {got.dtype} {list(got.shape)}")
+        if exact or not true.numel():
+            if not torch.equal(got, ref):
+                raise WrongResult("differs from the reference; expected the same bits")
+            continue
+        rounding = torch.finfo(op.dtype_of(*args)).eps
+        allowed = 2 * (ref.double() - true.double()).abs().max() + 4 * rounding * true.double().abs().max()
+        error = (got.double() - true.double()).abs().max()
+        if not error <= allowed:
+            raise WrongResult(f"error {error.item():.2e} where {allowed.item():.2e} is allowed")
+        worst = max(worst, (error / allowed).item() if allowed else 0.0)
+    return worst
+
+
+@contextmanager
+def time_limit(seconds):
+    def stop(*_):
+        raise TimeoutError(f"not ready after {seconds} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def cpu_clock(call, number):
+    start = time.perf_counter()
+    for _ in range(number):
+        call()
+    return (time.perf_counter() - start) / number
+
+
+def cuda_clock(call, number):
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    for _ in range(number):
+        call()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) * 1e-3 / number
+
+
+def interleaved(calls, clock, budget, most=100):
+    """Seconds per call of each entry, sampled in turn. `budget`: seconds for each entry; calls of a second and more run twice or so."""
+    samples, number, rounds, slow = {}, {}, {}, set()
+    for name, call in calls.items():
+        once = clock(call, 1)
+        if once > 1:
+            slow.add(name)
+        samples[name] = [once] if once > 1 else []
+        number[name] = max(1, math.ceil(SAMPLE / once))
+        rounds[name] = min(most, max(1 if once > 1 else 3, int(budget / (2 * number[name] * once))))
+    names = list(calls)
+    until = time.monotonic() + 2 * budget * len(names)  # a machine that slows down meanwhile ends the sampling early
+    for turn in range(max(rounds.values(), default=0)):
+        if turn >= 3 and time.monotonic() > until:
+            break
+        shift = turn % len(names)
+        for name in names[shift:] + names[:shift]:
+            if turn < rounds[name]:
+                if name not in slow:
+                    calls[name]()  # caches as this implementation leaves them, not as the one before did
+                samples[name].append(clock(calls[name], number[name]))
+    return samples
+
+
+def spread(samples):
+    ordered = sorted(samples)
+
+    def at(fraction):
+        return ordered[round(fraction * (len(ordered) - 1))]
+
+    return {"median_s": at(0.5), "p10_s": at(0.1), "p90_s": at(0.9), "samples": len(ordered)}
+
+
+def cuda_extra_bytes(call):
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    call()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def cpu_extra_bytes(workload, name):
+    """Growth of the peak resident memory over one call, results included. For a fresh process (see bench.py), after a tiny first call."""
+    args, small = (workload.make(batch, "cpu", 1) for batch in (workload.batch, 8))
+    fn = next(c.fn for c in candidates(workload, "cpu", args, False) if c.name == name)
+    fn(*small)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew at the present size
+    before = _status("VmHWM")
+    kept = fn(*args)
+    grown = _status("VmHWM") - before
+    del kept
+    return grown
+
+
+def _status(field):
+    return next(int(line.split()[1]) for line in _lines("/proc/self/status") if line.startswith(field)) * 1024
+
+
+def blank(workload, candidate, reason=None):
+    """The row of a candidate before, or without, its numbers."""
+    return {"workload": workload.name, "op": workload.op, "implementation": candidate.name, "role": candidate.role,
+            "reason": reason or candidate.reason, "error_of_allowed": None, "median_s": None, "p10_s": None, "p90_s": None, "samples": 0,
+            "rate": None, "extra_bytes": None,
+            "extra_bytes_reason": None if workload.memory else "not measured for this workload"}  # fmt: skip
+
+
+def left_out(workload, device, reason):
+    """The rows of a workload that is not run at all."""
+    return [blank(workload, c, reason) for c in candidates(workload, device, workload.make(8, "cpu", 1), True)]
+
+
+def run(workload, device, *, quick, budget, copies=1):
+    """The rows of one workload. `copies`: how many argument sets each implementation walks through (GPU: more than the L2 holds)."""
+    op = OPS[workload.op]
+    sets = [workload.make(workload.batch, device, seed) for seed in range(1, copies + 1)]
+    args = sets[0]
+    want, plain = truth(op, args), results(op, op.reference.fn, args)
+    rows, calls = [], {}
+    for candidate in candidates(workload, device, args, quick):
+        row = blank(workload, candidate)
+        rows.append(row)
+        if row["reason"]:
+            continue
+        try:
+            with time_limit(COMPILE_LIMIT):
+                row["error_of_allowed"] = gate(op, args, want, plain, candidate.fn, exact=op.exact and candidate.role == "ours")
+        except WrongResult as error:
+            row["reason"] = f"refused: {error}"
+        except (RuntimeError, TimeoutError) as error:
+            row["reason"] = f"failed: {type(error).__name__}: {str(error).strip().splitlines()[0]}"
+        else:
+            own = itertools.cycle([fresh(op, a) for a in sets])
+            calls[candidate.name] = lambda fn=candidate.fn, own=own: fn(*next(own))
+            if device == "cuda" and workload.memory:
+                row["extra_bytes"] = cuda_extra_bytes(calls[candidate.name])
+    del want, plain
+    timed = interleaved(calls, cuda_clock if device == "cuda" else cpu_clock, budget, 3 if quick else 100)
+    for row in rows:
+        if row["implementation"] in timed:
+            row |= spread(timed[row["implementation"]])
+            row["rate"] = (workload.flops or workload.moved) / row["median_s"] or None
+    return rows
+
+
+def broken(rows):
+    """Rows of the library itself that failed or were refused: no benchmark run may end well with one."""
+    return [r for r in rows if r["role"] in ("ours", "reference") and (r["reason"] or "").startswith(("refused", "failed"))]
+
+
+def environment():
+    """Where the numbers come from; no paths and no host names."""
+    model = next((line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")), platform.processor())
+    commit = _git("rev-parse", "HEAD") or None
+    return {
+        "cpu": model, "cores": os.cpu_count(), "threads": torch.get_num_threads(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "load_before": round(os.getloadavg()[0], 2), "python": platform.python_version(), "torch": torch.__version__,
+        "triton": _version("triton"),
+        "miue_fast": _version("miue_fast"), "build_flags": info.build_flags(), "cpu_level": info.cpu_level(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None, "cuda": torch.version.cuda,
+        "commit": commit, "uncommitted_changes": bool(_git("status", "--porcelain", "-uno", "--", ":(exclude)results")) if commit else None,
+    }  # fmt: skip
+
+
+def _git(*words):
+    if not shutil.which("git"):
+        return ""
+    return subprocess.run(["git", *words], cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
+
+
+def _lines(path):
+    return Path(path).read_text().splitlines() if Path(path).exists() else []
+
+
+def _version(package):
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

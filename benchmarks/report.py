@@ -1,0 +1,158 @@
+"""Markdown tables from the JSON of bench.py and device.py; `--readme` puts them into README.md, `--check` says whether they are current."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+FORMAT = 1
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
+
+
+def save(record, path):
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Path(path).write_text(json.dumps(record, indent=1, allow_nan=False) + "\n")
+
+
+def load(path):
+    record = json.loads(Path(path).read_text())
+    if record.get("format") != FORMAT:
+        raise ValueError(f"{Path(path).name}: format: expected {FORMAT}, got {record.get('format')}")
+    return record
+
+
+def fastest(rows, role):
+    """The fastest timed row of a role, or None."""
+    return min((r for r in rows if r["role"] == role and r["median_s"] is not None), key=lambda r: r["median_s"], default=None)
+
+
+def seconds(value):
+    unit, scale = next((u for u in (("s", 1), ("ms", 1e-3)) if abs(value) >= u[1]), ("us", 1e-6))
+    return f"{value / scale:.3g} {unit}"
+
+
+def size(value):
+    return f"{value / 1e9:.3g} GB" if value >= 1e9 else f"{value / 1e6:.3g} MB"
+
+
+def ratio(value):
+    return f"{value:.0f}x" if value >= 10 else f"{value:.2f}x"
+
+
+def table(head, rows):
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    return "\n".join(lines + ["| " + " | ".join(map(str, row)) + " |" for row in rows])
+
+
+def _groups(rows):
+    names = dict.fromkeys(r["workload"] for r in rows)
+    return {name: [r for r in rows if r["workload"] == name] for name in names}
+
+
+def _cell(row):
+    return "-" if row is None else f"{seconds(row['median_s'])} ({seconds(row['p10_s'])} - {seconds(row['p90_s'])})"
+
+
+def _summary(rows):
+    """One line per workload: the published path, the best of PyTorch, the fallback, the best of this library."""
+    for name, group in _groups(rows).items():
+        eager, strong, plain, ours = (fastest(group, role) for role in ("eager", "strong", "reference", "ours"))
+        times = [ratio(other["median_s"] / ours["median_s"]) if ours and other else "-" for other in (eager, strong)]
+        memory = " / ".join(size(r["extra_bytes"]) if r and r["extra_bytes"] is not None else "-" for r in (ours, strong, eager))
+        which = f": {strong['implementation']}" if strong else ""
+        mine = f": {ours['implementation']}" if ours else ""
+        memory = memory if any(r["extra_bytes"] is not None for r in group) else "-"
+        yield name, _cell(eager), _cell(strong) + which, _cell(plain), _cell(ours) + mine, *times, memory
+
+
+def _missing(rows):
+    """What this library could not show here, once per backend and reason."""
+    reasons = dict.fromkeys((r["implementation"], r["reason"]) for r in rows if r["role"] == "ours" and r["reason"])
+    return "Without numbers in this run: " + "; ".join(f"{name} ({reason})" for name, reason in reasons) + "." if reasons else ""
+
+
+def _all_rows(rows):
+    for r in rows:
+        memory = size(r["extra_bytes"]) if r["extra_bytes"] is not None else "-"
+        timed = (_cell(r), f"{r['error_of_allowed']:.2f}") if r["median_s"] is not None else ("-", "-")
+        unit = "GFLOP/s" if r["op"] in ("nt_xent", "mi_ue_value_and_grad") else "GB/s"
+        yield r["workload"], r["implementation"], *timed, f"{r['rate'] / 1e9:.3g} {unit}" if r["rate"] else "-", memory, r["reason"] or ""
+
+
+def _targets(targets):
+    for t in targets:
+        show, sign = {"speed": (ratio, ">="), "memory": (size, "<"), "overhead": (seconds, "<")}[t["kind"]]
+        what = {"speed": f"speed against {t['against']}", "memory": "extra memory", "overhead": "public call less kernel"}[t["kind"]]
+        measured = "not measured" if t["measured"] is None else show(t["measured"])
+        yield f"{t['workload']}: {what}", f"{sign} {show(t['needed'])}", measured, {True: "met", False: "**missed**", None: "-"}[t["met"]]
+
+
+def _environment(env):
+    where = env["gpu"] or env["cpu"]
+    parts = [where, f"{env['threads']} threads", env["system"], f"torch {env['torch']}", f"triton {env['triton']}"]
+    parts += [f"C++ level {env['cpu_level'] or 'not built'}", f"commit {(env['commit'] or 'unknown')[:12]}"]
+    return ", ".join(parts) + (" with changes" if env["uncommitted_changes"] else "") + f"; load before the run {env['load_before']}"
+
+
+def markdown(record, *, details=True):
+    """The record as Markdown; without `details` what the README shows."""
+    parts = [_environment(record["environment"]) + (". Quick run: sizes too small to mean anything." if record["quick"] else "")]
+    if record["targets"]:
+        parts.append(table(("target", "needed", "measured", ""), _targets(record["targets"])))
+    if record.get("ceilings"):
+        rows = [(c["name"], f"{c['rate'] / 1e12:.3g} {c['unit']}" if c["rate"] else "-", c["reason"] or "") for c in record["ceilings"]]
+        parts.append(table(("ceiling", "measured", "why not"), rows))
+    if record["rows"]:
+        head = ("workload", "eager (published path)", "strong (best PyTorch)", "reference", "this library", "vs eager", "vs strong",
+                "extra memory: ours / strong / eager")  # fmt: skip
+        parts.append("Median of a call (10th - 90th percentile).\n\n" + table(head, _summary(record["rows"])))
+        parts += [_missing(record["rows"])] * bool(_missing(record["rows"]))
+    if details and record["rows"]:
+        head = ("workload", "implementation", "time", "error / allowed", "rate", "extra memory", "why not")
+        parts.append(table(head, _all_rows(record["rows"])))
+    if record.get("overhead"):
+        timed = [(o["op"], *(seconds(o[k]) if o[k] is not None else "-" for k in ("public_s", "kernel_s", "overhead_s")), o["reason"] or "")
+                 for o in record["overhead"]]  # fmt: skip
+        parts.append(table(("op on tiny inputs", "public call", "kernel", "overhead", "why not"), timed))
+    if record.get("parity"):
+        rows = [(p["op"], p["implementation"], p["dtype"], p["samples"], p["outcome"]) for p in record["parity"]]
+        parts.append(table(("parity", "implementation", "dtype", "samples", "outcome"), rows))
+    return "\n\n".join(parts)
+
+
+def section():
+    """What stands between the README's markers."""
+    files = [RESULTS / "cpu.json", RESULTS / "device.json"]
+    return "\n\n".join(markdown(load(path), details=False) for path in files if path.exists()) or "No results yet: `make bench`."
+
+
+def rewritten(text):
+    """README text with the section replaced."""
+    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
+        raise ValueError(f"README.md: markers: expected {BEGIN} and {END} once each, in this order")
+    return text.split(BEGIN)[0] + f"{BEGIN}\n{section()}\n{END}" + text.split(END)[1]
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("file", nargs="?", type=Path, default=RESULTS / "cpu.json", help="the JSON to print")
+    parser.add_argument("--readme", action="store_true", help="rewrite the section of README.md")
+    parser.add_argument("--check", action="store_true", help="exit code 1 if README.md does not show the present results")
+    options = parser.parse_args(argv)
+    readme = ROOT / "README.md"
+    if not (options.readme or options.check):
+        print(markdown(load(options.file)))
+        return 0
+    text = readme.read_text()
+    if options.check:
+        current = rewritten(text) == text
+        print("README.md is current" if current else "README.md is stale: run `python benchmarks/report.py --readme`")
+        return 0 if current else 1
+    readme.write_text(rewritten(text))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

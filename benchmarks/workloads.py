@@ -1,0 +1,155 @@
+"""What is timed: per op one data set of a real run's size. `make(batch, device, seed)` gives the arguments of `Impl.fn`."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+
+import miue_fast
+
+MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+EPS, ALPHA = 8 / 255, 0.3 / 255
+CLASSES = 10
+
+
+@dataclass(frozen=True)
+class Workload:
+    name: str
+    op: str
+    batch: int
+    make: Callable
+    flops: int = 0  # two B x B x D products: the least that a dense method computes
+    moved: int = 0  # bytes that must be read and written once
+    memory: bool = False  # measure the extra memory of one call
+    skip: dict = field(default_factory=dict)  # implementation -> why it does not take part
+
+
+def features(batch, device, seed, *, width=512, dtype=torch.float32):
+    """Positive features in CLASSES overlapping clusters, and labels."""
+    gen = torch.Generator().manual_seed(seed)
+    labels = torch.randint(CLASSES, (batch,), generator=gen)
+    centres = torch.randn(CLASSES, width, generator=gen)
+    values = torch.nn.functional.softplus(centres[labels] + torch.randn(batch, width, generator=gen))
+    return values.to(dtype).to(device), labels.to(device)
+
+
+def nt_xent(batch, device, seed, **kind):
+    return *features(batch, device, seed, **kind), 0.1, "all", True
+
+
+def intra_class_distance(batch, device, seed, **kind):
+    return *features(batch, device, seed, **kind), True, True
+
+
+def mi_ue(batch, device, seed, *, zeta, **kind):
+    return *features(batch, device, seed, **kind), 0.1, zeta, "all", True
+
+
+def projected_step(batch, device, seed, *, side=32):
+    gen = torch.Generator().manual_seed(seed)
+    image, grad, delta = (torch.rand(batch, 3, side, side, generator=gen) for _ in range(3))
+    return ((delta * 2 - 1) * EPS).to(device), (grad - 0.5).to(device), image.to(device), ALPHA, EPS
+
+
+def store(batch, device, seed, *, side=32):
+    """(images, delta, index, flip): a store of four batches, of which a random quarter is used."""
+    gen = torch.Generator().manual_seed(seed)
+    images = torch.randint(256, (4 * batch, 3, side, side), generator=gen, dtype=torch.uint8)
+    delta = (torch.rand(images.shape, generator=gen) * 2 - 1) * EPS
+    index = torch.randperm(len(images), generator=gen)[:batch]
+    flip = torch.rand(batch, generator=gen) < 0.5
+    return images.to(device), delta.to(device), index.to(device), flip.to(device)
+
+
+def projected_step_(batch, device, seed, *, dtype=torch.float32, side=32):
+    images, delta, index, flip = store(batch, device, seed, side=side)
+    grad = torch.randn(batch, *images.shape[1:], generator=torch.Generator().manual_seed(seed + 1))
+    grad = grad.to(dtype).to(device).contiguous(memory_format=torch.channels_last)
+    return delta, index, grad, images, flip, ALPHA, EPS, None
+
+
+def perturbed_input(batch, device, seed, *, dtype=torch.float32, channels_last=True, side=32):
+    images, delta, index, flip = store(batch, device, seed, side=side)
+    return images, delta, index, flip, MEAN, STD, 0.0, dtype, channels_last
+
+
+def _loss_skips(batch):
+    """Dense B x B paths stop where their temporaries would take gigabytes, the B x B x D one long before."""
+    skip = {}
+    if batch > 512:
+        skip["eager"] = f"one of its B x B x D temporaries would take {batch * batch * 512 * 4 / 2**30:,.0f} GiB"
+    if batch > 2048:
+        dense = ("matmul, autograd", "matmul, autograd, compiled", "closed form", "closed form, compiled")
+        skip |= {name: f"keeps several B x B matrices of {batch * batch * 4 / 2**30:,.2f} GiB" for name in dense}
+    return skip
+
+
+def _nt_xent_workload(batch, *, dtype=torch.float32, width=512, memory=True):
+    suffix = "" if dtype == torch.float32 else f" {str(dtype)[6:]}"
+    return Workload(f"nt_xent B={batch} D={width}{suffix}", "nt_xent", batch, partial(nt_xent, dtype=dtype, width=width),
+                    flops=4 * batch * batch * width, memory=memory, skip=_loss_skips(batch))  # fmt: skip
+
+
+def _pixel_workloads(batch, dtype, side=32):
+    pixels, size, shape = batch * 3 * side * side, dtype.itemsize, f"{batch}x3x{side}x{side}"
+    suffix = "" if dtype == torch.float32 else f" {str(dtype)[6:]}"
+    yield Workload(f"projected_step_ {shape} store{suffix}", "projected_step_", batch, partial(projected_step_, dtype=dtype, side=side),
+                   moved=pixels * (1 + 4 + 4 + size))  # fmt: skip
+    for channels_last in (True, False):
+        layout = "channels-last" if channels_last else "contiguous"
+        yield Workload(f"perturbed_input {shape} {layout}{suffix}", "perturbed_input", batch,
+                       partial(perturbed_input, dtype=dtype, channels_last=channels_last, side=side),
+                       moved=pixels * (1 + 4 + size))  # fmt: skip
+
+
+def cpu(quick=False):
+    batch, width, side = (48, 32, 8) if quick else (512, 512, 32)
+    yield _nt_xent_workload(batch, width=width)
+    if not quick:
+        yield _nt_xent_workload(2048, memory=False)
+        yield _nt_xent_workload(8192)
+    yield Workload(f"intra_class_distance B={batch} D={width}", "intra_class_distance", batch, partial(intra_class_distance, width=width))
+    for zeta in (0.1, 0.0):
+        yield Workload(f"mi_ue_value_and_grad B={batch} D={width} zeta={zeta:g}", "mi_ue_value_and_grad", batch,
+                       partial(mi_ue, zeta=zeta, width=width), flops=4 * batch * batch * width)  # fmt: skip
+    yield Workload(f"projected_step {batch}x3x{side}x{side}", "projected_step", batch, partial(projected_step, side=side),
+                   moved=batch * 3 * side * side * 16)  # fmt: skip
+    yield from _pixel_workloads(batch, torch.float32, side)
+
+
+def gpu_loss(quick=False):
+    for batch in (512,) if quick else (512, 2048, 8192, 50_000):
+        for dtype in (torch.float32, torch.bfloat16):
+            yield _nt_xent_workload(batch, dtype=dtype)
+    yield Workload("intra_class_distance B=512 D=512", "intra_class_distance", 512, intra_class_distance)
+    for zeta in (0.1, 0.0):
+        yield Workload(f"mi_ue_value_and_grad B=512 D=512 zeta={zeta:g}", "mi_ue_value_and_grad", 512, partial(mi_ue, zeta=zeta))
+
+
+def gpu_pixels(quick=False):
+    for batch in (512,) if quick else (512, 8192):
+        for dtype in (torch.float32, torch.bfloat16):
+            yield from _pixel_workloads(batch, dtype)
+
+
+PUBLIC = {  # the public call with the arguments of `Impl.fn`
+    "nt_xent": lambda f, y, t, denominator, want_grad: miue_fast.nt_xent(f, y, t, denominator=denominator),
+    "intra_class_distance": lambda f, y, normalize, want_grad: miue_fast.intra_class_distance(f, y, normalize_dim=normalize),
+    "mi_ue_value_and_grad": lambda f, y, t, zeta, denominator, normalize: miue_fast.mi_ue_value_and_grad(
+        f, y, t, zeta, denominator=denominator, normalize_dim=normalize),
+    "projected_step": lambda delta, grad, image, alpha, eps: miue_fast.projected_step(delta, grad, image, alpha, eps),
+    "projected_step_": lambda delta, index, grad, images, flip, alpha, eps, nonfinite: miue_fast.projected_step_(
+        delta, index, grad, images, flip, alpha=alpha, eps=eps, nonfinite=nonfinite),
+    "perturbed_input": lambda images, delta, index, flip, mean, std, eps, dtype, channels_last: miue_fast.perturbed_input(
+        images, delta, index, flip, mean, std, eps=eps, dtype=dtype, channels_last=channels_last),
+}  # fmt: skip
+
+
+def tiny(op):
+    """Inputs so small that a call costs its overhead; the losses without their gradient, as the public call computes them."""
+    size = {"nt_xent": partial(nt_xent, width=4), "intra_class_distance": partial(intra_class_distance, width=4),
+            "mi_ue_value_and_grad": partial(mi_ue, zeta=0.1, width=4), "projected_step": partial(projected_step, side=2),
+            "projected_step_": partial(projected_step_, side=2), "perturbed_input": partial(perturbed_input, side=2)}  # fmt: skip
+    args = size[op](2, "cpu", 1)
+    return (*args[:-1], False) if op in ("nt_xent", "intra_class_distance") else args

@@ -1,0 +1,79 @@
+// Kernels of intra_class_distance: BLOCK rows against a run of rows of the same class, by direct differences.
+constexpr int BLOCK = 4;
+constexpr int OTHERS = MIUE_BYTES == 64 ? 4 : 2;  // BLOCK * OTHERS sums stay in registers
+
+template <class T>
+static double sum(const T* values, int64_t n) {
+    typename Simd<T>::Wide total{};
+    int64_t j = 0;
+    for (; j + LANES<T> <= n; j += LANES<T>) total += __builtin_convertvector(load(values + j), typename Simd<T>::Wide);
+    double rest = add_lanes(total);
+    for (; j < n; j++) rest += double(values[j]);
+    return rest;
+}
+
+template <class T>
+static void distances(const T* f, int64_t stride, int64_t n, int64_t i, int64_t rows, int64_t from, int64_t count, T* out, int64_t ld) {
+    for (int64_t j = 0; j < count; j += OTHERS) {
+        const T *a[BLOCK], *b[OTHERS];  // past the end: the last row once more
+        for (int r = 0; r < BLOCK; r++) a[r] = f + (i + (r < rows ? r : rows - 1)) * stride;
+        for (int c = 0; c < OTHERS; c++) b[c] = f + (from + (j + c < count ? j + c : count - 1)) * stride;
+        V<T> acc[BLOCK][OTHERS] = {};
+        for (int64_t k = 0; k < n; k += LANES<T>) {
+            V<T> bv[OTHERS];
+#pragma GCC unroll 4
+            for (int c = 0; c < OTHERS; c++) bv[c] = load(b[c] + k);
+#pragma GCC unroll 4
+            for (int r = 0; r < BLOCK; r++) {
+                const V<T> av = load(a[r] + k);
+#pragma GCC unroll 4
+                for (int c = 0; c < OTHERS; c++) {
+                    const V<T> difference = av - bv[c];
+                    acc[r][c] = fma(difference, difference, acc[r][c]);
+                }
+            }
+        }
+        for (int64_t r = 0; r < rows; r++)
+            for (int64_t c = 0; c < OTHERS && j + c < count; c++) out[r * ld + j + c] = T(__builtin_sqrt(add_lanes(acc[r][c])));
+    }
+}
+
+template <class T>
+static void pull(const T* f, int64_t stride, const T* share, int64_t i, int64_t rows, int64_t from, int64_t count, T* weights, int64_t ld,
+                 T* grad) {
+    for (int64_t r = 0; r < rows; r++)
+        for (int64_t j = 0; j < count; j++) {
+            const T distance = weights[r * ld + j];
+            weights[r * ld + j] = distance == 0 ? T(0) : (share[i + r] + share[from + j]) / distance;
+        }
+    for (int64_t k = 0; k < stride; k += LANES<T>) {
+        V<T> total[BLOCK], own[BLOCK];
+        for (int r = 0; r < BLOCK; r++) {
+            total[r] = load(grad + r * stride + k);
+            own[r] = load(f + (i + (r < rows ? r : 0)) * stride + k);
+        }
+        for (int64_t group = 0; group < count; group += GROUP) {
+            V<T> part[BLOCK] = {};
+            for (int64_t j = group; j < count && j < group + GROUP; j++) {
+                const V<T> other = load(f + (from + j) * stride + k);
+#pragma GCC unroll 4
+                for (int r = 0; r < BLOCK; r++) part[r] = fma(own[r] - other, all(weights[(r < rows ? r : 0) * ld + j]), part[r]);
+            }
+            for (int r = 0; r < BLOCK; r++) total[r] += part[r];
+        }
+        for (int r = 0; r < BLOCK; r++) store(grad + r * stride + k, total[r]);
+    }
+}
+
+template <class T>
+static void finish(void* out, DType dtype, const T* values, const T* addend, T weight, int64_t n) {
+    constexpr int CHUNK = 256;
+    T sum[CHUNK];
+    for (int64_t from = 0; from < n; from += CHUNK) {
+        const int64_t count = n - from < CHUNK ? n - from : CHUNK;
+        for (int64_t k = 0; k < count; k++) sum[k] = weight * values[from + k];
+        if (addend)
+            for (int64_t k = 0; k < count; k++) sum[k] = addend[from + k] + sum[k];
+        narrow(static_cast<char*>(out) + from * size_of(dtype), dtype, sum, count);
+    }
+}

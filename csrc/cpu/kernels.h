@@ -1,0 +1,74 @@
+// What the ops (compiled once) and the kernels (compiled once per instruction set) share: plain data and a table of functions.
+#pragma once
+#include "../ops.h"
+
+namespace miue {
+
+// Every level's panel width divides PAD, so one workspace serves them all.
+constexpr int64_t PAD = 96;
+// Rows of the other side handled at a time: such a slice of a panel stays in the level-2 cache.
+constexpr int64_t SLICE = 1024;
+
+// One nt_xent call. Rows are grouped in panels of `width` (LossKernels::panel).
+template <class T>
+struct NtXentJob {
+    const NtXentArgs* args;
+    int64_t B, D, panels, width_padded;  // panels * panel = padded B; width_padded = padded D
+    const T* ids;                        // class number of each row, -1 in the padding; small integers are exact in T
+    bool uniform;                        // one shift for every pair: S may be overwritten by E = exp((S - 1) / t)
+    bool kept;                           // the whole S is in memory
+    T *columns, *rows;                   // z as [panel][d][row in panel], and as [d panel][row][d in panel]
+    T *norm, *own, *top, *same_weight, *other_weight;
+    double* row_loss;
+    T* similarity;  // kept: [panel][row][row in panel]
+};
+
+template <class T>
+struct LossKernels {
+    int64_t panel;
+    // Normalises and packs the rows of panel p; returns whether all of them have unit length.
+    bool (*pack)(const NtXentJob<T>&, int64_t p);
+    // Similarity of panels p <= q, stored at both places of the symmetric matrix.
+    void (*similarity)(const NtXentJob<T>&, int64_t p, int64_t q);
+    // Sums, row losses and weights of panel q. `slice`: SLICE * panel values, unused when S is kept.
+    void (*sums)(const NtXentJob<T>&, int64_t q, T* slice);
+    // Gradient rows of panel q. `grad`: panel * width_padded values.
+    void (*gradient)(const NtXentJob<T>&, int64_t q, T* slice, T* grad);
+
+    int64_t block;  // rows handled together by the distance kernels
+    void (*convert)(T* out, const void* in, DType, int64_t n);
+    // out[r, j] = ||f[i + r] - f[from + j]|| for r < rows <= block, j < count; f has rows of `stride` values, `n` of them used.
+    void (*distances)(const T* f, int64_t stride, int64_t n, int64_t i, int64_t rows, int64_t from, int64_t count, T* out, int64_t ld);
+    double (*sum)(const T* values, int64_t n);
+    // weights[r, j] = (share[i + r] + share[from + j]) / distance, 0 at distance 0; then grad[r] += sum_j weights[r, j] (f[i + r] - f[from + j]).
+    void (*pull)(const T* f, int64_t stride, const T* share, int64_t i, int64_t rows, int64_t from, int64_t count, T* weights, int64_t ld,
+                 T* grad);
+    // out = addend + weight * values, rounded to `dtype`; addend may be null.
+    void (*finish)(void* out, DType dtype, const T* values, const T* addend, T weight, int64_t n);
+};
+
+struct Kernels {
+    const char* name;
+    LossKernels<float> f32;
+    LossKernels<double> f64;
+    void (*step)(const ProjectedStepArgs&, int64_t from, int64_t to);
+    // Pixels [from, to) of batch row b, all channels; returns the number of NaN and Inf in the gradient there.
+    int64_t (*step_inplace)(const ProjectedStepInplaceArgs&, int64_t b, int64_t from, int64_t to);
+    void (*input)(const PerturbedInputArgs&, int64_t b, int64_t from, int64_t to);
+};
+
+template <class T>
+const LossKernels<T>& loss_kernels(const Kernels&);
+template <>
+inline const LossKernels<float>& loss_kernels<float>(const Kernels& k) {
+    return k.f32;
+}
+template <>
+inline const LossKernels<double>& loss_kernels<double>(const Kernels& k) {
+    return k.f64;
+}
+
+extern const Kernels generic_kernels, avx2_kernels, avx512_kernels;
+const Kernels& kernels();  // of the level in use
+
+}  // namespace miue

@@ -1,0 +1,138 @@
+// What every kernel file shares: launch with its check, typed loads and stores, warp sums.
+#pragma once
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <cstdint>
+#include <string>
+
+#include "check.h"
+#include "ops.h"
+
+namespace miue {
+
+constexpr int THREADS = 128;  // of every block here
+constexpr int WARPS = THREADS / 32;
+
+// Launches on `stream` and turns a failed launch (or a missing driver) into BackendFailure. An empty grid is no launch.
+template <class... P, class... A>
+void launch(const char* name, void (*kernel)(P...), int64_t x, int64_t y, [[maybe_unused]] void* stream, A... args) {
+    if (x == 0 || y == 0) return;
+    const dim3 grid(static_cast<unsigned>(x), static_cast<unsigned>(y));
+#ifdef __CUDACC__
+    kernel<<<grid, THREADS, 0, static_cast<cudaStream_t>(stream)>>>(static_cast<P>(args)...);
+#else
+    shim::launch(grid, THREADS, [&] { kernel(static_cast<P>(args)...); });
+#endif
+    const cudaError_t error = cudaGetLastError();
+    if (error != cudaSuccess) throw BackendFailure(std::string(name) + ": " + cudaGetErrorString(error));
+}
+
+constexpr float FLOAT_MAX = 3.4028235e38f;
+
+inline void require_dtype(const char* op, const char* argument, DType got, bool ok) {
+    require(ok, op, argument, "a dtype the CUDA kernels take (see ops.h)", "code " + std::to_string(static_cast<int>(got)));
+}
+inline bool is_feature(DType t) { return t == DType::f32 || t == DType::f16 || t == DType::bf16; }
+inline bool aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+__device__ __forceinline__ float half_value(uint16_t bits) { return __half2float(__ushort_as_half(bits)); }
+__device__ __forceinline__ uint16_t half_bits(float x) { return __half_as_ushort(__float2half_rn(x)); }
+__device__ __forceinline__ float bfloat_value(uint16_t bits) { return __bfloat162float(__ushort_as_bfloat16(bits)); }
+__device__ __forceinline__ uint16_t bfloat_bits(float x) { return __bfloat16_as_ushort(__float2bfloat16_rn(x)); }
+
+// One number as stored (u8 and i8 are not scaled). The switch is uniform over the grid.
+__device__ __forceinline__ float load(const void* p, DType t, int64_t at) {
+    switch (t) {
+        case DType::f32: return static_cast<const float*>(p)[at];
+        case DType::f16: return half_value(static_cast<const uint16_t*>(p)[at]);
+        case DType::bf16: return bfloat_value(static_cast<const uint16_t*>(p)[at]);
+        case DType::u8: return static_cast<const uint8_t*>(p)[at];
+        default: return static_cast<const int8_t*>(p)[at];
+    }
+}
+
+__device__ __forceinline__ void store(void* p, DType t, int64_t at, float x) {
+    switch (t) {
+        case DType::f32: static_cast<float*>(p)[at] = x; break;
+        case DType::f16: static_cast<uint16_t*>(p)[at] = half_bits(x); break;
+        case DType::bf16: static_cast<uint16_t*>(p)[at] = bfloat_bits(x); break;
+        default: static_cast<int8_t*>(p)[at] = static_cast<int8_t>(x == x ? x : 0.f); break;  // i8 levels, already whole numbers
+    }
+}
+
+// V = 8 consecutive numbers in 16-byte (bytes: 8-byte) accesses; the caller has checked alignment. V = 1 is the plain form.
+template <int V>
+__device__ __forceinline__ void load(const void* p, DType t, int64_t at, float (&v)[V]) {
+    if constexpr (V == 1) {
+        v[0] = load(p, t, at);
+    } else if (t == DType::f32) {
+        const float4 a = *reinterpret_cast<const float4*>(static_cast<const float*>(p) + at);
+        const float4 b = *reinterpret_cast<const float4*>(static_cast<const float*>(p) + at + 4);
+        v[0] = a.x, v[1] = a.y, v[2] = a.z, v[3] = a.w, v[4] = b.x, v[5] = b.y, v[6] = b.z, v[7] = b.w;
+    } else if (t == DType::f16 || t == DType::bf16) {
+        const uint4 a = *reinterpret_cast<const uint4*>(static_cast<const uint16_t*>(p) + at);
+        const uint32_t words[4] = {a.x, a.y, a.z, a.w};
+#pragma unroll
+        for (int k = 0; k < 8; ++k) {
+            const uint16_t bits = static_cast<uint16_t>(words[k / 2] >> (16 * (k % 2)));
+            v[k] = t == DType::f16 ? half_value(bits) : bfloat_value(bits);
+        }
+    } else {
+        const uint2 a = *reinterpret_cast<const uint2*>(static_cast<const uint8_t*>(p) + at);
+#pragma unroll
+        for (int k = 0; k < 8; ++k) {
+            const uint8_t byte = static_cast<uint8_t>((k < 4 ? a.x : a.y) >> (8 * (k % 4)));
+            v[k] = t == DType::u8 ? static_cast<float>(byte) : static_cast<float>(static_cast<int8_t>(byte));
+        }
+    }
+}
+
+template <int V>
+__device__ __forceinline__ void store(void* p, DType t, int64_t at, const float (&v)[V]) {
+    if constexpr (V == 1) {
+        store(p, t, at, v[0]);
+    } else if (t == DType::f32) {
+        *reinterpret_cast<float4*>(static_cast<float*>(p) + at) = make_float4(v[0], v[1], v[2], v[3]);
+        *reinterpret_cast<float4*>(static_cast<float*>(p) + at + 4) = make_float4(v[4], v[5], v[6], v[7]);
+    } else if (t == DType::f16 || t == DType::bf16) {
+        uint32_t words[4] = {0, 0, 0, 0};
+#pragma unroll
+        for (int k = 0; k < 8; ++k) {
+            words[k / 2] |= static_cast<uint32_t>(t == DType::f16 ? half_bits(v[k]) : bfloat_bits(v[k])) << (16 * (k % 2));
+        }
+        *reinterpret_cast<uint4*>(static_cast<uint16_t*>(p) + at) = make_uint4(words[0], words[1], words[2], words[3]);
+    } else {
+        uint32_t words[2] = {0, 0};
+#pragma unroll
+        for (int k = 0; k < 8; ++k) {
+            const int8_t level = static_cast<int8_t>(v[k] == v[k] ? v[k] : 0.f);
+            words[k / 4] |= static_cast<uint32_t>(static_cast<uint8_t>(level)) << (8 * (k % 4));
+        }
+        *reinterpret_cast<uint2*>(static_cast<uint8_t*>(p) + at) = make_uint2(words[0], words[1]);
+    }
+}
+
+// Every lane gets the sum; the order is fixed.
+template <class T>
+__device__ __forceinline__ T warp_sum(T x) {
+#pragma unroll
+    for (int lanes = 16; lanes > 0; lanes /= 2) x += __shfl_xor_sync(0xffffffffu, x, lanes);
+    return x;
+}
+
+// Sum over the block, valid in thread 0.
+__device__ __forceinline__ double block_sum(double x) {
+    __shared__ double parts[WARPS];
+    x = warp_sum(x);
+    if (threadIdx.x % 32 == 0) parts[threadIdx.x / 32] = x;
+    __syncthreads();
+    double sum = 0;
+    for (int k = 0; k < WARPS; ++k) sum += parts[k];
+    __syncthreads();
+    return sum;
+}
+
+}  // namespace miue

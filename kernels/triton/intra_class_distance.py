@@ -1,0 +1,107 @@
+"""Within-class distance value and gradient by direct differences in fp32, on rows sorted by class."""
+
+import torch
+import triton
+import triton.language as tl
+from miue_fast.kernels.triton._common import log1p, on_device_of
+
+TILES = [  # 16 values per thread
+    {"BM": 16, "BD": 128, "STAGES": 3, "num_warps": 4},
+    {"BM": 4, "BD": 512, "STAGES": 3, "num_warps": 4},
+    {"BM": 2, "BD": 2048, "STAGES": 3, "num_warps": 8},
+]
+
+
+@triton.jit
+def _pairs_kernel(
+    features, starts, ends, order, sums, shares, addend, grad, B, D, scale, weight,
+    GRAD: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """BM sorted rows against the members of their classes, one member at a time. Without GRAD: sums = scale * sum_j ||f_i - f_j||.
+
+    With GRAD: columns [BD] of sum_j (share_i + share_j) / d_ij * (f_i - f_j), times `weight`, added to `addend` and written in
+    the caller's row order.
+    """
+    rows = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
+    known = rows < B
+    d = tl.program_id(1) * BD + tl.arange(0, BD)
+    mine = tl.load(features + rows[:, None] * D + d[None, :], mask=known[:, None] & (d < D)[None, :], other=0).to(tl.float32)
+    row_start = tl.load(starts + rows, mask=known, other=B)
+    row_end = tl.load(ends + rows, mask=known, other=0)
+    if GRAD:
+        share = tl.load(shares + rows, mask=known, other=0)
+        total = tl.zeros((BM, BD), tl.float32)
+    else:
+        distances = tl.zeros((BM,), tl.float32)
+    for j in tl.range(tl.min(row_start), tl.max(row_end), num_stages=STAGES):
+        other = tl.load(features + j * D + d, mask=d < D, other=0).to(tl.float32)
+        difference = mine - other[None, :]
+        if BD >= D:
+            squared = tl.sum(difference * difference, 1)
+        else:
+            squares = tl.zeros((BM, BD), tl.float32)
+            for first in range(0, D, BD):
+                e = first + tl.arange(0, BD)
+                a = tl.load(features + rows[:, None] * D + e[None, :], mask=known[:, None] & (e < D)[None, :], other=0).to(tl.float32)
+                a -= tl.load(features + j * D + e, mask=e < D, other=0).to(tl.float32)[None, :]
+                squares += a * a
+            squared = tl.sum(squares, 1)
+        distance = tl.sqrt_rn(squared)
+        member = (row_start <= j) & (j < row_end)
+        if GRAD:
+            pair = share + tl.load(shares + j)
+            pair = tl.where(member & (distance != 0), pair / distance, 0.0)
+            total += pair[:, None] * difference
+        else:
+            distances += tl.where(member, distance, 0.0)
+    if GRAD:
+        target = tl.load(order + rows, mask=known, other=0)[:, None] * D + d[None, :]
+        inside = known[:, None] & (d < D)[None, :]
+        total *= weight
+        if addend is not None:
+            total += tl.load(addend + target, mask=inside, other=0)
+        tl.store(grad + target, total.to(grad.dtype.element_ty), mask=inside)
+    else:
+        tl.store(sums + rows, distances * scale, mask=known)
+
+
+@triton.jit
+def _loss_kernel(sums, addend, shares, loss, B, scale, per_row, BLOCK: tl.constexpr):
+    """loss = addend + per_row * sum_i log1p(sums_i), shares = scale / (1 + sums): one program, fixed order."""
+    total = tl.zeros((BLOCK,), tl.float32)
+    for first in range(0, B, BLOCK):
+        rows = first + tl.arange(0, BLOCK).to(tl.int64)
+        sum_of_row = tl.load(sums + rows, mask=rows < B, other=0)
+        total += log1p(sum_of_row)
+        tl.store(shares + rows, tl.div_rn(scale, 1 + sum_of_row), mask=rows < B)
+    value = tl.sum(total) * per_row
+    if addend is not None:
+        value += tl.load(addend)
+    tl.store(loss, value)
+
+
+def weighted(features, labels, normalize_dim, want_grad, weight=1.0, addend_loss=None, addend_grad=None):
+    """addend + weight * (loss, gradient); the addends are fp32."""
+    b, d = features.shape
+    loss = torch.empty((), dtype=torch.float32, device=features.device)
+    grad = torch.empty((b, d) if want_grad else (0,), dtype=features.dtype, device=features.device)
+    if b == 0:
+        return loss.fill_(torch.nan), grad
+    classes, order = torch.sort(labels, stable=True)
+    starts, ends = torch.searchsorted(classes, classes), torch.searchsorted(classes, classes, right=True)
+    features = features[order]
+    sums, shares = torch.empty((2, b), dtype=torch.float32, device=features.device)
+    scale = 1 / d if normalize_dim and d else 1.0
+    tile = next((tile for tile in TILES if tile["BD"] >= d), TILES[-1])
+    row_tiles = triton.cdiv(b, tile["BM"])
+    with on_device_of(features):
+        arguments = features, starts, ends, order, sums, shares, addend_grad, grad, b, d, scale, weight
+        _pairs_kernel[(row_tiles, 1)](*arguments, GRAD=False, **tile)
+        _loss_kernel[(1,)](sums, addend_loss, shares, loss, b, scale / b, weight / b, BLOCK=1024, num_warps=8)
+        if grad.numel():
+            _pairs_kernel[(row_tiles, triton.cdiv(d, tile["BD"]))](*arguments, GRAD=True, **tile)
+    return loss, grad
+
+
+def intra_class_distance(features, labels, normalize_dim, want_grad):
+    return weighted(features, labels, normalize_dim, want_grad)

@@ -1,0 +1,273 @@
+"""NT-Xent value and gradient in four launches: unit rows, row sums over column tiles, coefficients and loss, gradient.
+
+Rows are scaled by powers of two to norms in [2^12, 2^13) and held as fp16: exact for half-precision features, and as a sum
+hi + lo for fp32 features. Products of such operands are exact in fp32 accumulators, so similarities are as good as fp32 at the
+fp16 rate of the tensor cores. The gradient's weights are split into hi + lo in the same way.
+Below STORED_ROWS the similarities are kept (at most 16 MB, in L2); above, the gradient recomputes them tile by tile.
+"""
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from miue_fast.kernels.triton._common import log, log1p, on_device_of, power_of_two_over
+
+STORED_ROWS = 2048
+WIDTH = 64  # rows are padded to a multiple of it, so that no product needs a mask along K
+UNIT = {"ROWS": 4, "BD": 512, "num_warps": 4}
+# Tiles per launch: no spills on sm_80 and sm_90 for one fp16 operand, and for two (fp32 features).
+SUMS = {
+    ("stored", 1): {"BM": 64, "BN": 64, "BK": 64, "num_warps": 4, "num_stages": 4},
+    ("stored", 2): {"BM": 64, "BN": 64, "BK": 64, "num_warps": 4, "num_stages": 3},
+    ("recomputed", 1): {"BM": 128, "BN": 64, "BK": 64, "num_warps": 8, "num_stages": 3},
+    ("recomputed", 2): {"BM": 64, "BN": 64, "BK": 64, "num_warps": 4, "num_stages": 3},
+}
+GRADIENT = {
+    ("stored", 1): {"BM": 64, "BN": 64, "BK": 64, "BD": 64, "num_warps": 8, "num_stages": 3},
+    ("stored", 2): {"BM": 64, "BN": 64, "BK": 64, "BD": 64, "num_warps": 8, "num_stages": 3},
+    ("recomputed", 1): {"BM": 64, "BN": 64, "BK": 32, "BD": 256, "num_warps": 8, "num_stages": 3},
+    ("recomputed", 2): {"BM": 64, "BN": 32, "BK": 32, "BD": 128, "num_warps": 8, "num_stages": 3},
+}
+PROGRAMS = 256  # enough to fill any GPU; a constant, so that the order of the sums depends on the shape alone
+
+
+@triton.jit
+def _unit_kernel(features, stride, hi, lo, inverse, norms, own, B, D, width, ROWS: tl.constexpr, BD: tl.constexpr):
+    """Scaled rows u with z = u * inverse, clamped norms and ||z||; padding rows and columns are zero."""
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    columns = tl.arange(0, BD)
+    squares = tl.zeros((ROWS, BD), tl.float64)  # an error in the norm is one in every cosine of the row, divided by t
+    for first in range(0, D, BD):
+        d = first + columns
+        f = tl.load(features + rows[:, None] * stride + d[None, :], mask=(rows < B)[:, None] & (d < D)[None, :], other=0).to(tl.float64)
+        squares += f * f
+    length = tl.sqrt(tl.sum(squares, 1))
+    norm = tl.where(length < 1e-8, 1e-8, length)
+    reciprocal = 1 / norm
+    if lo is not None:
+        restore = tl.full((ROWS,), 2.0**-12, tl.float32)  # u = 2^12 z, rounded as hi + lo
+        scale = 4096 * reciprocal
+    else:
+        power = power_of_two_over(norm.to(tl.float32), 12)  # u = f times a power of two: exact
+        scale = power.to(tl.float64)
+        restore = (reciprocal / power).to(tl.float32)
+    for first in range(0, width, BD):
+        d = first + columns
+        f = tl.load(features + rows[:, None] * stride + d[None, :], mask=(rows < B)[:, None] & (d < D)[None, :], other=0).to(tl.float64)
+        u = f * scale[:, None]
+        high = u.to(tl.float32).to(tl.float16)
+        target = rows[:, None] * width + d[None, :]
+        inside = (d < width)[None, :]
+        tl.store(hi + target, high, mask=inside)
+        if lo is not None:
+            tl.store(lo + target, (u - high.to(tl.float64)).to(tl.float32).to(tl.float16), mask=inside)
+    tl.store(inverse + rows, restore)
+    tl.store(norms + rows, norm.to(tl.float32))
+    tl.store(own + rows, (length * reciprocal).to(tl.float32))
+
+
+@triton.jit
+def _similarities(hi, lo, inverse, own, rows, columns, width, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
+    """One [BM, BN] tile of cosines."""
+    k = tl.arange(0, BK)
+    left = rows[:, None].to(tl.int64) * width + k[None, :]
+    right = columns[:, None].to(tl.int64) * width + k[None, :]
+    raw = tl.zeros((BM, BN), tl.float32)
+    for _ in range(0, width, BK):
+        a = tl.load(hi + left)
+        b = tl.load(hi + right)
+        raw = tl.dot(a, b.T, raw, input_precision="ieee")
+        if lo is not None:
+            raw = tl.dot(a, tl.load(lo + right).T, raw, input_precision="ieee")
+            raw = tl.dot(tl.load(lo + left), b.T, raw, input_precision="ieee")
+        left += BK
+        right += BK
+    s = raw * (tl.load(inverse + rows)[:, None] * tl.load(inverse + columns)[None, :])
+    itself = tl.load(own + rows)
+    return tl.where(rows[:, None] == columns[None, :], (itself * itself)[:, None], s)  # P's largest term, free of rounding
+
+
+@triton.jit
+def _exp(x, rate):
+    """exp(x / t); rate = log2(e) / t."""
+    return tl.exp2(x * rate)
+
+
+@triton.jit
+def _sums_kernel(
+    hi, lo, inverse, own, labels, similarity, same_sums, other_sums, tops, B, padded, width, rate, tiles,
+    NEGATIVES: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """Partial P and N (and their shift, with NEGATIVES) of BM rows over `tiles` column tiles."""
+    rows = tl.program_id(0) * BM + tl.arange(0, BM)
+    split = tl.program_id(1).to(tl.int64)
+    row_labels = tl.load(labels + rows, mask=rows < B, other=0)
+    row_own = tl.load(own + rows)
+    same_sum = tl.zeros((BM,), tl.float32)
+    other_sum = tl.zeros((BM,), tl.float32)
+    top = tl.full((BM,), float("-inf"), tl.float32)
+    for tile in range(split * tiles, tl.minimum((split + 1) * tiles, padded // BN)):
+        columns = tile * BN + tl.arange(0, BN)
+        s = _similarities(hi, lo, inverse, own, rows, columns, width, BM, BN, BK)
+        if similarity is not None:
+            tl.store(similarity + rows[:, None].to(tl.int64) * padded + columns[None, :], s)
+        live = (columns < B)[None, :]
+        same = row_labels[:, None] == tl.load(labels + columns, mask=columns < B, other=0)[None, :]
+        e = _exp(s - row_own[:, None], rate)
+        same_sum += tl.sum(tl.where(same & live, e, 0.0), 1)
+        other = live & ~same
+        if NEGATIVES:
+            highest = tl.maximum(top, tl.max(tl.where(other, s, float("-inf")), 1))
+            fading = tl.where(top == float("-inf"), 0.0, _exp(top - highest, rate))
+            e = _exp(s - highest[:, None], rate)
+            other_sum *= fading
+            top = highest
+        other_sum += tl.sum(tl.where(other, e, 0.0), 1)
+    tl.store(same_sums + split * padded + rows, same_sum)
+    tl.store(other_sums + split * padded + rows, other_sum)
+    if NEGATIVES:
+        tl.store(tops + split * padded + rows, top)
+
+
+@triton.jit
+def _coefficients_kernel(
+    own, same_sums, other_sums, tops, top, pull, push, loss, power, B, padded, rate, share, splits,
+    NEGATIVES: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One program: merges the partial sums in order; two coefficients per row, the loss, and the weights' power of two."""
+    total = tl.zeros((BLOCK,), tl.float32)
+    largest = tl.zeros((BLOCK,), tl.float32)
+    for first in range(0, B, BLOCK):
+        rows = first + tl.arange(0, BLOCK)
+        live = rows < B
+        row_own = tl.load(own + rows, mask=live, other=0)
+        same_sum = tl.zeros((BLOCK,), tl.float32)
+        other_sum = tl.zeros((BLOCK,), tl.float32)
+        highest = tl.full((BLOCK,), float("-inf"), tl.float32)
+        if NEGATIVES:
+            for split in range(0, splits):
+                highest = tl.maximum(highest, tl.load(tops + split * padded + rows, mask=live, other=float("-inf")))
+        for split in range(0, splits):
+            same_sum += tl.load(same_sums + split * padded + rows, mask=live, other=1)
+            part = tl.load(other_sums + split * padded + rows, mask=live, other=1)
+            if NEGATIVES:
+                here = tl.load(tops + split * padded + rows, mask=live, other=float("-inf"))
+                part *= tl.where(here == float("-inf"), 0.0, _exp(here - highest, rate))
+            other_sum += part
+        if NEGATIVES:
+            natural = rate * 0.6931471805599453
+            value = log(other_sum) - log(same_sum) + (highest - row_own) * natural
+            row_pull = tl.div_rn(-1.0, same_sum)
+            row_push = tl.div_rn(1.0, other_sum)
+            tl.store(top + rows, highest, mask=live)
+        else:
+            value = log1p(tl.div_rn(other_sum, same_sum))
+            row_pull = tl.div_rn(-other_sum, same_sum * (same_sum + other_sum))
+            row_push = tl.div_rn(1.0, same_sum + other_sum)
+        tl.store(pull + rows, row_pull, mask=live)
+        tl.store(push + rows, row_push, mask=live)
+        total += tl.where(live, value, 0.0)
+        largest = tl.maximum(largest, tl.where(live, -row_pull * same_sum, 0.0))
+    tl.store(loss, tl.sum(total) * share)
+    # A weight is at most twice `largest`, the sum of a row's pulls and of its pushes.
+    tl.store(power, power_of_two_over(tl.max(largest), 12))
+
+
+@triton.jit
+def _gradient_kernel(
+    grad, hi, lo, inverse, norms, own, top, pull, push, labels, similarity, power, B, D, padded, width, rate, factor,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """[BM, BD] of df = (G - (G . z) z) / ||f||, G = W z; G . z = sum_j W_ij s_ij needs no other part of the row."""
+    rows = tl.program_id(0) * BM + tl.arange(0, BM)
+    d = tl.program_id(1) * BD + tl.arange(0, BD)
+    known = rows < B
+    row_labels = tl.load(labels + rows, mask=known, other=0)[:, None]
+    row_own = tl.load(own + rows)[:, None]
+    row_top = tl.load(top + rows, mask=known, other=0)[:, None]
+    row_pull = tl.load(pull + rows, mask=known, other=0)[:, None]
+    row_push = tl.load(push + rows, mask=known, other=0)[:, None]
+    scale = tl.load(power)
+    g = tl.zeros((BM, BD), tl.float32)
+    along = tl.zeros((BM,), tl.float32)
+    for first in range(0, padded, BN):
+        columns = first + tl.arange(0, BN)
+        live = columns < B
+        if similarity is not None:
+            s = tl.load(similarity + rows[:, None].to(tl.int64) * padded + columns[None, :])
+        else:
+            s = _similarities(hi, lo, inverse, own, rows, columns, width, BM, BN, BK)
+        same = row_labels == tl.load(labels + columns, mask=live, other=0)[None, :]
+        mine = tl.where(same, row_pull, row_push) * _exp(s - tl.where(same, row_own, row_top), rate)
+        shift = tl.where(same, tl.load(own + columns)[None, :], tl.load(top + columns, mask=live, other=0)[None, :])
+        theirs = tl.where(same, tl.load(pull + columns, mask=live, other=0)[None, :], tl.load(push + columns, mask=live, other=0)[None, :])
+        w = tl.where(live[None, :], mine + theirs * _exp(s - shift, rate), 0.0)
+        along += tl.sum(w * s, 1)
+        w *= (tl.load(inverse + columns) * (scale * 4096))[None, :]  # inverse is in (2^-13, 2^-12]
+        w_hi = w.to(tl.float16)
+        w_lo = (w - w_hi.to(tl.float32)).to(tl.float16)
+        tile = columns[:, None].to(tl.int64) * width + d[None, :]
+        inside = (d < width)[None, :]
+        z_hi = tl.load(hi + tile, mask=inside, other=0)
+        g = tl.dot(w_hi, z_hi, g, input_precision="ieee")
+        g = tl.dot(w_lo, z_hi, g, input_precision="ieee")
+        if lo is not None:
+            g = tl.dot(w_hi, tl.load(lo + tile, mask=inside, other=0), g, input_precision="ieee")
+    inside = known[:, None] & (d < D)[None, :]
+    mine = rows[:, None].to(tl.int64) * width + d[None, :]
+    z = tl.load(hi + mine, mask=inside, other=0).to(tl.float32)
+    if lo is not None:
+        z += tl.load(lo + mine, mask=inside, other=0).to(tl.float32)
+    z *= tl.load(inverse + rows)[:, None]
+    g *= tl.div_rn(1.0, scale * 4096)
+    out = (g - along[:, None] * z) * tl.div_rn(factor, tl.load(norms + rows))[:, None]
+    tl.store(grad + rows[:, None].to(tl.int64) * D + d[None, :], out.to(grad.dtype.element_ty), mask=inside)
+
+
+def value_and_grad(features, labels, temperature, denominator, want_grad, grad_dtype):
+    b, d = features.shape
+    device = features.device
+    loss = torch.empty((), dtype=torch.float32, device=device)
+    grad = torch.empty((b, d) if want_grad else (0,), dtype=grad_dtype, device=device)
+    if b == 0:
+        return loss.fill_(torch.nan), grad
+    if d > 1 and features.stride(1) != 1:
+        features = features.contiguous()
+    form = "stored" if b <= STORED_ROWS else "recomputed"
+    pieces = 2 if features.dtype == torch.float32 else 1
+    sums, gradient = SUMS[form, pieces], GRADIENT[form, pieces]
+    padded = triton.cdiv(b, sums["BM"]) * sums["BM"]
+    width = triton.cdiv(max(d, 1), WIDTH) * WIDTH
+    row_tiles, column_tiles = padded // sums["BM"], padded // sums["BN"]
+    per_split = triton.cdiv(column_tiles, triton.cdiv(PROGRAMS, row_tiles))
+    splits = triton.cdiv(column_tiles, per_split)
+    negatives = denominator == "negatives"
+
+    halves = torch.empty((pieces, padded, width), dtype=torch.float16, device=device)
+    hi, lo = halves[0], halves[1] if pieces == 2 else None
+    inverse, norms, own, top, pull, push, power = torch.empty((7, padded), dtype=torch.float32, device=device)
+    top = top if negatives else own
+    same_sums, other_sums, tops = torch.empty((3, splits, padded), dtype=torch.float32, device=device)
+    similarity = torch.empty((padded, padded), dtype=torch.float32, device=device) if want_grad and form == "stored" else None
+    rate = math.log2(math.e) / temperature
+    with on_device_of(features):
+        _unit_kernel[(padded // UNIT["ROWS"],)](features, features.stride(0), hi, lo, inverse, norms, own, b, d, width, **UNIT)
+        _sums_kernel[(row_tiles, splits)](
+            hi, lo, inverse, own, labels, similarity, same_sums, other_sums, tops, b, padded, width, rate, per_split,
+            NEGATIVES=negatives, **sums,
+        )  # fmt: skip
+        _coefficients_kernel[(1,)](
+            own, same_sums, other_sums, tops, top, pull, push, loss, power, b, padded, rate, 1 / b, splits,
+            NEGATIVES=negatives, BLOCK=1024, num_warps=8,
+        )  # fmt: skip
+        if grad.numel():
+            _gradient_kernel[(padded // gradient["BM"], triton.cdiv(d, gradient["BD"]))](
+                grad, hi, lo, inverse, norms, own, top, pull, push, labels, similarity, power, b, d, padded, width, rate,
+                1 / (b * temperature), **gradient,
+            )  # fmt: skip
+    return loss, grad
+
+
+def nt_xent(features, labels, temperature, denominator, want_grad):
+    return value_and_grad(features, labels, temperature, denominator, want_grad, features.dtype)

@@ -1,0 +1,107 @@
+"""Files that are either whole or not there: temporary file in the same folder, fsync, os.replace."""
+
+import contextlib
+import io
+import os
+import secrets
+from pathlib import Path
+
+from .._checks import fail
+
+TEMPORARY = ".miue-tmp"
+
+
+class _Sink(io.FileIO):
+    """Unbuffered file that writes all it is given and remembers the OSError that torch.save turns into a RuntimeError."""
+
+    error = None
+
+    def write(self, data):
+        view = memoryview(data).cast("B")
+        done = 0
+        try:
+            while done < len(view):
+                done += super().write(view[done:])
+        except OSError as error:
+            self.error = error
+            raise
+        return done
+
+
+def write_files(writers, *, durable=True):
+    """Writes several files as one: all are complete on disk before the first takes its final name.
+
+    Args:
+        writers: {path: function of one binary stream}, called in order.
+        durable: fsync files and folder, so that a power cut cannot leave an empty file (costs milliseconds per file).
+
+    Errors: OSError of one line (full disk, no permission); then every earlier file is unchanged and no temporary file stays.
+    """
+    made = {}
+    try:
+        for path, writer in writers.items():
+            temporary = Path(path).with_name(f".{secrets.token_hex(8)}{TEMPORARY}")
+            made[temporary] = Path(path)
+            _write(temporary, path, writer, durable)
+        for temporary, path in made.items():
+            os.replace(temporary, path)
+        if durable:
+            for folder in {path.parent for path in made.values()}:
+                _sync_folder(folder)
+    finally:
+        for temporary in made:
+            temporary.unlink(missing_ok=True)
+
+
+def write_file(path, writer, *, durable=True):
+    """`write_files` for one file."""
+    write_files({path: writer}, durable=durable)
+
+
+def _write(temporary, path, writer, durable):
+    sink = None
+    try:
+        with _Sink(temporary, "xb") as sink:
+            writer(sink)
+            if durable:
+                os.fsync(sink.fileno())
+    except (OSError, RuntimeError) as error:
+        cause = sink.error if sink is not None and sink.error else error
+        if not isinstance(cause, OSError):
+            raise
+        raise OSError(cause.errno, f"cannot write {path}: {cause.strerror}; what was there before is unchanged") from error
+
+
+def _sync_folder(folder):
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sweep(folder):
+    """Removes the temporary files that a killed run left in `folder` (not below it)."""
+    for leftover in Path(folder).glob(f".*{TEMPORARY}"):
+        leftover.unlink(missing_ok=True)
+
+
+def check_writable(folder):
+    """Makes `folder` and proves that a file can be written there. ValueError: it is a file; OSError: one line with the reason.
+
+    Permission bits say nothing to root or on a read-only mount, so a file is really created and removed.
+    """
+    folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        fail("output", "folder", "a folder or a new name", f"the file {folder}")
+    probe = folder / f".{secrets.token_hex(8)}{TEMPORARY}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with open(probe, "xb") as file:
+            file.write(b"probe")
+    except OSError as error:
+        raise OSError(error.errno, f"cannot write to the folder {folder}: {error.strerror}") from error
+    finally:
+        with contextlib.suppress(OSError):
+            probe.unlink(missing_ok=True)
+    return folder

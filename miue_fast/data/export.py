@@ -1,0 +1,165 @@
+"""Poisoned images out: a folder of the same tree and names, poison.pt, npz."""
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from .._checks import describe, fail
+from .atomic import check_writable, sweep, write_file
+from .images import UnreadableError, quiet_decoding, read_image
+from .poison import CHUNK, ROUNDINGS, apply_poison, budget, check_delta
+from .tree import target_names
+
+# Pillow's save options.
+LOSSLESS = {
+    "png": (".png", {"format": "PNG"}),
+    "webp": (".webp", {"format": "WEBP", "lossless": True}),
+    "tiff": (".tiff", {"format": "TIFF"}),
+    "bmp": (".bmp", {"format": "BMP"}),
+}
+LOSSY = {"jpeg": (".jpg", {"format": "JPEG", "quality": 100, "subsampling": 0})}
+FORMATS = LOSSLESS | LOSSY
+
+
+def export_folder(dataset, delta, out, *, eps, image_format="png", allow_lossy=False, rounding="nearest", overwrite=False, progress=None):
+    """Writes every image of `dataset` plus its perturbation to `out`, same tree and names (suffix replaced).
+
+    Args:
+        delta: float [N, C, H, W] at the data set's size, [0, 1] scale; see `apply_poison` for eps and rounding.
+        out: a new or empty folder, not inside the clean one (overwrite=True: files of the same names are replaced).
+        image_format: "png", "webp" (lossless), "tiff", "bmp"; "jpeg" needs allow_lossy=True because it breaks the budget.
+        progress: function of (images done, N), called after each image.
+
+    An image whose original has another size is read again at full size, and delta is enlarged bilinearly (a convex combination, so
+    it stays within eps; antialiased where it shrinks). Arrays become out/CLASS/00000017.png. Where two names would meet, both keep
+    their old suffix ("a.jpg.png"). Each file appears whole or not at all. Files are 8-bit RGB without metadata.
+    Returns the number of files. Errors: ValueError, OSError (found before the first image is written, except a full disk).
+    """
+    if image_format not in FORMATS:
+        fail("export", "image_format", " or ".join(FORMATS), repr(image_format))
+    if image_format in LOSSY and not allow_lossy:
+        fail("export", "image_format", "a lossless one, or allow_lossy=True / --allow-lossy (JPEG breaks the budget)", repr(image_format))
+    _check(dataset, delta, eps, rounding)
+    suffix, options = FORMATS[image_format]
+    targets = list(target_paths(dataset, suffix).values())
+    out = _prepare(dataset, Path(out), overwrite)
+    for folder in sorted({(out / target).parent for target in targets}):
+        folder.mkdir(parents=True, exist_ok=True)
+        if not folder.resolve().is_relative_to(out.resolve()):
+            fail("export", "out", "folders inside it", f"{folder}, a link out of it")
+        sweep(folder)
+
+    def write(job):
+        row, same_size = job
+        if same_size is None:
+            same_size = _full_size(dataset, delta, row, eps, rounding)
+        pixels = same_size[0] if len(same_size) == 1 else same_size.permute(1, 2, 0)
+        image = Image.fromarray(pixels.contiguous().numpy())
+        write_file(out / targets[row], lambda file: image.save(file, **options), durable=False)
+
+    def jobs(start):
+        rows = range(start, min(start + CHUNK, len(dataset)))
+        small = [row for row in rows if dataset.sizes is None or dataset.sizes[row] == _size(dataset)]
+        done = dict(zip(small, apply_poison(dataset.images[small], delta[small], eps, rounding=rounding)))
+        return [(row, done.get(row)) for row in rows]
+
+    count = 0
+    with quiet_decoding(), ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        try:
+            for start in range(0, len(dataset), CHUNK):
+                for _ in pool.map(write, jobs(start)):
+                    count += 1
+                    if progress is not None:
+                        progress(count, len(dataset))
+        finally:
+            pool.shutdown(cancel_futures=True)
+    return count
+
+
+def export_pt(dataset, delta, path, *, overwrite=False):
+    """Writes `delta` as one bare fp32 tensor [N, C, H, W], [0, 1] scale, order = data-set index: poison.pt for other tools."""
+    _check(dataset, delta, 1, "nearest")
+    bare = delta.detach().cpu().float().clone(memory_format=torch.contiguous_format)
+    write_file(_new_file(path, ".pt", overwrite), lambda file: torch.save(bare, file))
+
+
+def export_npz(dataset, delta, path, *, eps, rounding="nearest", overwrite=False):
+    """Writes poisoned `images` (uint8 [N, C, H, W]), `labels`, `classes` and `names` as a compressed .npz that `load` reads."""
+    _check(dataset, delta, eps, rounding)
+    content = {
+        "images": apply_poison(dataset.images, delta, eps, rounding=rounding).numpy(),
+        "labels": dataset.labels.numpy(),
+        "classes": np.array(dataset.classes, dtype=np.str_),
+        "names": np.array(dataset.names, dtype=np.str_),
+    }
+    write_file(_new_file(path, ".npz", overwrite), lambda file: np.savez_compressed(file, **content))
+
+
+def _check(dataset, delta, eps, rounding):
+    if not isinstance(delta, torch.Tensor) or delta.shape != dataset.images.shape:
+        fail("export", "delta", f"a float tensor {list(dataset.images.shape)}", describe(delta))
+    check_delta(delta)
+    budget(eps)
+    if rounding not in ROUNDINGS:
+        fail("export", "rounding", " or ".join(map(repr, ROUNDINGS)), repr(rounding))
+
+
+def _new_file(path, suffix, overwrite):
+    path = Path(path)
+    if path.suffix != suffix:
+        fail("export", "path", f"a file name ending in {suffix}", str(path))
+    check_writable(path.parent)
+    if path.exists() and not overwrite:
+        fail("export", "path", "a new file (or overwrite=True)", f"{path}, which exists")
+    return path
+
+
+def _prepare(dataset, out, overwrite):
+    if dataset.root is not None:
+        real, clean = out.resolve(), dataset.root.resolve()
+        if real.is_relative_to(clean) or clean.is_relative_to(real):
+            fail("export", "out", f"a folder apart from the clean one, {clean}", str(real))
+    if out.is_dir() and any(out.iterdir()) and not overwrite:
+        fail("export", "out", "a new or empty folder (or overwrite=True)", f"{out}, which is not empty")
+    return check_writable(out)
+
+
+def _size(dataset):
+    return dataset.images.shape[3], dataset.images.shape[2]
+
+
+def _full_size(dataset, delta, row, eps, rounding):
+    path = dataset.root / dataset.names[row]
+    try:
+        image = read_image(path)
+    except UnreadableError as error:
+        raise ValueError(f"export: {path}: expected the image that was loaded, got: {error}") from error
+    if image.size != tuple(dataset.sizes[row]):
+        fail("export", str(path), f"the {dataset.sizes[row]} image that was loaded", image.size)
+    clean = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+    wide = F.interpolate(delta[row : row + 1].cpu().float(), clean.shape[1:], mode="bilinear", align_corners=False, antialias=True)
+    return apply_poison(clean[None], wide.clamp_(-eps, eps), eps, rounding=rounding)[0]
+
+
+def tree_paths(dataset):
+    """Where each image stands in a folder: its name, below its class for arrays. ValueError: a name that would leave the folder."""
+    paths = [name if "/" in name else f"{dataset.classes[label]}/{name}" for name, label in zip(dataset.names, dataset.labels.tolist())]
+    for path in paths:
+        if any(part in ("", ".", "..") or "\0" in part for part in path.split("/")):
+            fail("export", "names", "relative paths without empty, '.' and '..' parts", repr(path))
+    for label in dataset.classes:
+        if dataset.root is None and "/" in label:
+            fail("export", "classes", "names without '/'", repr(label))
+    if len(set(paths)) != len(paths):
+        fail("export", "names", "a different path for each image", "two images with the same")
+    return paths
+
+
+def target_paths(dataset, suffix):
+    """{path: path after an export with `suffix`} in the data set's order."""
+    return target_names(tree_paths(dataset), [name for name, _ in dataset.unreadable], suffix)

@@ -1,0 +1,226 @@
+"""The poison: its use on 8-bit images, and its files."""
+
+import hashlib
+import json
+import pickle
+import platform
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import safetensors
+import safetensors.torch
+import torch
+
+from .._checks import describe, fail
+from .atomic import check_writable, write_files
+from .images import one_line
+from .sources import NPZ_ERRORS
+
+FORMAT = "miue_fast poison 1"
+TENSOR_FILE, MANIFEST_FILE = "poison.safetensors", "manifest.json"
+STORES = {torch.float32: "float32", torch.float16: "float16", torch.int8: "int8"}
+KINDS = {"store": str, "shape": list, "eps": (int, float), "fingerprint": str, "options": dict, "files": dict}
+ROUNDINGS = ("nearest", "truncate")
+CHUNK = 4096  # images at a time: bounds the temporaries
+PT_ERRORS = (*NPZ_ERRORS, pickle.UnpicklingError)
+
+
+def budget(eps):
+    """eps on the [0, 1] scale as whole levels of 1/255, rounded down (8/255 -> 8)."""
+    if not isinstance(eps, (int, float)) or not 0 <= eps <= 1:
+        fail("poison", "eps", "a number from 0 to 1 ([0, 1] image scale, e.g. 8/255)", eps)
+    return int(eps * 255 + 1e-4)
+
+
+def check_delta(delta):
+    if not isinstance(delta, torch.Tensor) or delta.dim() != 4 or delta.dtype not in (torch.float32, torch.float16, torch.float64):
+        fail("poison", "delta", "a float tensor [N, C, H, W]", describe(delta))
+    if len(delta) and not (delta.min() >= -1 and delta.max() <= 1):
+        found = f"values from {float(delta.min())} to {float(delta.max())}"
+        fail("poison", "delta", "finite values in [-1, 1] ([0, 1] image scale)", found)
+
+
+def quantise(delta, eps):
+    """round(255 * delta) half to even, clamped to the budget: int16 levels of 1/255, [N, C, H, W]. Never more than eps."""
+    check_delta(delta)
+    levels = budget(eps)
+    result = torch.empty(delta.shape, dtype=torch.int16)
+    for start in range(0, len(delta), CHUNK):
+        part = delta[start : start + CHUNK].cpu().float()
+        result[start : start + CHUNK] = (part * 255).round_().clamp_(-levels, levels)
+    return result
+
+
+def apply_poison(images, delta, eps, *, rounding="nearest"):
+    """Poisoned 8-bit images, uint8 [N, C, H, W], on the CPU.
+
+    "nearest": y = clamp(x + q, 0, 255), q = `quantise(delta, eps)`: |y - x| <= 255 * eps holds exactly.
+    "truncate": floor(255 * clamp(x / 255 + delta, 0, 1)) in fp32, as existing scripts do; it shifts the mean by half a level and can
+    exceed the budget by one. For comparison only.
+    """
+    if not isinstance(images, torch.Tensor) or images.dtype != torch.uint8 or images.shape != delta.shape:
+        fail("poison", "images", f"a uint8 tensor {list(delta.shape)}", describe(images))
+    if rounding not in ROUNDINGS:
+        fail("poison", "rounding", " or ".join(map(repr, ROUNDINGS)), repr(rounding))
+    check_delta(delta)
+    result = torch.empty(images.shape, dtype=torch.uint8)
+    for start in range(0, len(images), CHUNK):
+        part = slice(start, start + CHUNK)
+        x = images[part].cpu()
+        if rounding == "nearest":
+            result[part] = (x.to(torch.int16) + quantise(delta[part], eps)).clamp_(0, 255)
+        else:
+            result[part] = ((x.float() / 255 + delta[part].cpu().float().clamp(-eps, eps)).clamp_(0, 1) * 255).floor_()
+    return result
+
+
+def random_noise(dataset, eps, seed, kind="uniform"):
+    """Class-free noise of the same budget, fp32 like the images: "uniform" in [-eps, eps], or "sign": -eps or +eps per value."""
+    budget(eps)
+    generator = torch.Generator().manual_seed(seed)
+    if kind == "uniform":
+        return torch.rand(dataset.images.shape, generator=generator).mul_(2 * eps).sub_(eps).clamp_(-eps, eps)
+    if kind == "sign":
+        return torch.randint(0, 2, dataset.images.shape, generator=generator).float().mul_(2).sub_(1).mul_(eps)
+    fail("random_noise", "kind", "'uniform' or 'sign'", repr(kind))
+
+
+# the store on disk
+
+
+def save_poison(folder, delta, dataset, options):
+    """Writes poison.safetensors (tensor `delta`) and manifest.json into `folder`, as one step: on any failure the old pair stays.
+
+    delta: [N, C, H, W] float32, float16, or int8 levels of eps / 127. options: a dict with `eps`, JSON values.
+    Errors: ValueError, OSError (one line). The same input gives the same bytes.
+    """
+    if not isinstance(delta, torch.Tensor) or delta.dtype not in STORES or delta.shape != dataset.images.shape:
+        fail("poison", "delta", f"float32, float16 or int8 levels {list(dataset.images.shape)}", describe(delta))
+    budget(options.get("eps"))
+    folder = check_writable(folder)
+    delta = delta.detach().cpu().contiguous()
+    check_delta(_values(delta, options["eps"]))
+    content = safetensors.torch.save({"delta": delta})
+    manifest = {
+        "format": FORMAT,
+        "store": STORES[delta.dtype],
+        "shape": list(delta.shape),
+        "eps": options["eps"],
+        "fingerprint": dataset.fingerprint,
+        "classes": dataset.classes,
+        "names_sha256": hashlib.sha256("\0".join(dataset.names).encode()).hexdigest(),
+        "options": options,
+        "versions": {"miue_fast": _version(), "torch": torch.__version__, "python": platform.python_version()},
+        "files": {TENSOR_FILE: hashlib.sha256(content).hexdigest()},
+    }
+    text = _manifest_text(manifest)
+    write_files({folder / TENSOR_FILE: lambda file: file.write(content), folder / MANIFEST_FILE: lambda file: file.write(text)})
+
+
+def _version():
+    from .. import __version__
+
+    return __version__
+
+
+def _manifest_text(manifest):
+    """JSON whose last key is the sha256 of the rest: reading demands these very bytes, so any changed bit is found."""
+    body = {key: value for key, value in manifest.items() if key != "manifest_sha256"}
+    digest = hashlib.sha256(json.dumps(body, default=str, allow_nan=False).encode()).hexdigest()
+    return (json.dumps({**body, "manifest_sha256": digest}, indent=1, default=str, allow_nan=False) + "\n").encode()
+
+
+def _read_manifest(path):
+    try:
+        text = path.read_bytes()
+        manifest = json.loads(text)
+        if not isinstance(manifest, dict) or _manifest_text(manifest) != text:
+            raise ValueError("its checksum does not fit")
+        if manifest.get("format") != FORMAT:
+            raise ValueError(f"format {manifest.get('format')!r}")
+        for key, kind in KINDS.items():
+            if not isinstance(manifest.get(key), kind):
+                raise ValueError(f"{key} is {manifest.get(key)!r}")
+        budget(manifest["eps"])
+        return manifest
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"poison: {path}: expected an undamaged {FORMAT!r} manifest, got: {one_line(error)}") from error
+
+
+def load_poison(path, dataset=None):
+    """(delta fp32 [N, C, H, W], manifest or None).
+
+    path: the folder of `save_poison` or its poison.safetensors; poison.pt / perturbation.pt (one bare float tensor on the [0, 1] scale,
+    read with weights_only=True); an .npz with `delta`. Bare files may hold [classes, C, H, W], expanded by label if `dataset` is given.
+    Checked: sha256 of both files of a store (zip checksums of .pt and .npz), format, shape, range and, with `dataset`, the fingerprint
+    (bare files carry none). ValueError: one line that says which of them failed.
+    """
+    path = Path(path)
+    if path.is_dir():
+        path = path / TENSOR_FILE
+    if not path.is_file():
+        fail("poison", "path", "a poison folder, .safetensors, .pt, .pth or .npz file", f"{path} (no such file)")
+    if path.suffix == ".safetensors":
+        return _load_store(path, dataset)
+    if path.suffix in (".pt", ".pth", ".npz"):
+        delta = _load_bare(path)
+        return (delta if dataset is None else _expand(delta, dataset)), None
+    fail("poison", "path", "a poison folder, .safetensors, .pt, .pth or .npz file", str(path))
+
+
+def _load_store(path, dataset):
+    manifest = _read_manifest(path.with_name(MANIFEST_FILE))
+    with open(path, "rb") as file:
+        digest = _digest(file)
+    if digest != manifest["files"].get(path.name):
+        fail("poison", str(path), "the file its manifest describes (sha256)", "a damaged file, or one of another run")
+    if dataset is not None and manifest["fingerprint"] != dataset.fingerprint:
+        fail("poison", str(path), "a poison made for this data set (fingerprint)", "one made for other images, labels or size")
+    try:
+        delta = safetensors.torch.load_file(path)["delta"]
+    except (safetensors.SafetensorError, KeyError) as error:
+        raise ValueError(f"poison: {path}: expected a safetensors file with 'delta', got: {one_line(error)}") from error
+    if list(delta.shape) != manifest["shape"] or STORES.get(delta.dtype) != manifest["store"]:
+        fail("poison", str(path), f"{manifest['store']} {manifest['shape']}", describe(delta))
+    delta = _values(delta, manifest["eps"])
+    check_delta(delta)
+    return delta, manifest
+
+
+def _values(delta, eps):
+    """A stored delta in fp32; int8 levels are of eps / 127."""
+    return delta.float() * (eps / 127) if delta.dtype == torch.int8 else delta.float()
+
+
+def _digest(file):
+    digest = hashlib.sha256()
+    while block := file.read(1 << 20):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+def _load_bare(path):
+    try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                if (broken := archive.testzip()) is not None:
+                    raise ValueError(f"a damaged member {broken}")
+        if path.suffix == ".npz":
+            with np.load(path, allow_pickle=False) as archive:
+                delta = torch.from_numpy(archive["delta"])
+        else:
+            delta = torch.load(path, map_location="cpu", weights_only=True)
+    except PT_ERRORS as error:
+        raise ValueError(f"poison: {path}: expected one bare tensor, got a damaged or foreign file ({one_line(error)})") from error
+    check_delta(delta)
+    return delta.detach().float().contiguous()
+
+
+def _expand(delta, dataset):
+    if delta.shape == dataset.images.shape:
+        return delta
+    if delta.shape == (len(dataset.classes), *dataset.images.shape[1:]):
+        return delta[dataset.labels]
+    wanted = f"{list(dataset.images.shape)} or class-wise {[len(dataset.classes), *dataset.images.shape[1:]]}"
+    fail("poison", "delta", wanted, describe(delta))

@@ -1,0 +1,207 @@
+"""Data in: ImageFolder trees, CIFAR python files, npz archives, arrays."""
+
+import logging
+import os
+import struct
+import zipfile
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from .._checks import INTEGERS, describe, fail
+from . import cifar
+from .dataset import Dataset
+from .images import UnreadableError, one_line, quiet_decoding, read_image
+from .tree import first_per_class, list_tree
+
+log = logging.getLogger("miue_fast")
+# What numpy and zipfile raise on hostile bytes.
+NPZ_ERRORS = (
+    OSError, ValueError, LookupError, AttributeError, TypeError, EOFError, SyntaxError, MemoryError, RuntimeError, OverflowError,
+    AssertionError, struct.error, zipfile.BadZipFile, zlib.error,
+)  # fmt: skip
+
+
+def load(source, *, size=None, split=None, per_class=None):
+    """Labelled images as one `Dataset`.
+
+    Args:
+        source: an ImageFolder root (ROOT/CLASS/**/image: png jpg jpeg webp bmp tif tiff ppm gif; classes and names sorted;
+            pixels as in `images.read_image`), a folder of CIFAR-10/100 python files, an .npz file with `images` and `labels`,
+            a pair (images, labels), or a Dataset.
+            Arrays: [N, C, H, W] or [N, H, W, C], C = 1 or 3, uint8, or float in [0, 1], then rounded to the nearest multiple of 1/255
+            (half to even; a warning says so if that changes a value). Labels: integers; the sorted values become the classes.
+        size: model size in pixels: every image is resized to size x size (bilinear, antialiased). None: all must agree already.
+        split: "train" or "test". CIFAR files: default "train". A folder: ROOT/split is read. Not for archives and arrays.
+        per_class: keep only the first images of each class (folders: by name; else: in order).
+
+    Files that cannot be used (damaged, bombs, over 8 bits per channel, links to folders or out of the root) are left out and
+    listed in `unreadable`. Deterministic. ValueError: empty, fewer than 2 classes, unequal sizes with size=None, wrong arrays.
+    """
+    if size is not None and (type(size) is not int or not 1 <= size <= 4096):
+        fail("data", "size", "None or an integer from 1 to 4096", repr(size))
+    if per_class is not None and (type(per_class) is not int or per_class < 1):
+        fail("data", "per_class", "None or an integer >= 1", repr(per_class))
+    if isinstance(source, (str, os.PathLike)):
+        path = Path(source)
+        if path.is_dir():
+            found = cifar.find(path)
+            if found is None:
+                return _two_classes(_load_folder(path / (split or ""), size, per_class), path)
+            return _finish(_from_cifar(*found, split or "train"), size, per_class, path)
+        if not path.is_file() or path.suffix.lower() != ".npz":
+            fail("data", "source", "a folder of images or CIFAR files, or an .npz file (unpack archives first)", _what(path))
+        data, name = _load_npz(path), path
+    elif isinstance(source, Dataset):
+        data, name = source, "data set"
+    elif isinstance(source, (tuple, list)) and len(source) == 2:
+        data, name = from_arrays(*source), "arrays"
+    else:
+        fail("data", "source", "a path, a pair (images, labels) or a Dataset", type(source).__name__)
+    if split is not None:
+        fail("data", "split", "None for arrays and archives", repr(split))
+    return _finish(data, size, per_class, name)
+
+
+def _what(path):
+    return f"{path}, which {'is no such file' if path.exists() else 'does not exist'}"
+
+
+def _two_classes(data, name):
+    found = len(data.labels.unique())
+    if found < 2:
+        reason = f" ({len(data.unreadable)} unreadable, first: {': '.join(data.unreadable[0])})" if data.unreadable else ""
+        fail("data", str(name), "readable images of at least 2 classes", f"{len(data)} images of {found} classes{reason}")
+    return data
+
+
+def _finish(data, size, per_class, name):
+    if per_class is not None:
+        data = data.select(sorted(i for k in range(len(data.classes)) for i in torch.nonzero(data.labels == k)[:per_class, 0].tolist()))
+    if size is not None and len(data) and tuple(data.images.shape[2:]) != (size, size):
+        if data.root is not None:
+            fail("data", "size", f"the size this folder was loaded at, {list(data.images.shape[2:])} (load it again)", size)
+        planes = data.images.reshape(-1, *data.images.shape[2:]).numpy()
+        resized = np.stack([_resize(Image.fromarray(plane), size) for plane in planes])
+        images = torch.from_numpy(resized).reshape(*data.images.shape[:2], size, size)
+        data = Dataset(images, data.labels, data.classes, data.names)
+    return _two_classes(data, name)
+
+
+def _resize(image, size):
+    return np.asarray(image if image.size == (size, size) else image.resize((size, size), Image.Resampling.BILINEAR))
+
+
+def _load_folder(root, size, per_class):
+    if not root.is_dir():
+        fail("data", "source", "a folder", str(root))
+    classes, names, unreadable = list_tree(root)
+    kept, pixels, sizes = [], [], []
+
+    def read(name):
+        try:
+            image = read_image(root / name)
+            return image.size, np.asarray(image) if size is None else _resize(image, size)
+        except UnreadableError as error:
+            return None, str(error)
+
+    with quiet_decoding(), ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        jobs = first_per_class(names, per_class)
+        try:
+            for name, (original, result) in zip(jobs, pool.map(read, jobs)):
+                if original is None:
+                    unreadable.append((name, result))
+                    continue
+                if pixels and result.shape != pixels[0].shape:
+                    first = f"{kept[0]} is {sizes[0][0]} x {sizes[0][1]}, {name} is {original[0]} x {original[1]}"
+                    fail("data", "size", "images of one size, or size=N to resize them for the model", first)
+                kept.append(name)
+                pixels.append(result)
+                sizes.append(original)
+        finally:
+            pool.shutdown(cancel_futures=True)
+    filled = {name.split("/")[0] for name in kept}
+    unreadable += [(label, "class folder without a readable image") for label in classes if label not in filled]
+    classes = [label for label in classes if label in filled]
+    number = {label: k for k, label in enumerate(classes)}
+    labels = torch.tensor([number[name.split("/")[0]] for name in kept], dtype=torch.int64)
+    images = torch.empty((len(kept), 3, *(pixels[0].shape[:2] if pixels else (1, 1))), dtype=torch.uint8)
+    for row in range(len(kept) - 1, -1, -1):  # from the end, so that each decoded image is freed once copied
+        images[row] = torch.from_numpy(pixels.pop().copy()).permute(2, 0, 1)
+    return Dataset(images, labels, classes, kept, root.absolute(), sizes, sorted(unreadable))
+
+
+# archives and arrays
+
+
+def _from_cifar(folder, form, split):
+    images, labels, classes = cifar.read(folder, form, split)
+    return Dataset(torch.from_numpy(images), torch.from_numpy(labels), classes, _numbered(len(images)))
+
+
+def _numbered(count):
+    return [f"{i:08d}" for i in range(count)]
+
+
+def _load_npz(path):
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            content = {key: archive[key] for key in archive.files if key in ("images", "labels", "classes", "names")}
+    except NPZ_ERRORS as error:
+        raise ValueError(f"data: {path}: expected an .npz of plain arrays, got a damaged or foreign file ({one_line(error)})") from error
+    for key in ("images", "labels"):
+        if key not in content:
+            fail("data", str(path), "the arrays 'images' and 'labels'", f"{sorted(content)}")
+    texts = {key: _texts(content[key], f"{path}: {key}") for key in ("classes", "names") if key in content}
+    return from_arrays(content["images"], content["labels"], **texts)
+
+
+def _texts(array, name):
+    if not isinstance(array, np.ndarray) or array.ndim != 1 or array.dtype.kind != "U":
+        fail("data", name, "an array of text [N]", f"{getattr(array, 'dtype', type(array).__name__)}")
+    return array.tolist()
+
+
+def from_arrays(images, labels, *, classes=None, names=None):
+    """A Dataset of arrays or tensors as `load` describes them. With `classes` (list of str) labels are indices into it."""
+    images, labels = _tensor(images, "images"), _tensor(labels, "labels")
+    if images.dim() != 4 or not (images.shape[1] in (1, 3) or images.shape[3] in (1, 3)):
+        fail("data", "images", "[N, C, H, W] or [N, H, W, C] with C = 1 or 3", describe(images))
+    if labels.shape != images.shape[:1] or labels.dtype not in INTEGERS:
+        fail("data", "labels", f"integers [{len(images)}]", describe(labels))
+    if images.shape[1] not in (1, 3):
+        images = images.permute(0, 3, 1, 2)
+    if images.dtype.is_floating_point:
+        images = _to_8_bits(images)
+    elif images.dtype != torch.uint8:
+        fail("data", "images", "uint8, or floats in [0, 1]", describe(images))
+    labels = labels.to(torch.int64)
+    if classes is None:
+        values, labels = labels.unique(return_inverse=True)
+        classes = [str(value) for value in values.tolist()]
+    names = _numbered(len(images)) if names is None else list(names)
+    return Dataset(images.clone(memory_format=torch.contiguous_format), labels.clone(), list(classes), names)
+
+
+def _tensor(value, name):
+    if isinstance(value, torch.Tensor):
+        return value.detach().cpu()
+    try:
+        value = np.array(value)
+        return torch.from_numpy(value.astype(np.int64) if value.dtype.kind == "u" and value.dtype != np.uint8 else value)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"data: {name}: expected an array of numbers, got {type(value).__name__} ({one_line(error)})") from error
+
+
+def _to_8_bits(images):
+    if len(images) and not (images.min() >= 0 and images.max() <= 1):
+        fail("data", "images", "floats in [0, 1]", f"values from {float(images.min())} to {float(images.max())}")
+    scaled = images.double() * 255
+    rounded = scaled.round()
+    if len(images) and (scaled - rounded).abs().max() > 255 * 2 * torch.finfo(images.dtype).eps:
+        log.warning("data: the float images are not multiples of 1/255: rounded to 8 bits")
+    return rounded.to(torch.uint8)

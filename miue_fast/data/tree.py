@@ -1,0 +1,98 @@
+"""Which files of an ImageFolder tree count, and what they are called after an export."""
+
+import os
+from collections import Counter
+from pathlib import Path
+
+from .images import SUFFIXES
+
+
+def list_tree(root):
+    """(class names, image names, refused) of ROOT/CLASS/**/image, sorted; refused: (name, reason).
+
+    Links to folders are not followed, so there are no loops; links to files must stay inside the root. Hidden files are ignored,
+    and so are other files beside the class folders.
+    """
+    root = Path(root)
+    real = root.resolve()
+    names, refused = [], []
+
+    def visit(folder, prefix):
+        try:
+            entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+        except OSError as error:
+            refused.append((prefix.rstrip("/"), f"cannot be listed: {error.strerror}"))
+            return
+        for entry in entries:
+            name = prefix + entry.name
+            if entry.name.startswith("."):
+                continue
+            reason = _refuse(entry, real, inside=bool(prefix))
+            if reason is not None:
+                refused.append((name.encode(errors="backslashreplace").decode(), reason))
+            elif entry.is_dir(follow_symlinks=False):
+                visit(entry.path, name + "/")
+            elif prefix:
+                names.append(name)
+
+    visit(root, "")
+    names.sort()
+    return sorted({name.split("/")[0] for name in names}), names, sorted(refused)
+
+
+def _refuse(entry, real, inside):
+    """Why a directory entry is left out, None if it is not."""
+    try:
+        entry.name.encode()
+    except UnicodeEncodeError:
+        return "the name is not UTF-8"
+    image = entry.name.lower().endswith(SUFFIXES)
+    try:
+        if entry.is_symlink():
+            target = Path(entry.path).resolve(strict=True)
+            if target.is_dir():
+                return "a link to a folder is not followed"
+            if not target.is_relative_to(real):
+                return "a link out of the data set is not followed" if inside or image else None
+        if entry.is_dir():
+            return None
+        if not entry.is_file():
+            return "not a regular file"
+    except (OSError, RuntimeError) as error:
+        return f"broken link: {getattr(error, 'strerror', None) or 'loop'}"
+    if inside:
+        return None if image else f"not an image type that is read here ({', '.join(s[1:] for s in SUFFIXES)})"
+    return "not in a class folder" if image else None
+
+
+def first_per_class(names, per_class):
+    """The first `per_class` of the sorted names in each class; all for None."""
+    if per_class is None:
+        return names
+    seen = Counter()
+    kept = []
+    for name in names:
+        seen[name.split("/")[0]] += 1
+        if seen[name.split("/")[0]] <= per_class:
+            kept.append(name)
+    return kept
+
+
+def target_names(names, others, suffix):
+    """{name: name after an export}: the suffix replaced, or kept in the stem where two files would meet ("a.jpg.png", "a.png.png").
+
+    `others`: image names of the tree that are not exported; they count, so that the result does not depend on which files are damaged.
+    """
+    everything = sorted({*names, *(name for name in others if name.lower().endswith(SUFFIXES))})
+    kept_suffix = set()
+    while True:
+        target = {name: name + suffix if name in kept_suffix else _stem(name) + suffix for name in everything}
+        count = Counter(target.values())
+        clashing = {name for name in everything if count[target[name]] > 1} - kept_suffix
+        if not clashing:
+            return {name: target[name] for name in names}
+        kept_suffix |= clashing
+
+
+def _stem(name):
+    return os.path.splitext(name)[0] if name.lower().endswith(SUFFIXES) else name

@@ -1,0 +1,150 @@
+"""Proof, from the files alone, that a poisoned copy is complete and within its budget."""
+
+import os
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from . import cifar
+from .dataset import Dataset
+from .export import tree_paths
+from .images import UnreadableError, quiet_decoding, read_image
+from .poison import TENSOR_FILE, apply_poison, budget, load_poison
+from .sources import load
+from .tree import first_per_class, list_tree, target_names
+
+LISTED = 20
+
+
+@dataclass
+class Report:
+    """What `verify` found. count: images compared. max_linf: largest difference in levels of 1/255. problems: the first 20."""
+
+    count: int = 0
+    max_linf: float = 0
+    problems: list[str] = field(default_factory=list)
+    problem_count: int = 0
+
+    @property
+    def ok(self):
+        return self.problem_count == 0 and self.count > 0
+
+    def add(self, problem):
+        self.problem_count += 1
+        if len(self.problems) < LISTED:
+            self.problems.append(problem)
+
+
+def verify(clean, out, *, eps, per_class=None):
+    """Re-reads `out` and proves count, names, sizes, modes, labels and L-inf <= 255 * eps against `clean`.
+
+    Args:
+        clean: a Dataset, or what `load` takes. out: an exported folder, an .npz or (images, labels) of poisoned images, or a poison
+            (folder with poison.safetensors, .pt), whose own values are then held against eps.
+        per_class: as in `load`, where `clean` is not a Dataset.
+
+    Returns a Report; `ok` is False if anything is missing, too many, changed in size or mode, or over the budget.
+    ValueError: `clean` or `out` is nothing that can be compared at all (missing folder, damaged poison).
+    """
+    report = Report()
+    levels = budget(eps)
+    path = Path(out) if isinstance(out, (str, os.PathLike)) else None
+    if path is not None and (path.suffix in (".pt", ".pth", ".safetensors") or (path / TENSOR_FILE).is_file()):
+        delta, manifest = load_poison(path)
+        _verify_poison(report, _dataset(clean, per_class, delta.shape), delta, manifest, eps)
+    elif path is not None and path.is_dir() and cifar.find(path) is None:
+        _verify_folder(report, clean, path, levels, per_class)
+    else:
+        copy = load(out)
+        _verify_arrays(report, _dataset(clean, per_class, copy.images.shape), copy, levels)
+    return report
+
+
+def _dataset(clean, per_class, shape):
+    """The clean images at the copy's size."""
+    if isinstance(clean, Dataset):
+        return clean
+    return load(clean, size=shape[2] if shape[2] == shape[3] else None, per_class=per_class)
+
+
+def _verify_poison(report, clean, delta, manifest, eps):
+    if manifest is not None and manifest["fingerprint"] != clean.fingerprint:
+        report.add("the poison was made for another data set (fingerprint)")
+    if delta.shape == (len(clean.classes), *clean.images.shape[1:]) != clean.images.shape:
+        delta = delta[clean.labels]
+    if delta.shape != clean.images.shape:
+        report.add(f"shape {list(delta.shape)}, the clean images have {list(clean.images.shape)}")
+        return
+    report.count = len(delta)
+    over = delta.abs().flatten(1).amax(1).double() > eps * (1 + 1e-6)  # eps itself, rounded to fp32, passes
+    for row in over.nonzero()[:, 0].tolist():
+        report.add(f"{clean.names[row]}: {255 * float(delta[row].abs().max()):.3f} levels, more than {255 * eps:g}")
+    wide = apply_poison(clean.images, delta, 1.0).to(torch.int16) - clean.images
+    report.max_linf = int(wide.abs().max())
+
+
+def _verify_arrays(report, clean, copy, levels):
+    if copy.images.shape != clean.images.shape:
+        report.add(f"shape {list(copy.images.shape)}, the clean images have {list(clean.images.shape)}")
+        return
+    if [copy.classes[k] for k in copy.labels] != [clean.classes[k] for k in clean.labels] and not torch.equal(copy.labels, clean.labels):
+        report.add("labels differ from those of the clean images")
+    report.count = len(copy)
+    linf = (copy.images.to(torch.int16) - clean.images).abs().flatten(1).amax(1)
+    report.max_linf = int(linf.max())
+    for row in (linf > levels).nonzero()[:, 0].tolist():
+        report.add(f"{clean.names[row]}: {int(linf[row])} levels, more than {levels}")
+
+
+def _verify_folder(report, clean, out, levels, per_class):
+    if not isinstance(clean, Dataset) and (not isinstance(clean, (str, os.PathLike)) or not _is_tree(Path(clean))):
+        clean = load(clean, per_class=per_class)
+    if isinstance(clean, Dataset):
+        paths, others, root = tree_paths(clean), [name for name, _ in clean.unreadable], clean.root
+    else:
+        root = Path(clean)
+        _, names, refused = list_tree(root)
+        paths, others = first_per_class(names, per_class), [name for name, _ in refused]
+    gray = root is None and clean.images.shape[1] == 1
+    _, found, strange = list_tree(out)
+    for name, reason in strange:
+        report.add(f"{name}: {reason}")
+    suffix = Counter(os.path.splitext(name)[1] for name in found).most_common(1)[0][0] if found else ".png"
+    targets = target_names(paths, others, suffix)
+    for name in sorted(set(found) - set(targets.values())):
+        report.add(f"{name}: no such clean image")
+    present = set(found)
+
+    def compare(job):
+        row, name = job
+        try:
+            before = np.asarray(read_image(root / name)) if root is not None else clean.images[row].permute(1, 2, 0).numpy()
+        except UnreadableError:
+            return f"{targets[name]}: its clean image is unreadable" if targets[name] in present else None
+        if targets[name] not in present:
+            return f"{targets[name]}: missing"
+        try:
+            after = np.asarray(read_image(out / targets[name], mode="L" if gray else "RGB"))
+        except UnreadableError as error:
+            return f"{targets[name]}: {error}"
+        if after.shape[:2] != before.shape[:2]:
+            return f"{targets[name]}: {after.shape[1]} x {after.shape[0]}, the clean image is {before.shape[1]} x {before.shape[0]}"
+        return int(np.abs(after[..., :1].astype(np.int16) - before).max() if gray else np.abs(after.astype(np.int16) - before).max())
+
+    with quiet_decoding(), ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        for name, result in zip(paths, pool.map(compare, enumerate(paths))):
+            if isinstance(result, str):
+                report.add(result)
+            elif result is not None:
+                report.count += 1
+                report.max_linf = max(report.max_linf, result)
+                if result > levels:
+                    report.add(f"{targets[name]}: {result} levels, more than {levels}")
+
+
+def _is_tree(path):
+    return path.is_dir() and cifar.find(path) is None

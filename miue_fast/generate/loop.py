@@ -1,0 +1,287 @@
+"""The bi-level loop: a model step and a poison step per epoch (algorithm.md 2)."""
+
+import contextlib
+import csv
+import io
+import logging
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from .. import _checks, models
+from .. import data as datasets
+from ..data import atomic
+from ..ops import projected_step_
+from . import batches, checkpoint
+from .network import Chunk, channels_last, find_layer, frozen
+from .options import Options, choose
+from .step import check_finite, check_labels, descend
+from .train import optimizer as make_optimizer
+from .train import train_epoch
+
+log = logging.getLogger("miue_fast")
+_FREE_TO_CHANGE = {"network_chunk"}  # between the two halves of a resumed run: it does not change the objective
+
+
+class Interrupted(Exception):
+    """Ctrl-C. The message says what is saved and how to go on; the command line ends with exit code 130."""
+
+
+@dataclass
+class Result:
+    """delta: fp32 [N, C, H, W] on the CPU, within +-eps. history: one dict per epoch, as in metrics.csv."""
+
+    delta: torch.Tensor
+    dataset: datasets.Dataset
+    history: list[dict]
+    options: Options
+
+
+def generate(data, out=None, *, preset="paper", model="resnet18", feature="avgpool", device=None, resume=True, overwrite=False,
+             progress=True, tensorboard=False, **options):  # fmt: skip
+    """One perturbation per image such that a network trained on image + perturbation does not generalise (MI-UE, ICLR 2026).
+
+    Args:
+        data: a `Dataset`, or what `data.load` of this package takes (a folder, an .npz file, (images, labels)).
+        out: folder for poison.safetensors, manifest.json, metrics.csv and the checkpoint; None writes nothing.
+        preset: "paper", "reference" or "paper-text"; **options change single fields of `Options`.
+        model: "resnet18", "small_resnet", an nn.Module (trained in place), or a callable: number of classes -> nn.Module.
+            It takes images [B, C, H, W] on the [0, 1] scale and normalises them itself.
+        feature: name of the layer whose flattened output is the features.
+        resume: go on from the checkpoint in `out`, if there is one; False refuses a folder that has one.
+        overwrite: start again, replacing what an earlier run left in `out`.
+        tensorboard: also write event files to out/tensorboard.
+
+    Returns: a Result. Memory on the device: images (uint8), delta (options.delta_dtype) and one network launch. Out of memory
+    halves network_chunk, never the contrastive batch. The same call on the same machine, versions and threads gives the same
+    bits, also when it was killed and resumed. Errors: ValueError, OSError, BackendError, Interrupted; `out` then holds the last
+    whole epoch.
+    """
+    options = choose(preset, {**({} if device is None else {"device": device}), **options})
+    keep = None if out is None else _open_folder(Path(out), resume, overwrite)
+    if tensorboard and keep is None:
+        _checks.fail("generate", "tensorboard", "an output folder to write to", "out=None")
+    dataset = data if isinstance(data, datasets.Dataset) else datasets.load(data)
+    check_labels("generate", dataset.labels, len(dataset.images), torch.device("cpu"))
+    device = torch.device(options.device)
+    with _settings(device), _board(keep, tensorboard) as board:
+        torch.manual_seed(batches.derive(options.seed, 0, "network"))
+        network = _network(model, feature, dataset, options).to(device)
+        options = replace(options, channels_last=channels_last("generate", network, options.channels_last, device))
+        if options.channels_last:
+            network = network.to(memory_format=torch.channels_last)
+        _probe(network, feature, dataset, device)
+        run = _Run(network, feature, dataset, options, keep, _name(model))
+        if keep and keep.exists() and not overwrite:
+            run.resume()
+        return run.finish(progress, board)
+
+
+class _Run:
+    def __init__(self, network, feature, dataset, options, keep, name):
+        self.network, self.feature, self.dataset, self.options, self.keep, self.name = network, feature, dataset, options, keep, name
+        device = torch.device(options.device)
+        self.images, self.labels = dataset.images.contiguous().to(device), dataset.labels.to(device)
+        self.delta = torch.zeros(self.images.shape, dtype=getattr(torch, options.delta_dtype), device=device)
+        self.optimizer = make_optimizer(network, options)
+        self.chunk = Chunk(options.network_chunk or options.batch + options.batch // 2)
+        self.history = []
+        self.fingerprint = dataset.fingerprint if keep else None
+
+    def resume(self):
+        tensors, header = checkpoint.load(self.keep)
+        now = self._header()
+        if header["fingerprint"] != now["fingerprint"]:
+            raise ValueError(f"{self.keep}: expected a checkpoint of these images and labels, got one of another data set; "
+                             "choose another folder or set overwrite=True")  # fmt: skip
+        told = [f"{k} = {header['options'].get(k)!r} (now {v!r})" for k, v in now["options"].items() if header["options"].get(k) != v]
+        if told:
+            raise ValueError(f"{self.keep}: expected a checkpoint of the same options, got {', '.join(told)}; "
+                             "repeat them, choose another folder or set overwrite=True")  # fmt: skip
+        checkpoint.restore(self.keep, tensors, self.network, self.optimizer, self.delta)
+        self.history = header["history"]
+        for what in ("torch", "threads"):
+            if header[what] != now[what]:
+                log.warning("resumed with another %s (%s, was %s): the result may differ in its last bits", what, now[what], header[what])
+
+    def finish(self, progress, board):
+        o, count = self.options, len(self.images)
+        done = len(self.history)
+        if not done and o.random_start:
+            self._random_start()
+        with tqdm(total=o.epochs * count * (o.steps + 1), initial=done * count * (o.steps + 1), unit="image-step", unit_scale=True,
+                  disable=not progress, dynamic_ncols=True) as bar:  # fmt: skip
+            try:
+                for epoch in range(done + 1, o.epochs + 1):
+                    bar.set_description(f"epoch {epoch}/{o.epochs}")
+                    row = self._epoch(epoch, bar.update)
+                    bar.set_postfix(train=f"{row['train_accuracy']:.1f}%", poison=f"{row['poison_loss']:.3g}")
+                    self.history.append(row)
+                    self._save()
+                    for name, value in row.items():
+                        if board is not None and name != "epoch":
+                            board.add_scalar(name, value, epoch)
+                return self._result()
+            except KeyboardInterrupt:
+                raise Interrupted(self._interrupted()) from None
+
+    def _epoch(self, epoch, tick):
+        o, start = self.options, time.perf_counter()
+        torch.manual_seed(batches.derive(o.seed, epoch, "dropout"))
+        train_loss, accuracy = train_epoch(self.network, self.optimizer, self.images, self.labels, self.delta, epoch=epoch, options=o,
+                                           tick=tick)  # fmt: skip
+        middle = time.perf_counter()
+        poison_loss = self._poison_step(epoch, tick)
+        if not self.delta.any():
+            raise ValueError(f"generate: epoch {epoch}: delta: expected a perturbation, got zeros: every gradient is zero or below "
+                             f"half a level of the {o.delta_dtype} store")  # fmt: skip
+        end = time.perf_counter()
+        return {"epoch": epoch, "train_loss": train_loss, "train_accuracy": accuracy, "poison_loss": poison_loss,
+                "alpha": o.alpha(epoch), "lr": o.learning_rate(epoch),
+                "image_steps_per_s": len(self.images) * o.steps / (end - middle), "seconds": end - start}  # fmt: skip
+
+    def _poison_step(self, epoch, tick):
+        """Mean over the images of the last step's loss."""
+        o, device, count = self.options, self.images.device, len(self.images)
+        order, flips = batches.order_and_flips(count, o.flip, o.seed, epoch, "poison step")
+        slices = batches.poison_slices(self.dataset.labels[order], o.batch)
+        order, flips = order.to(device), flips.to(device)
+        losses = []
+        with frozen("generate", self.network, self.feature) as features:
+            for number, part in enumerate(slices, 1):
+                index = order[part]
+                loss, bad = descend(features, self.images, self.labels[index], self.delta, index, flips[part], alpha=o.alpha(epoch),
+                                    options=o, chunk=self.chunk, dtype=getattr(torch, o.dtype))  # fmt: skip
+                check_finite(f"generate: epoch {epoch}, batch {number} of {len(slices)} of the poison step", bad,
+                             f"lower lr ({o.lr}) or use dtype float32")  # fmt: skip
+                losses.append(loss * len(index))
+                tick(len(index) * o.steps)
+        return float(torch.stack(losses).sum()) / count
+
+    def _random_start(self):
+        """Uniform noise in +-eps (or its levels), projected so that image + delta stays in [0, 1]."""
+        o, g = self.options, batches.generator(self.options.seed, 0, "random start")
+        for start in range(0, len(self.delta), o.batch):
+            rows = slice(start, start + o.batch)
+            noise = torch.rand(self.delta[rows].shape, generator=g) * 2 - 1
+            self.delta[rows] = (noise * 127).round().to(torch.int8) if o.delta_dtype == "int8" else noise * o.eps
+            still = torch.zeros(noise.shape, device=self.delta.device)
+            projected_step_(self.delta[rows], None, still, self.images[rows], alpha=0.0, eps=o.eps, backend=o.backend)
+
+    def _result(self):
+        o = self.options
+        delta = self.delta.float()
+        if self.delta.dtype == torch.int8:
+            delta *= o.eps / 127
+        delta = delta.clamp_(-o.eps, o.eps).cpu()
+        untouched = int((~delta.flatten(1).any(1)).sum())
+        if untouched:
+            log.warning("%d of %d images got no perturbation: the source network has a zero gradient there", untouched, len(delta))
+        if self.keep:
+            datasets.save_poison(self.keep.parent, delta, self.dataset, self._header()["options"])
+        return Result(delta, self.dataset, self.history, o)
+
+    def _header(self):
+        options = {k: v for k, v in self.options.as_dict().items() if k not in _FREE_TO_CHANGE}
+        return {"epoch": len(self.history), "options": {"model": self.name, "feature": self.feature, **options},
+                "fingerprint": self.fingerprint, "history": self.history, "torch": torch.__version__,
+                "threads": torch.get_num_threads()}  # fmt: skip
+
+    def _save(self):
+        if self.keep is None:
+            return
+        checkpoint.save(self.keep, checkpoint.gather(self.network, self.optimizer, self.delta), self._header())
+        table = io.StringIO()
+        writer = csv.DictWriter(table, self.history[0])
+        writer.writeheader()
+        writer.writerows(self.history)
+        atomic.write_file(self.keep.with_name("metrics.csv"), lambda stream: stream.write(table.getvalue().encode()))
+
+    def _interrupted(self):
+        if self.keep is None:
+            return "interrupted: nothing is saved (no output folder)"
+        epoch = checkpoint.saved_epoch(self.keep)
+        if not epoch:
+            return f"interrupted: no epoch was finished, nothing is saved in {self.keep.parent}"
+        return f"interrupted: epoch {epoch} of {self.options.epochs} is saved in {self.keep}; the same command goes on from there"
+
+
+def _open_folder(folder, resume, overwrite):
+    """The checkpoint's path in a folder that can be written. Refuses to replace anything unless asked."""
+    datasets.check_writable(folder)
+    atomic.sweep(folder)
+    path = folder / checkpoint.NAME
+    if overwrite or (resume and path.exists()):
+        return path
+    for earlier in (path, folder / "poison.safetensors"):
+        if earlier.exists():
+            raise ValueError(f"generate: out: expected an empty folder or a run to resume, got {earlier}; set overwrite=True to replace it")
+    return path
+
+
+def _network(model, feature, dataset, options):
+    classes, (channels, height, width) = len(dataset.classes), dataset.images.shape[1:]
+    if isinstance(model, str):
+        if model not in models.NAMES:
+            _checks.fail("generate", "model", f"{', '.join(models.NAMES)}, an nn.Module or a callable", repr(model))
+        model = models.build(model, classes, width=options.width, size=min(height, width), channels=channels)
+    elif not isinstance(model, nn.Module):
+        model = model(classes) if callable(model) else model
+        if not isinstance(model, nn.Module):
+            _checks.fail("generate", "model", "a name, an nn.Module or a callable that returns one", type(model).__name__)
+    find_layer("generate", model, feature)
+    for name, value in model.state_dict().items():
+        if not isinstance(value, torch.Tensor):
+            _checks.fail("generate", "model", "a state_dict of tensors", f"{name}: {type(value).__name__}")
+    return model
+
+
+def _name(model):
+    if isinstance(model, str):
+        return model
+    kind = type(model) if isinstance(model, nn.Module) else model
+    return getattr(kind, "__qualname__", type(model).__qualname__)
+
+
+def _probe(network, feature, dataset, device):
+    """Two images through the network: what cannot work is said before the work starts."""
+    x = dataset.images[:2].to(device) / 255
+    classes = len(dataset.classes)
+    with frozen("generate", network, feature) as features, torch.no_grad():
+        try:
+            features(x)
+            logits = network(x)
+        except RuntimeError as error:
+            _checks.fail("generate", "model", f"a network for images {list(x.shape[1:])}", f"an error: {str(error).splitlines()[0]}")
+    if not isinstance(logits, torch.Tensor) or logits.dim() != 2 or logits.shape[1] < classes:
+        _checks.fail("generate", "model", f"logits [2, {classes}]", _checks.describe(logits))
+
+
+@contextlib.contextmanager
+def _settings(device):
+    """Deterministic cuDNN and a global random state of this run's own; both are put back."""
+    cudnn = torch.backends.cudnn
+    before = cudnn.deterministic, cudnn.benchmark
+    try:
+        cudnn.deterministic, cudnn.benchmark = True, False
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            yield
+    finally:
+        cudnn.deterministic, cudnn.benchmark = before
+
+
+@contextlib.contextmanager
+def _board(keep, wanted):
+    if not wanted:
+        yield None
+        return
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ValueError(f"generate: tensorboard: expected the package tensorboard, got {error}; pip install tensorboard") from None
+    with SummaryWriter(str(keep.with_name("tensorboard"))) as board:
+        yield board

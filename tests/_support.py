@@ -1,0 +1,239 @@
+"""What the tests of the contract share: the cases of the registry and the derived tolerance."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+import miue_fast  # registers the ops
+from miue_fast._registry import OPS
+
+assert miue_fast
+DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
+LOSSES = ("nt_xent", "intra_class_distance", "mi_ue_value_and_grad")
+POINTWISE = ("projected_step", "projected_step_", "perturbed_input")
+BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def impls_of(op):
+    """(impl, device) for every implementation that runs here; a skip with the registry's reason for every other one."""
+    for impl in op.impls:
+        if reason := impl.missing():
+            yield pytest.param(impl, None, marks=pytest.mark.skip(reason=reason), id=impl.backend)
+            continue
+        for device in DEVICES:
+            if device in impl.devices:
+                yield pytest.param(impl, device, id=f"{impl.backend}-{device}")
+
+
+def cases_of(*names, dtypes=True):
+    """pytest parameters (op, impl, device[, dtype]) of the named ops, or of all."""
+    cases = []
+    for op in [OPS[name] for name in names] or OPS.values():
+        for case in impls_of(op):
+            impl, device = case.values
+            for dtype in sorted(impl.dtypes, key=str) if dtypes and device else [None]:
+                values = (op, impl, device) + ((dtype,) if dtypes else ())
+                name = f"{op.name}-{case.id}" + (f"-{str(dtype)[6:]}" if dtype else "")
+                cases.append(pytest.param(*values, marks=case.marks, id=name))
+    return cases
+
+
+def available(op, device="cpu", dtype=None):
+    return [i for i in op.impls if device in i.devices and i.missing() is None and (dtype is None or dtype in i.dtypes)]
+
+
+def clone(args):
+    return tuple(a.clone(memory_format=torch.preserve_format) if isinstance(a, torch.Tensor) else a for a in args)
+
+
+def in_double(args):
+    return tuple(a.double() if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in args)
+
+
+def run(op, fn, args):
+    """Every output of a call on copies of the arguments: what it returned, then what it wrote in place."""
+    args = clone(args)
+    out = fn(*args)
+    returned = () if out is None else out if isinstance(out, tuple) else (out,)
+    return [*returned, *(args[i] for i in op.mutates if args[i] is not None)]
+
+
+def same_bits(a, b):
+    """Equal dtype, shape and bits, where any NaN equals any NaN."""
+    if (a.dtype, a.shape) != (b.dtype, b.shape):
+        return False
+    bits = BITS[a.dtype.itemsize]
+    nan = a.isnan() if a.is_floating_point() else torch.zeros_like(a, dtype=torch.bool)
+    also_nan = b.isnan() if b.is_floating_point() else nan
+    equal = a.contiguous().view(bits) == b.contiguous().view(bits)
+    return torch.equal(nan, also_nan) and bool((equal | nan).all())
+
+
+def assert_same_bits(got, plain):
+    assert len(got) == len(plain)
+    for k, (g, p) in enumerate(zip(got, plain)):
+        assert same_bits(g, p), f"output {k}: {g.dtype} {list(g.shape)} differs from {p.dtype} {list(p.shape)}: {_first(g, p)}"
+
+
+def _first(a, b):
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return "dtype or shape"
+    where = torch.nonzero(~((a == b) & (a.signbit() == b.signbit()) | (a != a) & (b != b)))
+    at = tuple(where[0])
+    return f"{len(where)} values, first {a[at].item()!r} for {b[at].item()!r} at {where[0].tolist()}"
+
+
+def assert_close(got, plain, truth, moved=0.0, weight=1.0):
+    """|got - truth| <= 2 |plain - truth| + 4 roundings of the result (+ `moved`), in the maximum norm; NaN and Inf where plain has them.
+
+    `weight` multiplies all of them first: with the row norms, small rows count as much as large ones.
+    """
+    assert (got.dtype, got.shape) == (plain.dtype, plain.shape)
+    clear = sure(truth, plain.dtype)
+    finite = plain.isfinite() & clear
+    special = ~plain.isfinite() & clear
+    assert same_bits(torch.where(special, got, 0), torch.where(special, plain, 0)), "a number where the reference has NaN or Inf"
+    assert got[finite].isfinite().all(), "NaN or Inf where the reference has a number"
+    if not finite.any():
+        return
+    limits = torch.finfo(got.dtype)
+    weight = torch.as_tensor(weight, dtype=torch.float64, device=got.device).expand_as(got)[finite]
+    got, plain, truth = (x.double()[finite] * weight for x in (got, plain, truth))
+    assert truth.isfinite().all(), "the reference is finite where the float64 oracle is not"
+    rounding = limits.eps * truth.abs().max() + limits.eps * limits.smallest_normal * weight.max()
+    allowed = 2 * (plain - truth).abs().max() + 4 * rounding + moved
+    error = (got - truth).abs().max()
+    assert error <= allowed, f"error {error:.3e}, allowed {allowed:.3e}, largest {truth.abs().max():.3e}"
+
+
+def row_norms(features):
+    return torch.linalg.vector_norm(features.double(), dim=1, keepdim=True).clamp_min(1e-8)
+
+
+def oracle(op, args):
+    """Loss and gradient in float64. Where the definition has no gradient (one class, "negatives") the closed form stands in."""
+    exact = in_double(args)
+    loss, grad = op.truth(*exact)
+    return (loss, grad) if loss.isfinite() else op.reference.fn(*exact)
+
+
+def conditioning(args):
+    """What four roundings of every cosine do to nt_xent and its gradient: (loss, grad, grad weighted by the row norms).
+
+    To first order: with A = d loss / d logits, the loss moves by sum |A| / t, and row i of the gradient with respect to the unit
+    rows, a sum over A_ij + A_ji, by (1 + 1/t) of its absolute terms. The distance term takes direct differences: no allowance.
+    """
+    features, labels, temperature = args[:3]
+    denominator, norms = next(a for a in args if isinstance(a, str)), row_norms(features)
+    rounding = 4 * torch.finfo(torch.float64 if features.dtype == torch.float64 else torch.float32).eps
+    z = features.double() / norms
+    logits, same = (z @ z.T / temperature).requires_grad_(), labels[:, None] == labels[None, :]
+    pool = logits if denominator == "all" else logits.masked_fill(same, -torch.inf)
+    terms = [-logits.masked_fill(~same, -torch.inf).logsumexp(1)] + [pool.logsumexp(1)] * bool(pool.isfinite().any())
+    a = torch.autograd.grad(sum(terms).mean(), logits)[0].abs()
+    # "negatives" subtracts two logarithms; "all" is log1p(N / P), which does not cancel.
+    size = max(term.abs().max() for term in terms) if denominator == "negatives" else 0.0
+    change = rounding * (1 + 1 / temperature) / temperature * (a.sum(1) + a.sum(0))[:, None]
+    return rounding * (size + a.sum() / temperature), (change / norms).max(), change.max()
+
+
+def sure(truth, dtype):
+    """Where it is clear whether the true value fits into dtype: further than four roundings from its limit."""
+    limits = torch.finfo(dtype)
+    return ~((truth.abs().double() / limits.max - 1).abs() <= 4 * limits.eps)
+
+
+def check_losses(op, args, impls):
+    """Every implementation against the float64 oracle; returns (plain, truth)."""
+    truth, plain = oracle(op, args), op.reference.fn(*args)
+    for p, t in zip(plain, truth):
+        fits = t.abs() <= torch.finfo(p.dtype).max
+        assert torch.equal(p.isfinite() | ~sure(t, p.dtype), fits | ~sure(t, p.dtype)), (
+            "the reference has NaN or Inf where the oracle has a number"
+        )
+    moved = conditioning(args) if impls and op.name != "intra_class_distance" and len(args[0]) else (0.0, 0.0, 0.0)
+    for impl in impls:
+        got = run(op, impl.fn, args)
+        assert_close(got[0], plain[0], truth[0], moved[0])
+        assert_close(got[1], plain[1], truth[1], moved[1])
+        if got[1].numel():
+            assert_close(got[1], plain[1], truth[1], moved[2], row_norms(args[0]))
+    return plain, truth
+
+
+def check_shrinks(op, args, plain, truth):
+    """The reference is the formula: in float64 its error is the oracle's own rounding, not a share of its float32 error."""
+    got = op.reference.fn(*in_double(args))
+    ratio = (torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps) ** 0.5
+    features, temperature = args[0], args[2] if isinstance(args[2], float) else 1.0
+    for k, (g, p, t) in enumerate(zip(got, plain, truth)):
+        weight = row_norms(features) if k and g.numel() else 1.0
+        g, p, t = (torch.where(p.isfinite(), x.double(), 0) * weight for x in (g, p, t))
+        if not g.numel():
+            continue
+        size = t.abs().max() + temperature**-2  # the oracle's logits are of size 1/t, its gradient's terms of size 1/t^2
+        allowed = ratio * (p - t).abs().max() + 16 * torch.finfo(torch.float64).eps * size * max(1, features.shape[0])
+        assert (g - t).abs().max() <= allowed, (
+            f"output {k}: {(g - t).abs().max():.3e}, allowed {allowed:.3e}: the reference is not the formula"
+        )
+
+
+def values(tensor):
+    """numpy values in the arithmetic of the pointwise ops: float64 for float64, else float32."""
+    return tensor.detach().cpu().to(torch.float64 if tensor.dtype == torch.float64 else torch.float32).numpy()
+
+
+def step_by_numpy(delta, grad, image, alpha, eps):
+    """The projected step written a second time, from algorithm.md 2 instead of the reference."""
+    alpha, eps = (delta.dtype.type(v) for v in (alpha, eps))
+    sign = (grad > 0).astype(delta.dtype) - (grad < 0).astype(delta.dtype)
+    moved = np.minimum(np.maximum(delta - alpha * sign, -eps), eps)
+    return np.minimum(np.maximum(image + moved, 0), 1) - image
+
+
+def rows_by_numpy(images, index, flip):
+    rows = range(len(images)) if index is None else index.tolist()
+    for b, row in enumerate(rows):
+        x = values(images[row]) / np.float32(255 if images.dtype == torch.uint8 else 1)
+        yield b, row, x[..., ::-1] if flip is not None and flip[b] else x
+
+
+def delta_by_numpy(delta, row, eps):
+    return values(delta[row]) * np.float32(eps / 127 if delta.dtype == torch.int8 else 1)
+
+
+def projected_step_by_numpy(delta, grad, image, alpha, eps):
+    return [torch.from_numpy(step_by_numpy(values(delta), values(grad), values(image), alpha, eps)).to(delta.dtype)]
+
+
+def projected_step_inplace_by_numpy(delta, index, grad, images, flip, alpha, eps, nonfinite):
+    out = delta.cpu().clone()
+    for b, row, x in rows_by_numpy(images, index, flip):
+        step = step_by_numpy(delta_by_numpy(delta, row, eps), values(grad[b]), x, alpha, eps)
+        if delta.dtype == torch.int8:
+            step = np.clip(np.rint(step * np.float32(127 / eps)), -127, 127)
+        out[row] = torch.from_numpy(step).to(delta.dtype)
+    count = sum(not math.isfinite(g) for g in grad.double().flatten().tolist())
+    return [out] if nonfinite is None else [out, nonfinite.cpu() + count]
+
+
+def perturbed_input_by_numpy(images, delta, index, flip, mean, std, eps, dtype, channels_last):
+    batch = images.shape[0] if index is None else index.shape[0]
+    out = torch.empty((batch, *images.shape[1:]), dtype=dtype)
+    for b, row, x in rows_by_numpy(images, index, flip):
+        if delta is not None:
+            x = x + delta_by_numpy(delta, row, eps)
+        for c in range(len(mean)):
+            x = x.copy()
+            x[c] = (x[c] - np.float32(mean[c])) * np.float32(1 / std[c])
+        out[b] = torch.from_numpy(x.copy()).to(dtype)
+    return [out]
+
+
+BY_NUMPY = {
+    "projected_step": projected_step_by_numpy,
+    "projected_step_": projected_step_inplace_by_numpy,
+    "perturbed_input": perturbed_input_by_numpy,
+}

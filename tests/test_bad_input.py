@@ -1,0 +1,138 @@
+"""Bad input to an op: a ValueError of one line, "op: argument: expected X, got Y", and nothing written."""
+
+import re
+
+import pytest
+import torch
+from _support import OPS, available
+
+import miue_fast
+
+F, Y = torch.randn(4, 3), torch.tensor([0, 0, 1, 1])
+IMAGES = torch.full((4, 3, 2, 2), 128, dtype=torch.uint8)
+GRAD = torch.ones(4, 3, 2, 2)
+ONE = torch.zeros(4)
+
+
+def loss_cases():
+    for name in ("nt_xent", "intra_class_distance", "mi_ue_value_and_grad"):
+        call = getattr(miue_fast, name)
+        yield from [(name, "features", call, (x, Y), {}) for x in (F[0], F.long(), F[None], F.tolist(), F.to(torch.complex64))]
+        yield from [(name, "labels", call, (F, y), {}) for y in (Y[:3], Y[:, None], Y.float(), Y.bool(), Y.tolist(), Y.to("meta"))]
+        if name != "intra_class_distance":
+            yield from [(name, "temperature", call, (F, Y, t), {}) for t in (0.0, -0.1, 1e-4, 11.0, float("nan"), float("inf"))]
+            yield from [(name, "denominator", call, (F, Y), {"denominator": d}) for d in ("none", None)]
+        yield name, "backend", call, (F, Y), {"backend": "fast"}
+
+
+def step_cases():
+    call, z = miue_fast.projected_step, torch.zeros(4)
+    good = {"delta": z, "grad": z, "image": z, "alpha": 0.1, "eps": 0.1}
+    bad = {
+        "grad": [torch.zeros(5), z.half(), z.to("meta")],
+        "image": [torch.zeros(4, 1), z.double(), z.byte()],
+        "alpha": [-0.1, float("nan"), float("inf")],
+        "eps": [-0.1, 1.1, 8, float("nan")],
+        "delta": [z.clone().requires_grad_()],
+    }
+    for argument, values in bad.items():
+        for value in values:
+            yield "projected_step", argument, call, tuple({**good, argument: value}.values()), {}
+    yield "projected_step", "delta", call, (Y, Y, Y, 0.1, 0.1), {}
+
+
+def store_cases():
+    index, flip = torch.tensor([2, 0]), torch.tensor([True, False])
+    delta, count = torch.zeros(4, 3, 2, 2), torch.zeros(1, dtype=torch.int64)
+    good = {
+        "delta": delta,
+        "index": index,
+        "grad": GRAD[:2],
+        "images": IMAGES,
+        "flip": flip,
+        "alpha": 0.01,
+        "eps": 0.03,
+        "nonfinite": count,
+    }
+    bad = {
+        "delta": [delta[:3], delta.double(), delta.to("meta"), delta.mT, delta.long(), torch.zeros_like(delta, requires_grad=True)],
+        "index": [index.int(), torch.tensor([4, 0]), torch.tensor([0, -1]), torch.tensor([2**40, 0]), torch.arange(4)[::2]],
+        "grad": [GRAD, GRAD[:2, :2], GRAD[:2].double(), GRAD[:2].byte(), GRAD[:2].to("meta"), 3],
+        "images": [IMAGES[0], IMAGES.double(), IMAGES.mT.expand(4, 3, 2, 2), IMAGES.to(memory_format=torch.channels_last), "cat.png"],
+        "flip": [flip[:1], flip.float(), flip.to("meta")],
+        "alpha": [-1.0, float("nan"), float("inf")],
+        "eps": [-1.0, 2.0, float("nan")],
+        "nonfinite": [count.int(), torch.zeros(2, dtype=torch.int64), count[0]],
+    }
+    for argument, values in bad.items():
+        for value in values:
+            kwargs = {**good, argument: value}
+            yield "projected_step_", argument, miue_fast.projected_step_, (), kwargs
+    yield "projected_step_", "delta", miue_fast.projected_step_, (), {**good, "delta": delta.to(torch.int8), "eps": 0.0}
+
+
+def input_cases():
+    index, flip, delta = torch.tensor([2, 0]), torch.tensor([True, False]), torch.zeros(4, 3, 2, 2)
+    good = {"images": IMAGES, "delta": delta, "index": index, "flip": flip, "mean": [0.5] * 3, "std": [0.2] * 3}
+    bad = {
+        "images": [IMAGES[0], IMAGES.half(), IMAGES.mT, None],
+        "delta": [delta[:3], delta.bfloat16(), delta.mT],
+        "index": [index.int(), torch.tensor([4, 0]), torch.tensor([0, -1])],
+        "flip": [flip[:1], flip.long()],
+        "mean and std": [],
+        "dtype": [torch.float64, torch.uint8],
+        "backend": ["fast"],
+    }
+    for argument, values in bad.items():
+        for value in values:
+            yield "perturbed_input", argument, miue_fast.perturbed_input, (), {**good, argument: value}
+    for mean, std in [([0.5], [0.2]), ([0.5] * 3, None), (None, [0.2] * 3), ([0.5] * 3, [0.2, 0, 0.2])]:
+        yield "perturbed_input", "mean and std", miue_fast.perturbed_input, (), {**good, "mean": mean, "std": std}
+    yield "perturbed_input", "eps", miue_fast.perturbed_input, (), {**good, "delta": delta.to(torch.int8)}
+
+
+CASES = [*loss_cases(), *step_cases(), *store_cases(), *input_cases()]
+
+
+def refused(call, op, argument, args, kwargs):
+    with pytest.raises(ValueError) as error:
+        call(*args, **kwargs)
+    assert re.fullmatch(rf"{op}: {argument}: expected .+, got .+", str(error.value)), str(error.value)
+
+
+@pytest.mark.parametrize("op, argument, call, args, kwargs", CASES, ids=[f"{c[0]}-{c[1]}-{k}" for k, c in enumerate(CASES)])
+def test_refused_in_one_line_and_nothing_written(op, argument, call, args, kwargs):
+    tensors = [v for v in (*args, *kwargs.values()) if isinstance(v, torch.Tensor) and v.device.type == "cpu"]
+    before = [t.detach().clone() for t in tensors]
+    for impl in available(OPS[op]):
+        if argument == "backend":
+            refused(call, op, argument, args, kwargs)
+        else:
+            refused(call, op, argument, args, {**kwargs, "backend": impl.backend})
+    assert all(torch.equal(t, b) for t, b in zip(tensors, before))
+
+
+def test_a_missing_driver_is_a_backend_error():
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a CUDA device")
+    for backend in ("cuda", "triton"):
+        with pytest.raises(
+            miue_fast.BackendError,
+            match=rf"^nt_xent: backend '{backend}' cannot serve torch.float32 on cpu \(triton: .*reference: available\)$",
+        ):
+            if OPS["nt_xent"].why_not(OPS["nt_xent"].impls[0], "cpu", torch.float32) is None and backend == "triton":
+                pytest.skip("triton runs in the interpreter")
+            miue_fast.nt_xent(F, Y, backend=backend)
+
+
+@pytest.mark.parametrize("name", ["nt_xent", "intra_class_distance"])
+def test_degenerate_batches(name):
+    for impl in available(OPS[name]):
+        loss = lambda x, y, name=name, impl=impl: getattr(miue_fast, name)(x, y, backend=impl.backend)  # noqa: E731
+        assert loss(F[:0], Y[:0]).isnan()
+        assert loss(F[:1], Y[:1]) == 0
+        for bad in (torch.nan, torch.inf):
+            assert loss(torch.where(torch.arange(12).view(4, 3) == 5, bad, F), Y).isnan(), (impl.backend, bad)
+        if name == "nt_xent":
+            assert loss(F, Y * 0).abs() < 1e-6
+            assert miue_fast.nt_xent(F, Y * 0, denominator="negatives", backend=impl.backend) == -torch.inf

@@ -1,0 +1,214 @@
+"""The benchmarks run to their end, refuse wrong kernels, and what they committed has the promised shape."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+from miue_fast._registry import OPS
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
+import bench  # noqa: E402
+import measure  # noqa: E402
+import report  # noqa: E402
+import workloads  # noqa: E402
+from baselines import strong  # noqa: E402
+
+ROW = {"workload", "op", "implementation", "role", "reason", "error_of_allowed", "median_s", "p10_s", "p90_s", "samples", "rate",
+       "extra_bytes", "extra_bytes_reason"}  # fmt: skip
+SMALL = list(workloads.cpu(quick=True))
+
+
+def script(name, *words):
+    env = os.environ | {"TRITON_INTERPRET": "0"}
+    return subprocess.run([sys.executable, BENCHMARKS / name, *map(str, words)], capture_output=True, text=True, timeout=240, env=env)
+
+
+def check_schema(record):
+    """Every row has either numbers or the reason for their absence; every number is possible; no path, no host name."""
+    assert record["format"] == report.FORMAT and record["kind"] in ("cpu", "device")
+    assert {"cpu", "threads", "torch", "triton", "build_flags", "cpu_level", "commit", "load_before"} <= record["environment"].keys()
+    for row in record["rows"]:
+        assert row.keys() == ROW, row
+        assert row["op"] in OPS and row["role"] in ("ours", "reference", "eager", "strong")
+        if row["reason"]:
+            assert row["median_s"] is row["rate"] is row["extra_bytes"] is None and row["samples"] == 0, row
+        else:
+            assert 0 < row["p10_s"] <= row["median_s"] <= row["p90_s"] and row["samples"] > 0, row
+            assert 0 <= row["error_of_allowed"] <= 1, row
+            assert row["extra_bytes"] is None or row["extra_bytes"] >= 0, row
+            assert (row["extra_bytes"] is None) == (row["extra_bytes_reason"] is not None), row
+    for row in record["overhead"]:
+        assert row["op"] in OPS and (row["overhead_s"] is None) == (row["reason"] is not None)
+    for target in record["targets"]:
+        assert (target["met"] is None) == (target["measured"] is None)
+        if target["met"] is not None:
+            speed = target["kind"] == "speed"
+            assert target["met"] == (target["measured"] >= target["needed"] if speed else target["measured"] < target["needed"])
+    text = json.dumps(record)
+    assert not any(word in text for word in ("/home", "/root", "/work", "/tmp", "\\\\Users", os.uname().nodename)), "a path or host name"
+
+
+@pytest.mark.parametrize("path", sorted((BENCHMARKS / "results").glob("*.json")), ids=lambda p: p.name)
+def test_committed_results(path):
+    record = report.load(path)
+    check_schema(record)
+    assert not record["quick"] and not measure.broken(record["rows"])
+    assert {r["op"] for r in record["rows"]} >= (set(OPS) if record["kind"] == "cpu" else set())
+    assert report.markdown(record)
+
+
+def test_quick_run(tmp_path):
+    done = script("bench.py", "--quick", "--out", tmp_path / "cpu.json")
+    assert done.returncode == 0, done.stderr
+    record = report.load(tmp_path / "cpu.json")
+    check_schema(record)
+    assert {r["op"] for r in record["rows"]} == {o["op"] for o in record["overhead"]} == set(OPS)
+    for name in OPS:
+        found = {r["implementation"] for r in record["rows"] if r["op"] == name}
+        assert found == {*(i.backend for i in OPS[name].impls), "eager", *strong.PATHS[name]}, "every backend and baseline has a row"
+    measured = [r for r in record["rows"] if r["role"] == "eager" and r["extra_bytes"]]
+    assert measured, "no extra memory was measured"
+    assert report.markdown(record) in done.stdout
+
+
+def test_only_some_ops(tmp_path):
+    done = script("bench.py", "--quick", "--ops", "projected_step", "--out", tmp_path / "some.json")
+    assert done.returncode == 0, done.stderr
+    assert {r["op"] for r in report.load(tmp_path / "some.json")["rows"]} == {"projected_step"}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here: run benchmarks/device.py itself")
+def test_device_without_a_gpu(tmp_path):
+    done = script("device.py", "--quick", "--out", tmp_path / "device.json")
+    assert done.returncode == 0, done.stderr
+    record = report.load(tmp_path / "device.json")
+    check_schema(record)
+    assert {r["reason"] for r in record["rows"] + record["ceilings"]} == {"no CUDA device"}
+    assert {p["op"] for p in record["parity"]} == set(OPS)
+    assert all(p["outcome"].startswith("not run: ") for p in record["parity"])
+    assert not script("device.py", "--stages", "ceilings").returncode
+    assert not (BENCHMARKS / "results" / "device.json").exists(), "written without a GPU"
+
+
+@pytest.mark.parametrize("workload", SMALL, ids=lambda w: w.name)
+def test_baselines_agree_with_the_float64_reference(workload, monkeypatch):
+    """The compiled ones without their compiler; bench.py passes them through the same gate compiled."""
+    monkeypatch.setattr(strong, "_compiled", lambda path: path)
+    op, args = OPS[workload.op], workload.make(workload.batch, "cpu", 3)
+    want, plain = measure.truth(op, args), measure.results(op, op.reference.fn, args)
+    chosen = [c for c in measure.candidates(workload, "cpu", args, False) if c.role in ("eager", "strong")]
+    assert {c.name for c in chosen if not c.reason} == {"eager", *strong.PATHS[op.name]}
+    for candidate in chosen:
+        assert measure.gate(op, args, want, plain, candidate.fn, exact=False) <= 1, candidate.name
+
+
+def wrong_nt_xent(fn, *args):
+    loss, grad = fn(*args)
+    return loss, grad * 1.001
+
+
+def wrong_bits(fn, *args):
+    """One value, one unit in the last place."""
+    out = fn(*args)
+    first = (0,) * out.dim()
+    out[first] = torch.nextafter(out[first], torch.tensor(torch.inf))
+    return out
+
+
+def writes_nothing(fn, *args):
+    return None
+
+
+@pytest.mark.parametrize(
+    "name, wrong",
+    [("nt_xent", wrong_nt_xent), ("perturbed_input", wrong_bits), ("projected_step", wrong_bits), ("projected_step_", writes_nothing)],
+)
+def test_a_wrong_implementation_is_refused(name, wrong, monkeypatch):
+    """It gets a row with its error and no time, and the run ends badly."""
+    op = OPS[name]
+    bad = replace(op.reference, backend="cpu", fn=partial(wrong, op.reference.fn), missing=lambda: None)
+    monkeypatch.setitem(OPS, name, replace(op, impls=(bad, op.reference)))
+    workload = next(w for w in SMALL if w.op == name)
+    rows = measure.run(workload, "cpu", quick=True, budget=0.001)
+    (refused,) = measure.broken(rows)
+    assert refused["implementation"] == "cpu" and refused["reason"].startswith("refused: ") and refused["median_s"] is None
+    assert next(r for r in rows if r["role"] == "reference")["median_s"] > 0
+    monkeypatch.setattr(bench, "add_memory", lambda *args: None)
+    assert bench.main(["--quick", "--ops", name]) == 1
+
+
+def test_a_wrong_float64_reference_is_noticed(monkeypatch):
+    op = OPS["nt_xent"]
+    bad = replace(op, impls=(replace(op.reference, fn=partial(wrong_nt_xent, op.reference.fn)),))
+    args = workloads.nt_xent(measure.ORACLE_ROWS + 1, "cpu", 1, width=8)
+    measure.truth(op, args)
+    with pytest.raises(measure.WrongResult, match=r"differs from op\.truth"):
+        measure.truth(bad, args)
+
+
+def test_targets_are_judged():
+    row = measure.blank(SMALL[0], measure.Candidate("cpu", "ours", None, None))
+    speed = bench.TARGETS[0]
+    rows = [row | {"workload": speed.workload, "median_s": 1.0, "extra_bytes": 9_000_000}]
+    rows += [rows[0] | {"role": "eager", "median_s": 299.0}, rows[0] | {"role": "strong", "median_s": 1.31}]
+    overhead = [{"overhead_s": 1e-6}, {"overhead_s": 16e-6}, {"overhead_s": None}]
+    judged = {(t["kind"], t["workload"], t["against"]): t["met"] for t in bench.judged(rows, overhead)}
+    assert judged["speed", speed.workload, "eager"] is False and judged["speed", speed.workload, "strong"] is True
+    assert judged["memory", speed.workload, None] is False and judged["overhead", "every op, tiny inputs", None] is False
+    assert judged["memory", "nt_xent B=8192 D=512", None] is None, "nothing measured is neither met nor missed"
+    known = {w.name for w in workloads.cpu()}
+    assert all(t.workload in known for t in bench.TARGETS if t.kind != "overhead")
+
+
+def test_interleaved_counts_every_call():
+    calls = {"a": 0, "b": 0}
+
+    def call(name):
+        calls[name] += 1
+
+    samples = measure.interleaved({n: partial(call, n) for n in calls}, lambda fn, number: [fn() for _ in range(number)] and 2e-4, 0.1, 4)
+    assert {n: len(s) for n, s in samples.items()} == {"a": 4, "b": 4}
+    assert calls == {"a": 1 + 4 * (1 + 5), "b": 1 + 4 * (1 + 5)}
+    slow = measure.interleaved({"a": lambda: None}, lambda fn, number: 12.0, 3.0)
+    assert slow == {"a": [12.0, 12.0]}
+
+
+def test_readme_section(tmp_path, monkeypatch, capsys):
+    record = {"format": 1, "kind": "cpu", "quick": False, "environment": measure.environment(), "method": {}, "overhead": [], "targets": []}
+    workload = SMALL[0]
+    rows = [measure.blank(workload, measure.Candidate(n, r, None, None)) for n, r in (("cpu", "ours"), ("eager", "eager"))]
+    numbers = {"median_s": 1e-3, "p10_s": 9e-4, "p90_s": 2e-3, "samples": 5, "error_of_allowed": 0.5, "rate": 1e9}
+    record["rows"] = [rows[0] | numbers, rows[1] | numbers | {"median_s": 0.25}, rows[0] | {"implementation": "cuda", "reason": "no GPU"}]
+    report.save(record, tmp_path / "cpu.json")
+    assert report.load(tmp_path / "cpu.json") == record
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    monkeypatch.setattr(report, "ROOT", tmp_path)
+    (tmp_path / "README.md").write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    assert report.main(["--check"]) == 1
+    assert report.main(["--readme"]) == 0 and report.main(["--check"]) == 0
+    text = (tmp_path / "README.md").read_text()
+    assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
+    assert "250x" in text and "cuda (no GPU)" in text
+    (tmp_path / "README.md").write_text("no markers")
+    with pytest.raises(ValueError, match="markers"):
+        report.main(["--check"])
+    (tmp_path / "cpu.json").write_text('{"format": 0}')
+    with pytest.raises(ValueError, match="format: expected 1, got 0"):
+        report.load(tmp_path / "cpu.json")
+
+
+@pytest.mark.parametrize("op", sorted(OPS))
+def test_public_calls_match_the_kernels_they_are_compared_with(op):
+    args = workloads.tiny(op)
+    got = measure.results(OPS[op], workloads.PUBLIC[op], args)
+    chosen = OPS[op].choose("auto", "cpu", OPS[op].dtype_of(*args))
+    for ours, kernel in zip(got, measure.results(OPS[op], chosen.fn, args)):
+        assert torch.equal(ours, kernel)

@@ -1,0 +1,83 @@
+"""The built _cuda module: it loads without a GPU, a call says what the driver says, and its machine code does not spill."""
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from miue_fast import _native
+from miue_fast._registry import BackendError
+
+if _native._cuda is None:
+    pytest.skip(_native._cuda_reason, allow_module_level=True)
+
+NOWHERE = torch.device("meta")  # neither cpu nor cuda: _native hands the call to _cuda on the default stream
+CALLS = {
+    "nt_xent": (0, 0, 4, 0, 4, 4, 0.1, False, 0, 0, 0, 0),
+    "intra_class_distance": (0, 0, 4, 0, 4, 4, True, 1.0, 0, 0, 0, 0, 0, 0),
+    "projected_step": (0, 0, 0, 0, 0, 4, 0.1, 0.1),
+    "projected_step_inplace": (0, 0, 0, 0, 0, 4, 4, 4, 1, 0, 4, 0, 1, 1, 4, 4, 1, 0.1, 0.1, 0),
+    "perturbed_input": (0, 0, False, 0, 4, 0, -1, 0.1, 0, 0, [], [], 1, 1, 4, 4, 1),
+}
+
+
+@pytest.mark.parametrize("op", CALLS)
+def test_call_without_a_gpu_reports_the_driver(op):
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU: null pointers would reach it")
+    for _ in range(2):
+        with pytest.raises(BackendError, match=rf"^{op}: \w+: .*(driver|device)"):
+            _native._call(NOWHERE, op, *CALLS[op])
+
+
+def test_bad_dtype_is_the_callers_error():
+    with pytest.raises(ValueError, match=r"^nt_xent: features: expected .*, got code 3$"):
+        _native._call(NOWHERE, "nt_xent", 0, 3, *CALLS["nt_xent"][2:])
+    with pytest.raises(ValueError, match=r"^perturbed_input: mean and std: expected at most 16 channels on a GPU, got 17$"):
+        _native._call(NOWHERE, "perturbed_input", *CALLS["perturbed_input"][:10], [0.0] * 17, [1.0] * 17, 1, 17, 4, 4, 1)
+
+
+def test_workspace_is_bounded():
+    for count, width in [(512, 512), (8192, 512), (50_000, 512), (300_000, 64)]:
+        padded = (count + 64) * (-(-width // 64) * 64)
+        assert _native._cuda.nt_xent_workspace(count, width, 0, True) <= (32 << 20) + 8 * padded + 128 * count
+        assert _native._cuda.intra_class_distance_workspace(count, width, 0, True) <= 4 * count * width + 4 * count + 64
+
+
+def tool(name):
+    """On PATH, or the copy in triton's wheel."""
+    if found := shutil.which(name):
+        return found
+    try:
+        import triton
+    except ImportError:
+        pytest.skip(f"no {name} on PATH and no triton")
+    found = Path(triton.__file__).parent / "backends/nvidia/bin" / name
+    return str(found) if found.exists() else pytest.skip(f"no {name} on PATH or in triton")
+
+
+def test_machine_code_of_every_kernel():
+    """sm_80 and sm_90a code and PTX; registers within the block's share, nothing spilled, tensor cores where a product is meant."""
+    cuobjdump, binary = tool("cuobjdump"), _native._cuda.__file__
+    usage = subprocess.run([cuobjdump, "-res-usage", binary], capture_output=True, text=True, check=True)
+    kernels = {}
+    for line in (usage.stdout + usage.stderr).splitlines():
+        if line.startswith("arch ="):
+            arch = line.split()[-1]
+        elif "Function" in line:
+            name = line.split()[1].rstrip(":")
+        elif "REG:" in line:
+            kernels[arch, name] = {key: int(value) for key, value in re.findall(r"(\w+):(\d+)", line)}
+    names = {name for _, name in kernels}
+    assert len(names) >= 13
+    assert set(kernels) == {(arch, name) for arch in ("sm_80", "sm_90a") for name in names}
+    for key, used in kernels.items():
+        assert (used["STACK"], used["LOCAL"]) == (0, 0), f"{key} spills: {used}"
+        assert used["REG"] <= 255 and used["SHARED"] <= 48 << 10, f"{key}: {used}"
+    assert ".ptx" in subprocess.run([cuobjdump, "-lptx", binary], capture_output=True, text=True, check=True).stdout
+    sass = subprocess.run([cuobjdump, "-sass", "-arch", "sm_90a", binary], capture_output=True, text=True, check=True).stdout
+    products = [part.split()[0] for part in sass.split("Function : ")[1:] if "HMMA" in part]
+    assert {re.search(r"row_sums|weights|gradient", name)[0] for name in products} == {"row_sums", "weights", "gradient"}

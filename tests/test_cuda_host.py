@@ -1,0 +1,129 @@
+"""The CUDA kernels, run on the host through tests/shim: parity with the reference, repeatability, hostile indices."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+
+import miue_fast  # noqa: F401  (registers the ops)
+from miue_fast import _native
+from miue_fast._registry import OPS
+
+spec = importlib.util.spec_from_file_location("shim_build", Path(__file__).parent / "shim/build.py")
+build = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(build)
+
+
+@pytest.fixture(scope="module")
+def module(tmp_path_factory):
+    if reason := build.missing():
+        pytest.skip(reason)
+    return build.load(tmp_path_factory.mktemp("shim"))
+
+
+@pytest.fixture(autouse=True)
+def on_host(module, monkeypatch):
+    """CPU tensors go to the CUDA kernels; fresh memory is full of NaN."""
+    monkeypatch.setattr(_native, "_cpu", module)
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def cuda_impl(op):
+    return next(impl for impl in op.impls if impl.backend == "cuda")
+
+
+def cases():
+    for op in OPS.values():
+        for dtype in sorted(cuda_impl(op).dtypes, key=str):
+            yield pytest.param(op, dtype, id=f"{op.name}-{str(dtype)[6:]}")
+
+
+def samples(op, dtype):
+    """(number, arguments), without what takes 128 OS threads seconds: half of the half-precision losses, two thirds of mi_ue (the same
+    kernels again), all but one wide batch of the distance."""
+    half = not op.exact and dtype != torch.float32
+    every = 3 if op.name == "mi_ue_value_and_grad" else 2 if half else 1
+    wide = 0
+    for k, args in enumerate(op.samples("cpu", dtype)):
+        if op.name in ("intra_class_distance", "mi_ue_value_and_grad") and len(args[1]) > 100:
+            wide += 1
+            if op.name != "intra_class_distance" or dtype != torch.float32 or wide > 1:
+                continue
+        if k % every == 0:
+            yield k, args
+
+
+def run(fn, op, args):
+    """Everything the call gives: its results, then what it wrote in place."""
+    args = [x.clone() if k in op.mutates and x is not None else x for k, x in enumerate(args)]
+    out = fn(*args)
+    out = [] if out is None else [out] if isinstance(out, torch.Tensor) else list(out)
+    return out + [args[k] for k in op.mutates if args[k] is not None]
+
+
+def same_bits(a, b):
+    return (
+        a.dtype == b.dtype
+        and a.shape == b.shape
+        and torch.equal(a.contiguous().flatten().view(torch.uint8), b.contiguous().flatten().view(torch.uint8))
+    )
+
+
+@pytest.mark.parametrize("op, dtype", list(cases()))
+def test_parity(op, dtype):
+    fn = cuda_impl(op).fn
+    for k, args in samples(op, dtype):
+        got, plain = run(fn, op, args), run(op.reference.fn, op, args)
+        if k % 8 == 2:
+            assert all(same_bits(a, b) for a, b in zip(got, run(fn, op, args), strict=True)), f"sample {k} does not repeat"
+        if op.exact:
+            for a, b in zip(got, plain, strict=True):
+                assert a.dtype == b.dtype and a.stride() == b.stride()
+                torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+            continue
+        truth = op.truth(*[x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in args])
+        for a, b, t in zip(got, plain, truth, strict=True):
+            assert (a.dtype, a.shape) == (b.dtype, t.shape)
+            if a.numel():
+                allowed = 2 * (b.double() - t).abs().max() + 4 * torch.finfo(a.dtype).eps * t.abs().max()
+                error = (a.double() - t).abs().max()
+                assert error <= allowed, f"sample {k}: error {error:.2e}, allowed {allowed:.2e}, of {t.abs().max():.2e}"
+
+
+def test_unknown_rows_are_left_alone():
+    delta, images = torch.zeros(3, 2, 4, 8), torch.full((3, 2, 4, 8), 0.5)
+    grad, index = torch.ones(4, 2, 4, 8), torch.tensor([-1, 1, 3, 2**40])
+    _native.projected_step_(delta, index, grad, images, None, 0.01, 0.1, None)
+    assert (delta[1] != 0).all() and (delta[::2] == 0).all()
+    out = _native.perturbed_input(images, delta, index, None, [], [], 0.0, torch.float32, False)
+    assert out[1].isfinite().all() and out[[0, 2, 3]].isnan().all()
+
+
+def test_misaligned_and_offset_stores():
+    op = OPS["projected_step"]
+    whole = torch.rand(3, 101, generator=torch.Generator().manual_seed(0)).half()
+    delta, grad, image = (row[1:] for row in whole)
+    assert torch.equal(cuda_impl(op).fn(delta, grad, image, 0.01, 0.03), op.reference.fn(delta, grad, image, 0.01, 0.03))
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_nonfinite_features_are_not_hidden(value):
+    features = torch.rand(5, 4, generator=torch.Generator().manual_seed(0))
+    features[2, 1] = value
+    for op, rest in (("nt_xent", (0.1, "all", True)), ("nt_xent", (0.1, "negatives", True)), ("intra_class_distance", (True, True))):
+        loss, grad = cuda_impl(OPS[op]).fn(features, torch.tensor([0, 1, 0, 1, 1]), *rest)
+        assert loss.isnan() and grad[2].isnan().any()
+
+
+def test_empty_batch_and_one_class():
+    for op, rest in (("nt_xent", (0.1, "all", True)), ("intra_class_distance", (True, True))):
+        loss, grad = cuda_impl(OPS[op]).fn(torch.empty(0, 4), torch.empty(0, dtype=torch.int64), *rest)
+        assert loss.isnan() and grad.shape == (0, 4)
+    features = torch.rand(5, 4, generator=torch.Generator().manual_seed(0))
+    loss, grad = cuda_impl(OPS["nt_xent"]).fn(features, torch.zeros(5, dtype=torch.int64), 0.1, "negatives", True)
+    assert loss == -torch.inf
+    loss, grad = cuda_impl(OPS["nt_xent"]).fn(features, torch.zeros(5, dtype=torch.int64), 0.1, "all", True)
+    assert loss == 0 and (grad == 0).all()
