@@ -34,7 +34,8 @@ fuzz: setup
 
 asan: setup
 	bash tests/asan.sh
-	bash tests/sanitize_cuda_host.sh
+	bash tests/sanitize_cuda_host.sh address,undefined
+	bash tests/sanitize_cuda_host.sh thread
 
 install-check:
 	bash tests/install_matrix.sh
