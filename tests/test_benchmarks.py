@@ -56,7 +56,24 @@ def check_schema(record):
     assert not any(word in text for word in ("/home", "/root", "/work", "/tmp", "\\\\Users", os.uname().nodename)), "a path or host name"
 
 
-@pytest.mark.parametrize("path", sorted((BENCHMARKS / "results").glob("*.json")), ids=lambda p: p.name)
+RESULTS = sorted((BENCHMARKS / "results").glob("*.json"))
+VICTIMS = [path for path in RESULTS if path.name.startswith("cifar")]
+
+
+@pytest.mark.parametrize("path", VICTIMS, ids=lambda p: p.name)
+def test_committed_victims(path):
+    record = json.loads(path.read_text())
+    assert record["poison"]["options"]["eps"] == pytest.approx(8 / 255) == record["options"]["eps"]
+    assert record["environment"]["threads"] and record["options"]["test_images"] == 10000
+    for row in ("clean", "poisoned", "random noise"):
+        for part in ("train", "test"):
+            ends = [run[f"{part}_curve"][-1] for run in record["rows"][row]["runs"]]
+            assert len(ends) == len(record["options"]["seeds"])
+            assert record["rows"][row][part]["mean"] == pytest.approx(sum(ends) / len(ends))
+    assert not any(word in path.read_text() for word in ("/home", "/root", "/work", "/tmp", os.uname().nodename)), "a path or host name"
+
+
+@pytest.mark.parametrize("path", [p for p in RESULTS if p not in VICTIMS], ids=lambda p: p.name)
 def test_committed_results(path):
     record = report.load(path)
     check_schema(record)
