@@ -59,7 +59,7 @@ def shapes(count, *, seed=0, size=32, classes=10, difficulty=0.5):
 
     Args:
         count: number of images, classes in turn (N // classes each, shuffled). size: pixels. classes: 2 to 10.
-        difficulty: 0 (clean, upright, large) to 1 (noisy, turned, weaker contrast). A small CNN trained on 2,000 images for 10 epochs
+        difficulty: 0 (clean, upright, large) to 1 (noisy, turned, weaker contrast). A small CNN trained on 2,000 images
             reaches about 96 % at 0.75 and 90 % at 1.0 (flips only, 16 epochs); a linear classifier on the pixels stays below 35 %.
 
     Returns a Dataset, uint8 [count, 3, size, size]. The same arguments give the same bits on one machine.
