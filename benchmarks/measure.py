@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from baselines import eager, strong
 
-from miue_fast import info
+from miue_fast import _environment
 from miue_fast._registry import OPS
 
 COMPILE_LIMIT = 120  # seconds for one torch.compile
@@ -259,7 +259,7 @@ def environment():
         "system": f"{platform.system()} {platform.machine()}",
         "load_before": round(os.getloadavg()[0], 2), "python": platform.python_version(), "torch": torch.__version__,
         "triton": _version("triton"),
-        "miue_fast": _version("miue_fast"), "build_flags": info.build_flags(), "cpu_level": info.cpu_level(),
+        "miue_fast": _version("miue_fast"), "build_flags": _environment.build_flags(), "cpu_level": _environment.cpu_level(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None, "cuda": torch.version.cuda,
         "commit": commit, "uncommitted_changes": bool(_git("status", "--porcelain", "-uno", "--", ":(exclude)results")) if commit else None,
     }  # fmt: skip

@@ -1,12 +1,10 @@
 """`python -m miue_fast.info`: which backend serves which op here, or why not; versions, build flags, devices."""
 
-import importlib
-import platform
 import sys
 
 import torch
 
-from . import __version__, _native
+from ._environment import build_flags, cpu_level, versions
 from ._registry import OPS
 
 # Where the kernels of each backend have really run; changed by hand when that changes, printed into the README.
@@ -16,21 +14,6 @@ RUN_ON = {
     "triton": "interpreter on the CPU; compiled for sm_80 and sm_90; **never on a GPU**",
     "cuda": "host shim on the CPU; compiled for sm_80 and sm_90a; **never on a GPU**",
 }
-MODULES = ("numpy", "triton", "safetensors", "PIL", "tqdm", "matplotlib")
-
-
-cpu_level, build_flags = _native.cpu_level, _native.build_flags
-
-
-def versions():
-    """{name: version} of everything whose version can matter; None where it is not installed."""
-    found = {"miue_fast": __version__, "python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda}
-    for name in MODULES:
-        try:
-            found[name] = importlib.import_module(name).__version__
-        except ImportError:
-            found[name] = None
-    return found
 
 
 def matrix():

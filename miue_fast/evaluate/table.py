@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
-from .. import __version__, info
+from .. import __version__
+from .._environment import cpu_level
 from .victims import Run
 
 WIDTH = 31  # of "100.0 +- 10.0 (100.0 to 100.0)" and a space
@@ -77,9 +78,7 @@ def _cell(values):
 
 def environment():
     """Versions and machine of a measurement, without paths or names of people and hosts."""
-    device = (
-        torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU ({info.cpu_level() or 'no _cpu module'})"
-    )
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU ({cpu_level() or 'no _cpu module'})"
     return {
         "miue_fast": __version__,
         "torch": torch.__version__,

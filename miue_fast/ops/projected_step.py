@@ -134,8 +134,8 @@ def projected_step_(delta, index, grad, images, flip=None, *, alpha, eps, nonfin
     _checks.images(op, images)
     _checks.same_store(op, delta, images)
     batch = delta.shape[0] if index is None else index.shape[0]
-    _checks.gradient(op, grad, (batch, *delta.shape[1:]), delta.device)
     flip = _checks.selection(op, index, flip, batch, delta.device)
+    _checks.gradient(op, grad, (batch, *delta.shape[1:]), delta.device)
     _checks.step_sizes(op, alpha, eps)
     if delta.requires_grad or (delta.dtype is torch.int8 and eps == 0):
         _checks.fail(op, "delta", "no gradient required, and eps > 0 for int8 levels", _checks.describe(delta))
