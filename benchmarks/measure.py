@@ -19,6 +19,7 @@ from baselines import eager, strong
 
 from miue_fast import _environment
 from miue_fast._registry import OPS
+from miue_fast.reference.conv_epilogue import unpack
 
 COMPILE_LIMIT = 120  # seconds for one torch.compile
 SAMPLE = 1e-3  # seconds: faster calls are timed several at once
@@ -80,7 +81,7 @@ def truth(op, args):
     """What a right implementation gives: the reference itself for pointwise ops, else float64."""
     if op.exact:
         return results(op, op.reference.fn, args)
-    if len(args[0]) <= ORACLE_ROWS:
+    if len(args[0]) <= ORACLE_ROWS or op.truth is op.reference.fn:
         return results(op, op.truth, in_double(args))
     head = in_double(tuple(a[:ORACLE_ROWS] if isinstance(a, torch.Tensor) else a for a in args))
     for got, want in zip(results(op, op.reference.fn, head), results(op, op.truth, head), strict=True):
@@ -89,13 +90,29 @@ def truth(op, args):
     return results(op, op.reference.fn, in_double(args))
 
 
+def comparable(op, args, outputs):
+    """Outputs of which every value has a tolerance: a ReLU bit must be that of the call's own value, and the sign step counts where the
+    gradient is more than its rounding."""
+    if op.name == "conv_forward" and outputs[1].numel():
+        return outputs[0], unpack(outputs[1], outputs[0]) ^ (outputs[0] <= 0)
+    if op.name == "conv_input_grad_step_":
+        delta, index, grad, weight, images, _, *conv = args[:10]
+        slope, rest = OPS["conv_input_grad"].reference.fn, (None, None, [len(grad), *images.shape[1:]], *conv)
+        plain, exact = (slope(*pair, *rest).double() for pair in ((grad, weight), in_double((grad, weight))))
+        allowed = 2 * (plain - exact).abs().max() + 4 * torch.finfo(grad.dtype).eps * exact.abs().max()
+        doubtful = torch.zeros_like(delta, dtype=torch.bool)
+        doubtful[slice(None) if index is None else index] = exact.abs() <= allowed
+        return outputs[0].masked_fill(doubtful, 0), *outputs[1:]
+    return outputs
+
+
 def gate(op, args, want, plain, fn, *, exact):
     """The largest error as a fraction of what is allowed (0 to 1); WrongResult beyond it.
 
     Allowed: twice the reference's own error against float64 plus four roundings of the largest value; with `exact`: nothing.
     """
     worst = 0.0
-    for got, true, ref in zip(results(op, fn, args), want, plain, strict=True):
+    for got, true, ref in zip(*(comparable(op, args, x) for x in (results(op, fn, args), want, plain)), strict=True):
         if got.shape != true.shape or got.dtype != ref.dtype:
             raise WrongResult(f"expected {ref.dtype} {list(true.shape)}, got {got.dtype} {list(got.shape)}")
         if exact or not true.numel():

@@ -73,18 +73,27 @@ def _missing(rows):
     return "Without numbers in this run: " + "; ".join(f"{name} ({reason})" for name, reason in reasons) + "." if reasons else ""
 
 
+def _rate(r):
+    if not r["rate"]:
+        return "-"
+    if r["op"] == "pgd_step":
+        return f"{r['rate']:.3g} image-steps/s"
+    return f"{r['rate'] / 1e9:.3g} {'GFLOP/s' if r['op'] in ('nt_xent', 'mi_ue_value_and_grad') else 'GB/s'}"
+
+
 def _all_rows(rows):
     for r in rows:
         memory = size(r["extra_bytes"]) if r["extra_bytes"] is not None else "-"
-        timed = (_cell(r), f"{r['error_of_allowed']:.2f}") if r["median_s"] is not None else ("-", "-")
-        unit = "GFLOP/s" if r["op"] in ("nt_xent", "mi_ue_value_and_grad") else "GB/s"
-        yield r["workload"], r["implementation"], *timed, f"{r['rate'] / 1e9:.3g} {unit}" if r["rate"] else "-", memory, r["reason"] or ""
+        error = "-" if r["error_of_allowed"] is None else f"{r['error_of_allowed']:.2f}"
+        timed = (_cell(r), error) if r["median_s"] is not None else ("-", "-")
+        yield r["workload"], r["implementation"], *timed, _rate(r), memory, r["reason"] or ""
 
 
 def _targets(targets):
     for t in targets:
-        show, sign = {"speed": (ratio, ">="), "memory": (size, "<"), "overhead": (seconds, "<")}[t["kind"]]
-        what = {"speed": f"speed against {t['against']}", "memory": "extra memory", "overhead": "public call less kernel"}[t["kind"]]
+        show, sign = {"speed": (ratio, ">="), "memory": (size, "<"), "overhead": (seconds, "<"), "smaller": (ratio, ">=")}[t["kind"]]
+        what = {"speed": f"speed against {t['against']}", "memory": "extra memory", "overhead": "public call less kernel",
+                "smaller": f"memory, {t['against']} over ours"}[t["kind"]]  # fmt: skip
         measured = "not measured" if t["measured"] is None else show(t["measured"])
         yield f"{t['workload']}: {what}", f"{sign} {show(t['needed'])}", measured, {True: "met", False: "**missed**", None: "-"}[t["met"]]
 
@@ -104,14 +113,20 @@ def markdown(record, *, details=True):
     if record.get("ceilings"):
         rows = [(c["name"], f"{c['rate'] / 1e12:.3g} {c['unit']}" if c["rate"] else "-", c["reason"] or "") for c in record["ceilings"]]
         parts.append(table(("ceiling", "measured", "why not"), rows))
-    if record["rows"]:
+    step = record.get("pgd_step", {"rows": []})
+    rows = record["rows"] + step["rows"]
+    if rows:
         head = ("workload", "eager (published path)", "strong (best PyTorch)", "reference", "this library", "vs eager", "vs strong",
                 "extra memory: ours / strong / eager")  # fmt: skip
-        parts.append("Median of a call (10th - 90th percentile).\n\n" + table(head, _summary(record["rows"])))
+        parts.append("Median of a call (10th - 90th percentile).\n\n" + table(head, _summary(rows)))
         parts += [_missing(record["rows"])] * bool(_missing(record["rows"]))
-    if details and record["rows"]:
+    if details and rows:
         head = ("workload", "implementation", "time", "error / allowed", "rate", "extra memory", "why not")
-        parts.append(table(head, _all_rows(record["rows"])))
+        parts.append(table(head, _all_rows(rows)))
+    if share := step.get("convolution_share"):
+        agree = [r["agreement"] for r in step["rows"] if r["agreement"] and r["role"] == "ours"]
+        parts.append(f"PGD step: {share:.0%} of this library's time is PyTorch's convolutions; {agree[0]:.4%} of delta's signs are as in "
+                     "the eager path.")  # fmt: skip
     if record.get("overhead"):
         timed = [(o["op"], *(seconds(o[k]) if o[k] is not None else "-" for k in ("public_s", "kernel_s", "overhead_s")), o["reason"] or "")
                  for o in record["overhead"]]  # fmt: skip
@@ -125,7 +140,12 @@ def markdown(record, *, details=True):
 def section():
     """What stands between the README's markers."""
     files = [RESULTS / "cpu.json", RESULTS / "device.json"]
-    return "\n\n".join(markdown(load(path), details=False) for path in files if path.exists()) or "No results yet: `make bench`."
+    parts = [markdown(load(path), details=False) for path in files if path.exists()]
+    for path in sorted(RESULTS.glob("cpu_*.json")):  # earlier runs on other machines: their targets
+        record = load(path)
+        parts.append(f"Another machine: {_environment(record['environment'])}\n\n"
+                     + table(("target", "needed", "measured", ""), _targets(record["targets"])))  # fmt: skip
+    return "\n\n".join(parts) or "No results yet: `make bench`."
 
 
 def rewritten(text):

@@ -1,5 +1,6 @@
 """What is timed: per op one data set of a real run's size. `make(batch, device, seed)` gives the arguments of `Impl.fn`."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -7,6 +8,8 @@ from functools import partial
 import torch
 
 import miue_fast
+from miue_fast import ops
+from miue_fast.reference.conv_epilogue import mask_bytes
 
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 EPS, ALPHA = 8 / 255, 0.3 / 255
@@ -74,6 +77,64 @@ def perturbed_input(batch, device, seed, *, dtype=torch.float32, channels_last=T
     return images, delta, index, flip, MEAN, STD, 0.0, dtype, channels_last
 
 
+def values(gen, device, *shape):
+    x = torch.randn(shape, generator=gen).to(device)
+    return x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
+
+
+def bits(gen, device, count):
+    return torch.randint(256, (mask_bytes(count),), generator=gen, dtype=torch.uint8).to(device)
+
+
+def conv_epilogue_(batch, device, seed, *, channels=64, side=32, masked=True):
+    gen = torch.Generator().manual_seed(seed)
+    shape = batch, channels, side, side
+    mask = torch.zeros(mask_bytes(math.prod(shape)), dtype=torch.uint8, device=device) if masked else None
+    return values(gen, device, *shape), values(gen, device, channels), values(gen, device, *shape), True, mask
+
+
+def conv_grad_epilogue_(batch, device, seed, *, channels=64, side=32):
+    gen = torch.Generator().manual_seed(seed)
+    shape = batch, channels, side, side
+    return values(gen, device, *shape), values(gen, device, *shape), bits(gen, device, math.prod(shape))
+
+
+CONVOLUTION = [1, 1], [1, 1], [1, 1], 1  # 3x3: stride, padding, dilation, groups
+
+
+def conv_forward(batch, device, seed, *, channels=64, side=32):
+    gen = torch.Generator().manual_seed(seed)
+    weight = values(gen, device, channels, channels, 3, 3) / (9 * channels) ** 0.5
+    return values(gen, device, batch, channels, side, side), weight, values(gen, device, channels), None, *CONVOLUTION, True, True
+
+
+def conv_input_grad(batch, device, seed, *, channels=64, side=32):
+    gen = torch.Generator().manual_seed(seed)
+    shape = batch, channels, side, side
+    grad, weight = values(gen, device, *shape), values(gen, device, channels, channels, 3, 3) / (9 * channels) ** 0.5
+    return grad, weight, None, bits(gen, device, math.prod(shape)), list(shape), *CONVOLUTION
+
+
+def conv_input_grad_step_(batch, device, seed, *, channels=64, side=32):
+    images, delta, index, flip = store(batch, device, seed, side=side)
+    gen = torch.Generator().manual_seed(seed + 1)
+    grad, weight = values(gen, device, batch, channels, side, side), values(gen, device, channels, 3, 3, 3)
+    return delta, index, grad, weight, images, flip, *CONVOLUTION, ALPHA, EPS, None
+
+
+def _convolution_workloads(batch, channels, side):
+    values = batch * channels * side * side
+    shape, product = f"{batch}x{channels}x{side}x{side}", 2 * 9 * values
+    for masked in (True, False):
+        yield Workload(f"conv_epilogue_ {shape}{' with bits' if masked else ''}", "conv_epilogue_", batch,
+                       partial(conv_epilogue_, channels=channels, side=side, masked=masked),
+                       moved=values * 12 + values // 8 * masked)  # fmt: skip
+    for make, flops, moved in [(conv_grad_epilogue_, 0, values * 12 + values // 8), (conv_forward, product * channels, 0),
+                               (conv_input_grad, product * channels, 0), (conv_input_grad_step_, product * 3, 0)]:  # fmt: skip
+        name = make.__name__
+        yield Workload(f"{name} {shape}", name, batch, partial(make, channels=channels, side=side), flops=flops, moved=moved)
+
+
 def _loss_skips(batch):
     """Dense B x B paths stop where their temporaries would take gigabytes, the B x B x D one long before."""
     skip = {}
@@ -116,6 +177,7 @@ def cpu(quick=False):
     yield Workload(f"projected_step {batch}x3x{side}x{side}", "projected_step", batch, partial(projected_step, side=side),
                    moved=batch * 3 * side * side * 16)  # fmt: skip
     yield from _pixel_workloads(batch, torch.float32, side)
+    yield from _convolution_workloads(min(batch, 64), min(width, 64), side)
 
 
 def gpu_loss(quick=False):
@@ -143,6 +205,15 @@ PUBLIC = {  # the public call with the arguments of `Impl.fn`
         delta, index, grad, images, flip, alpha=alpha, eps=eps, nonfinite=nonfinite),
     "perturbed_input": lambda images, delta, index, flip, mean, std, eps, dtype, channels_last: miue_fast.perturbed_input(
         images, delta, index, flip, mean, std, eps=eps, dtype=dtype, channels_last=channels_last),
+    "conv_epilogue_": lambda y, bias, residual, relu, mask: ops.conv_epilogue_(y, bias, residual, relu=relu, mask=mask),
+    "conv_grad_epilogue_": lambda grad, addend, mask: ops.conv_grad_epilogue_(grad, addend, mask),
+    "conv_forward": lambda x, weight, bias, residual, stride, padding, dilation, groups, relu, want_mask: ops.conv_forward(
+        x, weight, bias, residual, stride=stride, padding=padding, dilation=dilation, groups=groups, relu=relu, want_mask=want_mask),
+    "conv_input_grad": lambda grad, weight, addend, mask, size, stride, padding, dilation, groups: ops.conv_input_grad(
+        grad, weight, size, addend, mask, stride=stride, padding=padding, dilation=dilation, groups=groups),
+    "conv_input_grad_step_": lambda delta, index, grad, weight, images, flip, stride, padding, dilation, groups, alpha, eps, nonfinite:
+        ops.conv_input_grad_step_(delta, index, grad, weight, images, flip, alpha=alpha, eps=eps, stride=stride, padding=padding,
+                                  dilation=dilation, groups=groups, nonfinite=nonfinite),
 }  # fmt: skip
 
 
@@ -151,5 +222,7 @@ def tiny(op):
     size = {"nt_xent": partial(nt_xent, width=4), "intra_class_distance": partial(intra_class_distance, width=4),
             "mi_ue_value_and_grad": partial(mi_ue, zeta=0.1, width=4), "projected_step": partial(projected_step, side=2),
             "projected_step_": partial(projected_step_, side=2), "perturbed_input": partial(perturbed_input, side=2)}  # fmt: skip
+    size |= {f.__name__: partial(f, channels=16, side=2) for f in (
+        conv_epilogue_, conv_grad_epilogue_, conv_forward, conv_input_grad, conv_input_grad_step_)}  # fmt: skip
     args = size[op](2, "cpu", 1)
     return (*args[:-1], False) if op in ("nt_xent", "intra_class_distance") else args

@@ -19,7 +19,7 @@ T* maybe(const std::vector<float>& values, T* data) {
     return values.empty() ? nullptr : data;
 }
 
-template <class Context, auto nt_xent, auto distance, auto step, auto step_inplace, auto input>
+template <class Context, auto nt_xent, auto distance, auto step, auto step_inplace, auto input, auto epilogue, auto grad_epilogue>
 void define_ops(pybind11::module_& m) {
     using P = uintptr_t;
     namespace py = pybind11;
@@ -53,6 +53,13 @@ void define_ops(pybind11::module_& m) {
         input({at<void>(out), DType(out_dtype), channels_last, at<const void>(images), DType(image_dtype), at<const void>(delta),
                DType(delta_dtype), eps, at<const int64_t>(index), at<const uint8_t>(flip), maybe(mean, mean.data()),
                maybe(inv_std, inv_std.data()), B, C, H, W, N}, context);
+    }, release());
+    m.def("conv_epilogue", [](P y, int dtype, P bias, P residual, bool relu, P mask, int64_t channels, int64_t count, Context context) {
+        epilogue({at<void>(y), DType(dtype), at<const void>(bias), at<const void>(residual), relu, at<uint8_t>(mask), channels, count},
+                 context);
+    }, release());
+    m.def("conv_grad_epilogue", [](P grad, int dtype, P addend, P mask, int64_t count, Context context) {
+        grad_epilogue({at<void>(grad), DType(dtype), at<const void>(addend), at<const uint8_t>(mask), count}, context);
     }, release());
 }
 

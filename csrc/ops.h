@@ -99,6 +99,29 @@ struct PerturbedInputArgs {
     int64_t B, C, H, W, N;
 };
 
+// y = relu(y + bias + residual) in place on `count` values in NHWC order: channels vary fastest.
+//   y, residual: f32, f16, bf16, f64 (f64: cpu only); bias [channels] f32 (f64 for f64); bias and residual may be null
+//   mask: ReLU bits, 8 * ceil(count / 64) bytes, 8-byte aligned, or null: bit k of byte b is !(y[8 b + k] <= 0) after rounding, 0 past the end
+// Sums in f32 (f64), (y + bias) first, rounded once. Without `relu` the values stay as they are and the mask is written all the same.
+struct ConvEpilogueArgs {
+    void* y;
+    DType dtype;
+    const void* bias;
+    const void* residual;
+    bool relu;
+    uint8_t* mask;
+    int64_t channels, count;
+};
+
+// grad = bit ? grad + addend : 0 in place on `count` values; addend and mask (as above) may be null.
+struct ConvGradEpilogueArgs {
+    void* grad;
+    DType dtype;
+    const void* addend;
+    const uint8_t* mask;
+    int64_t count;
+};
+
 int64_t nt_xent_workspace_cpu(int64_t B, int64_t D, DType dtype, bool want_grad);
 int64_t intra_class_distance_workspace_cpu(int64_t B, int64_t D, DType dtype, bool want_grad);
 void nt_xent_cpu(const NtXentArgs&, int threads);
@@ -106,6 +129,8 @@ void intra_class_distance_cpu(const IntraClassDistanceArgs&, int threads);
 void projected_step_cpu(const ProjectedStepArgs&, int threads);
 void projected_step_inplace_cpu(const ProjectedStepInplaceArgs&, int threads);
 void perturbed_input_cpu(const PerturbedInputArgs&, int threads);
+void conv_epilogue_cpu(const ConvEpilogueArgs&, int threads);
+void conv_grad_epilogue_cpu(const ConvGradEpilogueArgs&, int threads);
 
 // "generic", "avx2" or "avx512": the best this processor has unless MIUE_CPU_LEVEL or set_cpu_level says otherwise.
 const char* cpu_level();
@@ -118,5 +143,7 @@ void intra_class_distance_cuda(const IntraClassDistanceArgs&, void* stream);
 void projected_step_cuda(const ProjectedStepArgs&, void* stream);
 void projected_step_inplace_cuda(const ProjectedStepInplaceArgs&, void* stream);
 void perturbed_input_cuda(const PerturbedInputArgs&, void* stream);
+void conv_epilogue_cuda(const ConvEpilogueArgs&, void* stream);
+void conv_grad_epilogue_cuda(const ConvGradEpilogueArgs&, void* stream);
 
 }  // namespace miue

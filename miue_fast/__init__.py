@@ -9,6 +9,7 @@ except PackageNotFoundError:
 
 from ._registry import BackendError
 from .evaluate import evaluate
+from .frozen import freeze
 from .generate import generate, perturb
 from .ops import intra_class_distance, l2sim, mi_ue_value_and_grad, nt_xent, perturbed_input, projected_step, projected_step_
 
@@ -16,6 +17,7 @@ __all__ = [
     "BackendError",
     "__version__",
     "evaluate",
+    "freeze",
     "generate",
     "intra_class_distance",
     "l2sim",

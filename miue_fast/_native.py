@@ -9,6 +9,9 @@ import importlib.util
 import torch
 
 from ._registry import BackendError
+from .reference.conv_epilogue import mask_bytes
+from .reference.convolution import convolve, convolve_back
+from .reference.projected_step import check_index
 
 _CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.float64: 3, torch.uint8: 4, torch.int8: 5, None: -1}
 
@@ -141,3 +144,32 @@ def perturbed_input(images, delta, index, flip, mean, std, eps, dtype, channels_
           _ptr(delta), _CODES[delta.dtype if delta is not None else None], eps, _ptr(index), _ptr(flip), mean,
           [1 / s for s in std], b, c, h, w, n)  # fmt: skip
     return out
+
+
+def conv_epilogue_(y, bias, residual, relu, mask):
+    _call(y.device, "conv_epilogue", y.data_ptr(), _CODES[y.dtype], _ptr(bias), _ptr(residual), relu, _ptr(mask), y.shape[1], y.numel())
+
+
+def conv_grad_epilogue_(grad, addend, mask):
+    _call(grad.device, "conv_grad_epilogue", grad.data_ptr(), _CODES[grad.dtype], _ptr(addend), _ptr(mask), grad.numel())
+
+
+def conv_forward(x, weight, bias, residual, stride, padding, dilation, groups, relu, want_mask, scale=None):  # no e4m3: scale is None
+    y = convolve(x, weight, stride, padding, dilation, groups)
+    mask = torch.empty(mask_bytes(y.numel()) if want_mask else 0, dtype=torch.uint8, device=y.device)
+    if relu or bias is not None or residual is not None:
+        conv_epilogue_(y, bias, residual, relu, mask if want_mask else None)
+    return y, mask
+
+
+def conv_input_grad(grad, weight, addend, mask, size, stride, padding, dilation, groups, scale=None):
+    out = convolve_back(grad, weight, size, stride, padding, dilation, groups)
+    if addend is not None or mask is not None:
+        conv_grad_epilogue_(out, addend, mask)
+    return out
+
+
+def conv_input_grad_step_(delta, index, grad, weight, images, flip, stride, padding, dilation, groups, alpha, eps, nonfinite):
+    check_index("conv_input_grad_step_", index, len(delta))
+    slope = convolve_back(grad, weight, [len(grad), *images.shape[1:]], stride, padding, dilation, groups)
+    projected_step_(delta, index, slope, images, flip, alpha, eps, nonfinite)

@@ -37,6 +37,7 @@ class Op:
     dtype_of: Callable  # the dtype that dispatch looks at, from the arguments
     exact: bool  # pointwise: bitwise equal to the reference
     mutates: tuple[int, ...]  # positions of the arguments written in place
+    route: Callable | None  # the schema's arguments -> the backend that "auto" takes for them on a GPU; None: the first that can
     _chosen: dict = field(default_factory=dict)
 
     @property
@@ -73,14 +74,20 @@ def _listed(reasons):
     return "; ".join(f"{name}: {reason or 'available'}" for name, reason in reasons.items())
 
 
-def define(schema, *, reference, fake, samples, impls=(), truth=None, dtype_of=None, dtypes=None, exact=False, mutates=()):
+def define(schema, *, reference, fake, samples, impls=(), truth=None, dtype_of=None, dtypes=None, exact=False, mutates=(), route=None):
     """Registers `miue_fast::<op>`. Every schema ends in `str backend`; the reference serves every device and `dtypes`."""
     name = schema.split("(")[0]
     plain = Impl("reference", reference, frozenset({"cpu", "cuda", "meta"}), frozenset(dtypes), lambda: None)
-    op = Op(name, schema, (*impls, plain), samples, truth or reference, dtype_of or (lambda *args: args[0].dtype), exact, tuple(mutates))
+    op = Op(
+        name, schema, (*impls, plain), samples, truth or reference, dtype_of or (lambda *args: args[0].dtype), exact, tuple(mutates), route
+    )
 
     def kernel(*args):
-        return op.choose(args[-1], args[0].device.type, op.dtype_of(*args[:-1])).fn(*args[:-1])
+        *args, backend = args
+        device = args[0].device.type
+        if route and backend == "auto" and device == "cuda":
+            backend = route(*args)
+        return op.choose(backend, device, op.dtype_of(*args)).fn(*args)
 
     LIB.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     for key in ("CPU", "CUDA"):

@@ -42,7 +42,9 @@ HELP = {
     "device": "cpu, cuda or cuda:N; default: cuda if there is one",
     "dtype": "compute type of the network: float32, bfloat16 or float16",
     "delta_dtype": "poison store: float32, float16 or int8",
-    "channels_last": "memory format of the network",
+    "channels_last": "memory format of the network while it trains",
+    "fused": "run the frozen network as fused layers, else in PyTorch's autograd",
+    "fp8": "let the fused layers multiply e4m3 values (with --dtype bfloat16); on a CPU emulated",
     "backend": "of the ops: auto, triton, cuda, cpu or reference",
 }
 

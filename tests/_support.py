@@ -12,7 +12,8 @@ from miue_fast._registry import OPS
 assert miue_fast
 DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
 LOSSES = ("nt_xent", "intra_class_distance", "mi_ue_value_and_grad")
-POINTWISE = ("projected_step", "projected_step_", "perturbed_input")
+POINTWISE = ("projected_step", "projected_step_", "perturbed_input", "conv_epilogue_", "conv_grad_epilogue_")
+CONVOLUTIONS = ("conv_forward", "conv_input_grad", "conv_input_grad_step_")
 BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -163,6 +164,44 @@ def check_losses(op, args, impls):
     return plain, truth
 
 
+def check_convolutions(op, args, impls):
+    """Every implementation against the reference in float64; the mask must be that of the call's own values."""
+    if op.name == "conv_input_grad_step_":
+        return check_convolution_step(op, args, impls)
+    truth, plain = run(op, op.truth, in_double(args)), run(op, op.reference.fn, args)
+    for impl in impls:
+        got = run(op, impl.fn, args)
+        assert got[0].is_contiguous(memory_format=torch.channels_last)
+        assert_close(got[0], plain[0], truth[0])
+        if op.name == "conv_forward":
+            relu, want_mask = args[8:10]
+            assert not (relu and (got[0] < 0).any())
+            mask = mask_by_numpy(got[0]) if want_mask else torch.empty(0, dtype=torch.uint8)
+            assert_same_bits([got[1].cpu()], [mask])
+
+
+def check_convolution_step(op, args, impls):
+    """Where the gradient exceeds its tolerance the step must go its way; elsewhere it may go any of the three."""
+    delta, index, grad, weight, images, flip, *conv, alpha, eps, nonfinite = args
+    gradient, size = OPS["conv_input_grad"], [len(grad), *images.shape[1:]]
+    true, plain = (gradient.reference.fn(g, w, None, None, size, *conv).double() for g, w in (in_double((grad, weight)), (grad, weight)))
+    allowed = 2 * (plain - true).abs().max() + 4 * torch.finfo(grad.dtype).eps * true.abs().max() if true.numel() else 0.0
+    sure = true.abs() > allowed
+    step = OPS["projected_step_"]
+
+    def moved(slope):
+        return run(step, step.reference.fn, (delta, index, slope.float(), images, flip, alpha, eps, nonfinite))
+
+    wanted, ways = moved(torch.where(sure, true.sign(), torch.nan))[0], [moved(torch.full_like(true, sign))[0] for sign in (-1, 0, 1)]
+    decided = torch.ones_like(delta, dtype=torch.bool)
+    decided[slice(None) if index is None else index] = sure
+    for impl in impls:
+        got = run(op, impl.fn, args)
+        assert_same_bits([torch.where(decided, got[0], 0)], [torch.where(decided, wanted, 0)])
+        assert torch.stack([got[0] == way for way in ways]).any(0).all(), "a value that no step leads to"
+        assert_same_bits(got[1:], [] if nonfinite is None else [nonfinite + (~plain.isfinite()).sum()])
+
+
 def check_shrinks(op, args, plain, truth):
     """The reference is the formula: in float64 its error is the oracle's own rounding, not a share of its float32 error."""
     got = op.reference.fn(*in_double(args))
@@ -232,8 +271,51 @@ def perturbed_input_by_numpy(images, delta, index, flip, mean, std, eps, dtype, 
     return [out]
 
 
+def in_memory_order(tensor):
+    """The values of a channels-last [B, C, H, W] or contiguous [B, C] tensor, channels fastest."""
+    x = values(tensor)
+    return (np.moveaxis(x, 1, -1) if x.ndim == 4 else x).reshape(-1)
+
+
+def mask_by_numpy(y):
+    """The ReLU bits of y's own values, least significant first, in whole words of 64."""
+    with np.errstate(invalid="ignore"):
+        bits = np.packbits(~(in_memory_order(y) <= 0), bitorder="little")
+    return torch.from_numpy(np.pad(bits, (0, -len(bits) % 8)))
+
+
+def back_in_shape(flat, like):
+    b, c, *space = like.shape
+    x = torch.from_numpy(np.ascontiguousarray(flat)).view(b, *space, c)
+    return (x.permute(0, 3, 1, 2) if space else x).to(like.dtype)
+
+
+def conv_epilogue_by_numpy(y, bias, residual, relu, mask):
+    v = in_memory_order(y)
+    with np.errstate(invalid="ignore", over="ignore"):
+        if bias is not None:
+            v = v + np.tile(values(bias), len(v) // max(len(bias), 1))
+        if residual is not None:
+            v = v + in_memory_order(residual)
+        rounded = back_in_shape(v, y)
+        if relu:
+            rounded = back_in_shape(np.where(in_memory_order(rounded) <= 0, np.float32(0), in_memory_order(rounded)), y)
+    return [rounded] if mask is None else [rounded, mask_by_numpy(rounded)]
+
+
+def conv_grad_epilogue_by_numpy(grad, addend, mask):
+    g = in_memory_order(grad)
+    with np.errstate(invalid="ignore", over="ignore"):
+        g = g if addend is None else g + in_memory_order(addend)
+    if mask is not None:
+        g = np.where(np.unpackbits(mask.cpu().numpy(), bitorder="little")[: len(g)], g, np.zeros_like(g))
+    return [back_in_shape(g, grad)]
+
+
 BY_NUMPY = {
     "projected_step": projected_step_by_numpy,
     "projected_step_": projected_step_inplace_by_numpy,
     "perturbed_input": perturbed_input_by_numpy,
+    "conv_epilogue_": conv_epilogue_by_numpy,
+    "conv_grad_epilogue_": conv_grad_epilogue_by_numpy,
 }

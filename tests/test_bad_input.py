@@ -7,6 +7,7 @@ import torch
 from _support import OPS, available
 
 import miue_fast
+from miue_fast import ops
 
 F, Y = torch.randn(4, 3), torch.tensor([0, 0, 1, 1])
 IMAGES = torch.full((4, 3, 2, 2), 128, dtype=torch.uint8)
@@ -56,7 +57,7 @@ def store_cases():
     }
     bad = {
         "delta": [delta[:3], delta.double(), delta.to("meta"), delta.mT, delta.long(), torch.zeros_like(delta, requires_grad=True)],
-        "index": [index.int(), torch.tensor([4, 0]), torch.tensor([0, -1]), torch.tensor([2**40, 0]), torch.arange(4)[::2]],
+        "index": [index.int(), torch.tensor([4, 0]), torch.tensor([0, -1]), torch.tensor([2**40, 0]), torch.arange(4)[::2], index[None]],
         "grad": [GRAD, GRAD[:2, :2], GRAD[:2].double(), GRAD[:2].byte(), GRAD[:2].to("meta"), 3],
         "images": [IMAGES[0], IMAGES.double(), IMAGES.mT.expand(4, 3, 2, 2), IMAGES.to(memory_format=torch.channels_last), "cat.png"],
         "flip": [flip[:1], flip.float(), flip.to("meta")],
@@ -91,7 +92,61 @@ def input_cases():
     yield "perturbed_input", "eps", miue_fast.perturbed_input, (), {**good, "delta": delta.to(torch.int8)}
 
 
-CASES = [*loss_cases(), *step_cases(), *store_cases(), *input_cases()]
+X = torch.zeros(2, 16, 4, 4).contiguous(memory_format=torch.channels_last)
+WEIGHT, BIAS, MASK = torch.zeros(16, 16, 3, 3), torch.zeros(16), torch.zeros(64, dtype=torch.uint8)
+NOT_LIKE_X = [X.contiguous(), X[:1], X.half(), X.to("meta"), X[..., ::2], 3]
+SCALE, X8, WEIGHT8 = torch.ones(()), X.to(torch.float8_e4m3fn), WEIGHT.to(torch.float8_e4m3fn)
+NOT_A_SCALE = [None, 1.0, SCALE.double(), torch.ones(2), SCALE.to("meta")]
+NOT_A_MASK = [MASK[:-1], MASK.to(torch.int8), MASK[:, None], torch.zeros(128, dtype=torch.uint8)[::2], MASK.to("meta")]
+
+
+def changed(op, call, good, bad):
+    for argument, values in bad.items():
+        for value in values:
+            yield op, argument, call, (), {**good, argument: value}
+
+
+def epilogue_cases():
+    good = {"y": X, "bias": BIAS, "residual": X, "mask": MASK}
+    bad = {"y": [X.contiguous(), X[0], X.long(), X.mT, None], "residual": NOT_LIKE_X, "mask": NOT_A_MASK}
+    bad["bias"] = [BIAS[:8], BIAS.half(), BIAS.double(), BIAS.to("meta"), torch.zeros(32)[::2]]
+    yield from changed("conv_epilogue_", ops.conv_epilogue_, good, bad)
+    bad = {"grad": [X.contiguous(), X[0], X.long(), None], "addend": NOT_LIKE_X, "mask": NOT_A_MASK}
+    yield from changed("conv_grad_epilogue_", ops.conv_grad_epilogue_, {"grad": X, "addend": X, "mask": MASK}, bad)
+
+
+def convolution_cases():
+    good = {"x": X, "weight": WEIGHT, "bias": BIAS, "residual": X, "padding": 1}
+    weights = [WEIGHT[:, :8], WEIGHT.half(), WEIGHT[0], WEIGHT.to("meta"), torch.zeros(16, 16, 9, 9)]
+    numbers = {"stride": [0, [1], [1, 1, 1], 1.0], "padding": [-1], "dilation": [0]}
+    bad = {"x": [X.contiguous(), X[0], X.long()], "weight": weights, "bias": [BIAS[:8], BIAS.half()], "residual": NOT_LIKE_X, **numbers}
+    yield from changed("conv_forward", ops.conv_forward, good, bad)
+    yield "conv_forward", "weight", ops.conv_forward, (), {**good, "groups": 3}
+    yield "conv_forward", "want_mask", ops.conv_forward, (), {**good, "relu": False}
+    yield "conv_forward", "scale", ops.conv_forward, (), {**good, "scale": SCALE}
+    good8 = {"x": X8, "weight": WEIGHT8, "residual": X.bfloat16(), "scale": SCALE, "padding": 1}
+    bad8 = {"weight": [WEIGHT, WEIGHT.bfloat16()], "residual": [X, X8], "bias": [BIAS.bfloat16()], "scale": NOT_A_SCALE}
+    yield from changed("conv_forward", ops.conv_forward, good8, bad8)
+    good = {"grad": X, "weight": WEIGHT, "size": X.shape, "addend": X, "mask": MASK, "padding": 1}
+    bad = {"grad": [X.contiguous(), X[:1], X[:, :, :2].contiguous(memory_format=torch.channels_last)], "weight": weights, **numbers}
+    yield from changed("conv_input_grad", ops.conv_input_grad, good, bad | {"addend": NOT_LIKE_X, "mask": NOT_A_MASK})
+    yield "conv_input_grad", "scale", ops.conv_input_grad, (), {**good, "scale": SCALE}
+    good8 = {"grad": X8, "weight": WEIGHT8, "size": X.shape, "addend": X.bfloat16(), "scale": SCALE, "padding": 1}
+    bad8 = {"weight": [WEIGHT], "addend": [X, X8], "scale": NOT_A_SCALE}
+    yield from changed("conv_input_grad", ops.conv_input_grad, good8, bad8)
+    index, delta = torch.tensor([2, 0]), torch.zeros(4, 3, 4, 4)
+    good = {"delta": delta, "index": index, "grad": X, "weight": WEIGHT[:, :3], "images": delta.byte(), "alpha": 0.01, "eps": 0.03,
+            "padding": 1}  # fmt: skip
+    bad = {"delta": [delta[:3], delta.double(), delta.mT], "images": [delta.double(), delta.mT.byte()], "grad": [X.contiguous(), X[:1]],
+           "index": [index.int(), index[None], torch.tensor([4, 0])], "weight": [WEIGHT, WEIGHT[:, :3].half()],
+           "alpha": [-1.0], "eps": [2.0], "flip": [index], "nonfinite": [index]}  # fmt: skip
+    yield from changed("conv_input_grad_step_", ops.conv_input_grad_step_, good, bad)
+    doubles = {"grad": X.double(), "weight": good["weight"].double()}
+    yield "conv_input_grad_step_", "grad", ops.conv_input_grad_step_, (), {**good, **doubles}
+    yield "conv_input_grad_step_", "grad", ops.conv_input_grad_step_, (), {**good, "grad": X8, "weight": WEIGHT8[:, :3]}
+
+
+CASES = [*loss_cases(), *step_cases(), *store_cases(), *input_cases(), *epilogue_cases(), *convolution_cases()]
 
 
 def refused(call, op, argument, args, kwargs):

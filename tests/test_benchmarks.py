@@ -17,6 +17,7 @@ BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 import bench  # noqa: E402
 import measure  # noqa: E402
+import pgd_step  # noqa: E402
 import report  # noqa: E402
 import workloads  # noqa: E402
 from baselines import strong  # noqa: E402
@@ -45,12 +46,16 @@ def check_schema(record):
             assert 0 <= row["error_of_allowed"] <= 1, row
             assert row["extra_bytes"] is None or row["extra_bytes"] >= 0, row
             assert (row["extra_bytes"] is None) == (row["extra_bytes_reason"] is not None), row
+    for row in record.get("pgd_step", {"rows": []})["rows"]:
+        assert row.keys() == ROW | {"agreement"} and row["role"] in ("ours", "eager", "strong")
+        assert row["reason"] or 0 < row["p10_s"] <= row["median_s"] <= row["p90_s"], row
+        assert row["agreement"] is None or row["agreement"] >= 0.999, row
     for row in record["overhead"]:
         assert row["op"] in OPS and (row["overhead_s"] is None) == (row["reason"] is not None)
     for target in record["targets"]:
         assert (target["met"] is None) == (target["measured"] is None)
         if target["met"] is not None:
-            speed = target["kind"] == "speed"
+            speed = target["kind"] in ("speed", "smaller")
             assert target["met"] == (target["measured"] >= target["needed"] if speed else target["measured"] < target["needed"])
     text = json.dumps(record)
     assert not any(word in text for word in ("/home", "/root", "/work", "/tmp", "\\\\Users", os.uname().nodename)), "a path or host name"
@@ -78,7 +83,7 @@ def test_committed_results(path):
     record = report.load(path)
     check_schema(record)
     assert not record["quick"] and not measure.broken(record["rows"])
-    assert {r["op"] for r in record["rows"]} >= (set(OPS) if record["kind"] == "cpu" else set())
+    assert {r["op"] for r in record["rows"]} >= (set(OPS) if path.name == "cpu.json" else set())
     assert report.markdown(record)
 
 
@@ -91,6 +96,8 @@ def test_quick_run(tmp_path):
     for name in OPS:
         found = {r["implementation"] for r in record["rows"] if r["op"] == name}
         assert found == {*(i.backend for i in OPS[name].impls), "eager", *strong.PATHS[name]}, "every backend and baseline has a row"
+    assert {r["role"] for r in record["pgd_step"]["rows"] if r["median_s"]} == {"eager", "strong", "ours"}
+    assert 0 < record["pgd_step"]["convolution_share"] <= 1
     measured = [r for r in record["rows"] if r["role"] == "eager" and r["extra_bytes"]]
     assert measured, "no extra memory was measured"
     assert report.markdown(record) in done.stdout
@@ -181,7 +188,7 @@ def test_targets_are_judged():
     assert judged["speed", speed.workload, "eager"] is False and judged["speed", speed.workload, "strong"] is True
     assert judged["memory", speed.workload, None] is False and judged["overhead", "every op, tiny inputs", None] is False
     assert judged["memory", "nt_xent B=8192 D=512", None] is None, "nothing measured is neither met nor missed"
-    known = {w.name for w in workloads.cpu()}
+    known = {w.name for w in workloads.cpu()} | set(pgd_step.names(512))
     assert all(t.workload in known for t in bench.TARGETS if t.kind != "overhead")
 
 
@@ -229,3 +236,8 @@ def test_public_calls_match_the_kernels_they_are_compared_with(op):
     chosen = OPS[op].choose("auto", "cpu", OPS[op].dtype_of(*args))
     for ours, kernel in zip(got, measure.results(OPS[op], chosen.fn, args)):
         assert torch.equal(ours, kernel)
+
+
+def test_the_roofline_page_is_current():
+    done = script("roofline.py", "--check")
+    assert done.returncode == 0, "docs/roofline.md is stale: run `python benchmarks/roofline.py`"

@@ -5,6 +5,8 @@ import torch
 from _support import cases_of
 
 import miue_fast
+from miue_fast import ops
+from miue_fast.reference.conv_epilogue import mask_bytes
 
 MEAN, STD = [0.5, 0.4, 0.3], [0.2, 0.2, 0.3]
 
@@ -37,7 +39,43 @@ def perturbed_input(backend, batch):
     return miue_fast.perturbed_input(batch["images"], batch["delta"], batch["index"], batch["flip"], MEAN, STD, backend=backend) + 1
 
 
-CALLS = {f.__name__: f for f in (nt_xent, intra_class_distance, mi_ue_value_and_grad, projected_step, projected_step_, perturbed_input)}
+def bits_of(y):
+    return torch.zeros(mask_bytes(y.numel()), dtype=torch.uint8, device=y.device)
+
+
+def conv_epilogue_(backend, batch):
+    y = batch["x"].clone()
+    mask = bits_of(y)
+    ops.conv_epilogue_(y, batch["bias"], batch["x"], mask=mask, backend=backend)
+    return y * 2, mask
+
+
+def conv_grad_epilogue_(backend, batch):
+    grad = batch["x"].clone()
+    ops.conv_grad_epilogue_(grad, batch["x"], bits_of(grad) + 0x5A, backend=backend)
+    return grad * 2
+
+
+def conv_forward(backend, batch):
+    y, mask = ops.conv_forward(batch["x"] + 1, batch["weight"], batch["bias"], batch["x"], padding=1, backend=backend)
+    return y * 2, mask
+
+
+def conv_input_grad(backend, batch):
+    x = batch["x"]
+    return ops.conv_input_grad(x, batch["weight"], x.shape, x, bits_of(x) + 0x5A, padding=1, backend=backend) * 2
+
+
+def conv_input_grad_step_(backend, batch):
+    delta, count = batch["delta"].clone(), torch.zeros(1, dtype=torch.int64, device=batch["delta"].device)
+    grad = batch["x"][:, :, :, :1].expand(-1, -1, 4, 5).contiguous(memory_format=torch.channels_last)
+    ops.conv_input_grad_step_(delta, batch["index"], grad, batch["stem"], batch["images"], batch["flip"], alpha=0.01, eps=0.03, padding=1,
+                              nonfinite=count, backend=backend)  # fmt: skip
+    return delta * 1, count
+
+
+CALLS = {f.__name__: f for f in (nt_xent, intra_class_distance, mi_ue_value_and_grad, projected_step, projected_step_, perturbed_input,
+                                 conv_epilogue_, conv_grad_epilogue_, conv_forward, conv_input_grad, conv_input_grad_step_)}  # fmt: skip
 
 
 def make(count, device):
@@ -51,6 +89,10 @@ def make(count, device):
         "grad": torch.randn(images.shape, generator=gen),
         "index": torch.randperm(count, generator=gen),
         "flip": torch.rand(count, generator=gen) < 0.5,
+        "x": torch.randn(count, 16, 4, 4, generator=gen).contiguous(memory_format=torch.channels_last),
+        "weight": torch.randn(16, 16, 3, 3, generator=gen) / 12,
+        "stem": torch.randn(16, 3, 3, 3, generator=gen),
+        "bias": torch.randn(16, generator=gen),
     }
     batch["grad"][0, 0, 0, 0] = torch.nan
     return {name: value.to(device) for name, value in batch.items()}

@@ -11,10 +11,13 @@ import torch
 import miue_fast.ops  # noqa: F401  (registers the ops)
 from miue_fast import _native
 from miue_fast._registry import OPS
+from miue_fast.ops.conv_epilogue import activations
+from miue_fast.reference.conv_epilogue import mask_bytes
 
 pytestmark = pytest.mark.skipif(_native.cpu_missing() is not None, reason=str(_native.cpu_missing()))
 LEVELS = ["generic", "avx2", "avx512"]
-NAMES = ["nt_xent", "intra_class_distance", "mi_ue_value_and_grad", "projected_step", "projected_step_", "perturbed_input"]
+NAMES = ["nt_xent", "intra_class_distance", "mi_ue_value_and_grad", "projected_step", "projected_step_", "perturbed_input",
+         "conv_epilogue_", "conv_grad_epilogue_"]  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -64,7 +67,8 @@ def same_bits(a, b):
     if (a.dtype, a.shape, layout(a)) != (b.dtype, b.shape, layout(b)):
         return False
     nan = a.isnan()
-    return torch.equal(nan, b.isnan()) and torch.equal(a.masked_fill(nan, 0), b.masked_fill(nan, 0))
+    a, b, same = a.masked_fill(nan, 0), b.masked_fill(nan, 0), torch.equal(nan, b.isnan())
+    return same and torch.equal(a, b) and torch.equal(a.signbit(), b.signbit())
 
 
 def assert_parity(op, args):
@@ -144,6 +148,11 @@ def everything():
     yield OPS["projected_step"], (delta, torch.randn(delta.shape, generator=gen), images / 255, 0.003, 0.03)
     yield OPS["projected_step_"], (delta, index, last, images, flip, 0.003, 0.03, torch.zeros(1, dtype=torch.int64))
     yield OPS["perturbed_input"], (images, delta, index, flip, [0.5] * 3, [0.2] * 3, 0.03, torch.bfloat16, True)
+    y = activations("cpu", torch.float32, 3, 48, 33, 31)
+    mask = torch.full((mask_bytes(y.numel()),), 0xA5, dtype=torch.uint8)
+    yield OPS["conv_epilogue_"], (y, torch.linspace(-1, 1, 48), y.flip(0), True, mask)
+    yield OPS["conv_epilogue_"], (y.bfloat16(), torch.linspace(-1, 1, 48), None, False, mask)
+    yield OPS["conv_grad_epilogue_"], (y, y.flip(0), mask)
 
 
 def test_the_result_does_not_depend_on_the_thread_count(threads):
@@ -226,6 +235,36 @@ def test_gradients_of_any_stride(channels):
             mean = [0.4] * channels
             assert_parity(OPS["perturbed_input"], (images, delta, None, flip, mean, mean, 0.03, dtype, last))
             assert_parity(OPS["perturbed_input"], (images / 255, delta, None, flip, [], [], 0.03, dtype, last))
+
+
+COUNTS = [1, 63, 64, 65, 1023, 1024, 1087, 16383, 16384, 16385, 3 * 16384 + 77]  # around words, buffers and units of work
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("count", COUNTS)
+def test_epilogues_of_any_count_and_thread_count(count, dtype, threads):
+    for channels in {c for c in (1, 3, 16, 63, 64, 65, 192, count) if count % c == 0}:
+        y, other = (activations("cpu", dtype, count // channels, channels, seed=seed) for seed in (1, 2))
+        bias = torch.linspace(-1, 1, channels, dtype=torch.promote_types(dtype, torch.float32))
+        mask = torch.randint(256, (mask_bytes(count),), generator=torch.Generator().manual_seed(count), dtype=torch.uint8)
+        for number in (1, 2, 5):
+            threads(number)
+            for options in [(bias, other, True, mask), (bias, None, True, mask), (None, None, False, mask), (None, other, False, None)]:
+                assert_parity(OPS["conv_epilogue_"], (y, *options))
+            for options in [(other, mask), (None, mask), (other, None), (None, None)]:
+                assert_parity(OPS["conv_grad_epilogue_"], (y, *options))
+
+
+def test_epilogues_write_nothing_beyond_their_ends():
+    for level in here():
+        for dtype in (torch.float32, torch.bfloat16):
+            whole, bits = torch.full((100,), -7.0, dtype=dtype), torch.full((4 * 8,), 0xA5, dtype=torch.uint8)
+            y, mask = whole[3:80].view(7, 11), bits[8:24]
+            _native.conv_epilogue_(y, torch.ones(11), None, True, mask)
+            assert (y == 0).all() and (mask == 0).all(), level
+            assert (whole[:3] == -7).all() and (whole[80:] == -7).all() and (bits[:8] == 0xA5).all() and (bits[24:] == 0xA5).all(), level
+            _native.conv_grad_epilogue_(y, y + 1, mask.fill_(255))
+            assert (y == 1).all() and (whole[:3] == -7).all() and (whole[80:] == -7).all(), level
 
 
 @pytest.mark.parametrize("wrong", [-1, 5, 2**40])

@@ -21,6 +21,8 @@ CALLS = {
     "projected_step": (0, 0, 0, 0, 0, 4, 0.1, 0.1),
     "projected_step_inplace": (0, 0, 0, 0, 0, 4, 4, 4, 1, 0, 4, 0, 1, 1, 4, 4, 1, 0.1, 0.1, 0),
     "perturbed_input": (0, 0, False, 0, 4, 0, -1, 0.1, 0, 0, [], [], 1, 1, 4, 4, 1),
+    "conv_epilogue": (0, 0, 0, 0, True, 0, 4, 64),
+    "conv_grad_epilogue": (0, 0, 0, 1 << 20, 64),
 }
 
 
@@ -36,6 +38,8 @@ def test_call_without_a_gpu_reports_the_driver(op):
 def test_bad_dtype_is_the_callers_error():
     with pytest.raises(ValueError, match=r"^nt_xent: features: expected .*, got code 3$"):
         _native._call(NOWHERE, "nt_xent", 0, 3, *CALLS["nt_xent"][2:])
+    with pytest.raises(ValueError, match=r"^conv_epilogue_: y: expected .*, got code 3$"):
+        _native._call(NOWHERE, "conv_epilogue", 0, 3, *CALLS["conv_epilogue"][2:])
     with pytest.raises(ValueError, match=r"^perturbed_input: mean and std: expected at most 16 channels on a GPU, got 17$"):
         _native._call(NOWHERE, "perturbed_input", *CALLS["perturbed_input"][:10], [0.0] * 17, [1.0] * 17, 1, 17, 4, 4, 1)
 
@@ -72,7 +76,7 @@ def test_machine_code_of_every_kernel():
         elif "REG:" in line:
             kernels[arch, name] = {key: int(value) for key, value in re.findall(r"(\w+):(\d+)", line)}
     names = {name for _, name in kernels}
-    assert len(names) >= 13
+    assert len(names) >= 17
     assert set(kernels) == {(arch, name) for arch in ("sm_80", "sm_90a") for name in names}
     for key, used in kernels.items():
         assert (used["STACK"], used["LOCAL"]) == (0, 0), f"{key} spills: {used}"

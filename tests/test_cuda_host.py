@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from _support import CONVOLUTIONS, LOSSES, OPS, assert_same_bits, check_convolutions
 
-import miue_fast  # noqa: F401  (registers the ops)
 from miue_fast import _native
-from miue_fast._registry import OPS
+from miue_fast.ops.conv_epilogue import activations
+from miue_fast.reference.conv_epilogue import mask_bytes
 
 spec = importlib.util.spec_from_file_location("shim_build", Path(__file__).parent / "shim/build.py")
 build = importlib.util.module_from_spec(spec)
@@ -44,7 +45,7 @@ def cases():
 def samples(op, dtype):
     """(number, arguments), without what takes 128 OS threads seconds: half of the half-precision losses, two thirds of mi_ue (the same
     kernels again), all but one wide batch of the distance."""
-    half = not op.exact and dtype != torch.float32
+    half = op.name in LOSSES and dtype != torch.float32
     every = 3 if op.name == "mi_ue_value_and_grad" else 2 if half else 1
     wide = 0
     for k, args in enumerate(op.samples("cpu", dtype)):
@@ -79,10 +80,12 @@ def test_parity(op, dtype):
         got, plain = run(fn, op, args), run(op.reference.fn, op, args)
         if k % 8 == 2:
             assert all(same_bits(a, b) for a, b in zip(got, run(fn, op, args), strict=True)), f"sample {k} does not repeat"
+        if op.name in CONVOLUTIONS:
+            check_convolutions(op, args, [cuda_impl(op)])
+            continue
         if op.exact:
-            for a, b in zip(got, plain, strict=True):
-                assert a.dtype == b.dtype and a.stride() == b.stride()
-                torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+            assert_same_bits(got, plain)
+            assert [a.stride() for a in got] == [b.stride() for b in plain]
             continue
         truth = op.truth(*[x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in args])
         for a, b, t in zip(got, plain, truth, strict=True):
@@ -107,6 +110,22 @@ def test_misaligned_and_offset_stores():
     whole = torch.rand(3, 101, generator=torch.Generator().manual_seed(0)).half()
     delta, grad, image = (row[1:] for row in whole)
     assert torch.equal(cuda_impl(op).fn(delta, grad, image, 0.01, 0.03), op.reference.fn(delta, grad, image, 0.01, 0.03))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_epilogues_aligned_or_not(dtype):
+    """Past one round of the grid's stride, channels that eight divides and others, and memory that 16-byte accesses cannot take."""
+    for rows, channels in [(80, 16), (300, 7), (100, 12), (41, 130)]:
+        whole, other = (activations("cpu", dtype, rows * channels + 1, 1, seed=seed).view(-1) for seed in (1, 2))
+        bias = torch.linspace(-1, 1, channels + 1)
+        for start in (0, 1):
+            y, residual = (x[start:][: rows * channels].view(rows, channels) for x in (whole, other))
+            mask = torch.full((mask_bytes(y.numel()),), 0xA5, dtype=torch.uint8)
+            for name, args in [("conv_epilogue_", (y, bias[start:][:channels], residual, True, mask)),
+                               ("conv_epilogue_", (y, bias[start:][:channels], None, False, mask)),
+                               ("conv_grad_epilogue_", (y, residual, mask))]:  # fmt: skip
+                op = OPS[name]
+                assert_same_bits(run(cuda_impl(op).fn, op, args), run(op.reference.fn, op, args))
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])

@@ -11,6 +11,8 @@ from _support import BY_NUMPY, DEVICES, LOSSES, OPS, assert_same_bits, available
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from miue_fast.reference.conv_epilogue import mask_bytes
+
 FUZZ = settings(max_examples=int(os.environ.get("MIUE_FUZZ", "2000")), deadline=None, derandomize=True, database=None,
                 suppress_health_check=list(HealthCheck))  # fmt: skip
 FLOATS = [torch.float32, torch.float16, torch.bfloat16]
@@ -182,7 +184,47 @@ def inputs(draw):
     return images, delta, index, flip, mean, std, eps, draw(st.sampled_from(FLOATS)), draw(st.booleans())
 
 
-POINTWISE = {"projected_step": projected_steps(), "projected_step_": inplace_steps(), "perturbed_input": inputs()}
+@st.composite
+def activations(draw):
+    """(gen, make): `make()` gives dense values of one shape and dtype, full of what a ReLU bends at."""
+    gen = torch.Generator().manual_seed(draw(SEED))
+    shape = draw(st.one_of(st.tuples(st.integers(0, 9), st.integers(1, 200)),
+                           st.tuples(st.integers(0, 3), st.integers(1, 140), st.integers(1, 6), st.integers(1, 7))))  # fmt: skip
+    dtype, power = draw(st.sampled_from([*FLOATS, torch.float64])), draw(st.integers(-9, 5))
+
+    def make():
+        x = special(torch.randn(shape, generator=gen) * 10.0**power, gen, 0, -0.0, torch.nan, torch.inf, -torch.inf, 1e-40).to(dtype)
+        x = x.contiguous(memory_format=torch.channels_last) if len(shape) == 4 else x
+        if offset:
+            wide = torch.empty(x.numel() + 1, dtype=dtype)[1:]
+            x = torch.as_strided(wide, x.shape, x.stride()).copy_(x)
+        return x
+
+    offset = draw(st.booleans())
+    return gen, make
+
+
+@st.composite
+def epilogues(draw):
+    gen, make = draw(activations())
+    y = make()
+    bias = special(torch.randn(y.shape[1], generator=gen, dtype=torch.float64), gen, 0, 1e-9, 1e-41)
+    bias = bias.to(torch.promote_types(y.dtype, torch.float32))
+    mask = torch.full((mask_bytes(y.numel()),), 0xA5, dtype=torch.uint8)
+    return (y, bias if draw(st.booleans()) else None, make() if draw(st.booleans()) else None, draw(st.booleans()),
+            mask if draw(st.booleans()) else None)  # fmt: skip
+
+
+@st.composite
+def grad_epilogues(draw):
+    gen, make = draw(activations())
+    grad = make()
+    mask = torch.randint(256, (mask_bytes(grad.numel()),), generator=gen, dtype=torch.uint8)
+    return grad, make() if draw(st.booleans()) else None, mask if draw(st.booleans()) else None
+
+
+POINTWISE = {"projected_step": projected_steps(), "projected_step_": inplace_steps(), "perturbed_input": inputs(),
+             "conv_epilogue_": epilogues(), "conv_grad_epilogue_": grad_epilogues()}  # fmt: skip
 
 
 @pytest.mark.parametrize("device", DEVICES)

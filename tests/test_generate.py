@@ -26,7 +26,7 @@ def images():
 
 
 class Plain(nn.Module):
-    """A user's network: its own layer names, no `folded`, dropout."""
+    """A user's network: its own layer names, dropout."""
 
     def __init__(self, classes):
         super().__init__()
@@ -98,10 +98,25 @@ def loop_by_hand(images, labels, epochs, steps, batch, train_batch, seed, alpha_
 @pytest.mark.parametrize("zeta", [0.1, 0.0])
 def test_equal_to_a_loop_by_hand_bit_for_bit(images, zeta):
     numbers = {"epochs": 3, "steps": 3, "batch": 16, "train_batch": 16, "seed": 11, "alpha_0": 1 / 255, "lr": 0.05, "eps": 4 / 255}
-    got = run(images, model=Plain, feature="body.4", zeta=zeta, channels_last=False, backend="reference", width=None, **numbers)
+    got = run(images, model=Plain, feature="body.4", zeta=zeta, channels_last=False, fused=False, backend="reference",
+              **numbers)  # fmt: skip
     expected = loop_by_hand(images.images, images.labels, zeta=zeta, **numbers)
     assert torch.equal(got.delta, expected)
     assert got.delta.dtype == torch.float32 and got.delta.abs().max() > 3.9 / 255
+
+
+def test_fused_and_autograd_agree(images):
+    """The first epoch's poison step sees the same network; only values near zero may change sign."""
+    fused, plain = (run(images, epochs=1, steps=1, fused=on).delta for on in (True, False))
+    assert (fused.sign() == plain.sign()).double().mean() >= 0.999 and fused.any()
+
+
+def test_fp8_is_bfloat16_with_other_roundings(images, tmp_path):
+    fp8, plain = (run(images, tmp_path / str(on), epochs=1, steps=1, dtype="bfloat16", fp8=on).delta for on in (True, False))
+    assert not torch.equal(fp8, plain)
+    assert (fp8.sign() == plain.sign())[plain != 0].double().mean() > 0.5  # a coin gives a half
+    with pytest.raises(ValueError, match=r"^freeze: fp8: expected False without a fused network, got True \(fused=False\)$"):
+        run(images, dtype="bfloat16", fp8=True, fused=False)
 
 
 def test_same_run_same_bits(images, tmp_path):
@@ -218,7 +233,7 @@ class Dead(Plain):
 
 
 class NaNLater(Plain):
-    """Finite in training; NaN features from the n-th frozen pass on."""
+    """Finite in training; NaN features from the n-th frozen pass on. For fused=False: a trace would not count the passes."""
 
     left = 6
 
@@ -238,7 +253,7 @@ def test_nan_stops_the_run_and_names_epoch_and_batch(images, tmp_path):
     # 1 probe twice, then 2 poison batches x 2 steps per epoch: the 7th frozen pass is epoch 2, batch 1
     with pytest.raises(ValueError, match=r"generate: epoch 2, batch 1 of 3 of the poison step: loss \(NaN or Inf features\)") as error:
         NaNLater.left = 2 + 3 * 2
-        run(images, tmp_path, model=NaNLater, feature="body.4", epochs=3)
+        run(images, tmp_path, model=NaNLater, feature="body.4", epochs=3, fused=False, channels_last=False)
     assert "\n" not in str(error.value)
     from miue_fast.generate import checkpoint
 

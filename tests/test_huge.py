@@ -7,6 +7,7 @@ import torch
 from _support import cases_of
 
 import miue_fast
+from miue_fast.reference.conv_epilogue import mask_bytes
 
 pytestmark = [
     pytest.mark.skipif(os.environ.get("MIUE_HUGE") != "1", reason="needs 14 GB and minutes: MIUE_HUGE=1 runs it"),
@@ -39,6 +40,27 @@ def test_rows_past_2_31(op, impl, device, store):
     assert torch.equal(delta[rows], expected) and torch.equal(delta[-4:-2], before)
     got = miue_fast.perturbed_input(images, delta, rows, flip, eps=EPS, backend=impl.backend)
     assert torch.equal(got, wanted)
+
+
+@pytest.mark.parametrize("op, impl, device", cases_of("conv_epilogue_", "conv_grad_epilogue_", dtypes=False))
+def test_activations_past_2_31(op, impl, device):
+    if impl is op.reference:
+        pytest.skip("the reference's fp32 temporaries need 30 GB")
+    rows, channels, last = 2**31 // 96 + 3, 96, slice(-62, None)
+    y = torch.ones(rows, channels, dtype=torch.float16, device=device)
+    assert (rows - 62) * channels % 64 == 0 and y[:-1].numel() > 2**31
+    y[last].normal_()
+    mask = torch.zeros(mask_bytes(y.numel()), dtype=torch.uint8, device=device)
+    tail, bits = y[last].clone(), mask[-mask_bytes(62 * channels) :].clone()
+    if op.name == "conv_epilogue_":
+        rest = torch.linspace(-0.5, 0.5, channels, device=device), None, True
+    else:
+        mask[-mask_bytes(62 * channels) :] = bits.random_(256)
+        rest = (None,)
+    impl.fn(y, *rest, mask)
+    op.reference.fn(tail, *rest, bits)
+    assert torch.equal(y[last], tail) and torch.equal(mask[-len(bits) :], bits)
+    assert (mask[: -len(bits)] == (255 if op.name == "conv_epilogue_" else 0)).all() and (y[0] > 0).all() == (op.name == "conv_epilogue_")
 
 
 @pytest.mark.parametrize("op, impl, device", cases_of("perturbed_input", dtypes=False))

@@ -1,4 +1,4 @@
-"""The built-in networks: form, initialisation, normalisation inside, and the folded copy that the poison step runs."""
+"""The built-in networks: form, initialisation, normalisation inside."""
 
 import math
 
@@ -61,20 +61,6 @@ def test_normalisation_is_inside_and_optional(channels):
     expected = plain((x - mean[:, None, None]) / std[:, None, None])
     assert (inside(x) - expected).abs().max() < 1e-5 * expected.abs().max()  # mean and std are float32 constants
     assert not torch.equal(inside(x), plain(x))
-
-
-@pytest.mark.parametrize("name", models.NAMES)
-def test_folded_is_the_same_function(name):
-    model = _with_statistics(models.build(name, 5)).eval().double()
-    model.mean, model.inv_std = model.mean.double(), model.inv_std.double()
-    folded = model.folded()
-    assert not any(isinstance(m, nn.BatchNorm2d) for m in folded.modules())
-    assert any(isinstance(m, nn.BatchNorm2d) for m in model.modules())
-    x = torch.rand(2, 3, 16, 16, dtype=torch.float64).requires_grad_()
-    a, b = model(x), folded(x)
-    ga, gb = (torch.autograd.grad(y.square().sum(), x)[0] for y in (a, b))
-    for got, truth in ((b, a), (gb, ga)):
-        assert (got - truth).abs().max() < 1e-12 * truth.abs().max()
 
 
 @pytest.mark.parametrize(

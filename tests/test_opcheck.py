@@ -1,5 +1,7 @@
 """Every op passes torch.library.opcheck on contiguous, permuted, sliced and empty input."""
 
+import inspect
+
 import pytest
 import torch
 from _support import LOSSES, cases_of, clone
@@ -11,8 +13,8 @@ def variants(op, args):
     """The sample as it is, with every tensor that may have strides permuted in memory, and sliced out of a larger one."""
     yield args
     for position, tensor in enumerate(args):
-        free = isinstance(tensor, torch.Tensor) and tensor.dim() > 1 and (op.name in (*LOSSES, "projected_step") or position == 2)
-        if free:
+        strided = op.name in (*LOSSES, "projected_step") or (op.name == "projected_step_" and position == 2)
+        if strided and isinstance(tensor, torch.Tensor) and tensor.dim() > 1:
             permuted = tensor.mT.contiguous().mT
             sliced = torch.stack([tensor, tensor], -1).flatten(-2)[..., ::2]
             for other in (permuted, sliced):
@@ -25,9 +27,16 @@ def empty(op, args):
         return args[0][:0], args[1][:0], *args[2:]
     if op.name == "projected_step":
         return *(a[:0] for a in args[:3]), *args[3:]
+    if op.name in ("conv_epilogue_", "conv_grad_epilogue_", "conv_forward", "conv_input_grad"):
+        batched = ("y", "x", "grad", "residual", "addend", "mask")
+        names = inspect.signature(op.reference.fn).parameters
+        values = [a[:0] if name in batched and a is not None else a for name, a in zip(names, args)]
+        return tuple([0, *a[1:]] if name == "size" else a for name, a in zip(names, values))
     none = torch.empty(0, dtype=torch.int64, device=args[0].device)
     if op.name == "perturbed_input":
         return *args[:2], none, None, *args[4:]
+    if op.name == "conv_input_grad_step_":
+        return args[0], none, args[2][:0], *args[3:5], None, *args[6:]
     return args[0], none, args[2][:0], args[3], None, *args[5:]
 
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from miue_fast import data, models, perturb
+from miue_fast import data, freeze, models, perturb
 from miue_fast.reference.mi_ue_value_and_grad import formula
 from miue_fast.reference.mi_ue_value_and_grad import mi_ue_value_and_grad as closed_form
 
@@ -62,14 +62,32 @@ def autograd_gradient(features, *args):
 
 
 @pytest.mark.parametrize("options", [{}, {"zeta": 0.0}, {"denominator": "negatives", "normalize_dim": False}])
-def test_equal_to_a_loop_by_hand_bit_for_bit(case, options):
+def test_in_autograd_equal_to_a_loop_by_hand_bit_for_bit(case, options):
     model, images, labels = case
     flip = torch.arange(24) % 3 == 0
     start = torch.zeros(images.shape)
-    got = perturb(model, images, labels, start, steps=5, alpha=ALPHA, eps=EPS, flip=flip, backend="reference", **options)
+    got = perturb(model, images, labels, start, steps=5, alpha=ALPHA, eps=EPS, flip=flip, fused=False, backend="reference", **options)
     expected, _ = by_hand(model, images, labels, start, flip, steps=5, **options)
     assert torch.equal(got, expected) and not start.any()
     assert got.abs().max() <= 5 * ALPHA * 1.0001 and got.abs().max() > 4 * ALPHA
+
+
+def test_fused_and_autograd_give_the_same_signs(case):
+    model, images, labels = case
+    run = {"steps": 5, "alpha": ALPHA, "eps": EPS}
+    fused, plain = (perturb(model, images, labels, torch.zeros(images.shape), fused=on, **run) for on in (True, False))
+    assert (fused.sign() == plain.sign()).double().mean() >= 0.999
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_what_freeze_returned_serves_many_batches(case, fused):
+    model, images, labels = case
+    net = freeze(model.eval(), fused=fused, channels_last=False)
+    for zero in torch.zeros(2, *images.shape):
+        got = perturb(net, images, labels, zero, steps=2, alpha=ALPHA)
+        assert torch.equal(got, perturb(model, images, labels, zero, steps=2, alpha=ALPHA, fused=fused)) and got.any()
+    with pytest.raises(ValueError, match=r"model: expected an nn.Module, or what `freeze` returned, got int"):
+        perturb(3, images, labels, zero, alpha=ALPHA)
 
 
 @pytest.mark.parametrize("backend", ["auto", "reference"])
@@ -97,21 +115,21 @@ def test_delta_is_not_flipped(case):
 
 
 @pytest.mark.parametrize("chunk", [2, 5, 8, 23, 24, 100])
-@pytest.mark.parametrize("network", ["tiny", "small_resnet", "channels_last"])
+@pytest.mark.parametrize("network", ["tiny", "small_resnet", "channels_last", "fused"])
 def test_micro_batches_are_bitwise_the_full_batch(case, chunk, network):
     model, images, labels = case
     last = network == "channels_last"
     if network != "tiny":
         model = models.build("small_resnet", 4)
         model(images / 255)
-    run = {"steps": 3, "alpha": ALPHA, "eps": EPS, "channels_last": last}
+    run = {"steps": 3, "alpha": ALPHA, "eps": EPS, "channels_last": last, "fused": network == "fused"}
     full = perturb(model, images, labels, torch.zeros(images.shape), **run)
     sizes = []
-    handle = model.register_forward_hook(lambda module, inputs, output: sizes.append(len(output)))
+    if network != "fused":
+        model.register_forward_hook(lambda module, inputs, output: sizes.append(len(output)))
     part = perturb(model, images, labels, torch.zeros(images.shape), network_chunk=chunk, **run)
-    handle.remove()
     assert torch.equal(full, part) and full.any()
-    assert max(sizes) <= max(chunk + 1, 3) and min(sizes) > 1
+    assert network == "fused" or (max(sizes) <= max(chunk + 1, 3) and min(sizes) > 1)
 
 
 def test_the_objective_is_that_of_the_whole_batch(case):

@@ -43,7 +43,13 @@ def test_the_commands_run(photos):
 def test_the_ten_lines_run(photos):
     code = block("## Ten lines").replace('"resnet18", epochs=30', '"small_resnet", epochs=1, steps=1, progress=False')
     batch = data.shapes(8, seed=3, classes=2)
-    given = {"model": models.build("small_resnet", 2), "images": batch.images, "labels": batch.labels, "features": torch.rand(8, 4)}
+    given = {
+        "model": models.build("small_resnet", 2),
+        "images": batch.images,
+        "labels": batch.labels,
+        "features": torch.rand(8, 4),
+        "d_features": torch.rand(8, 32),
+    }
     exec(code.replace("delta = result.delta ", "delta = torch.zeros(8, 3, 32, 32) if result.delta.any() else None "), given)
     assert given["loss"].isfinite() and given["delta"].any()
 

@@ -5,7 +5,7 @@ import logging
 
 import pytest
 import torch
-from _support import LOSSES, OPS, POINTWISE, cases_of
+from _support import CONVOLUTIONS, LOSSES, OPS, POINTWISE, cases_of
 
 import miue_fast
 from miue_fast import BackendError
@@ -14,9 +14,10 @@ from miue_fast._registry import BACKENDS, Impl, Op
 ALL = pytest.mark.parametrize("op", OPS.values(), ids=OPS)
 
 
-def test_the_six_ops():
-    assert set(OPS) == {*LOSSES, *POINTWISE}
-    assert all(callable(getattr(miue_fast, name)) for name in OPS)
+def test_the_ops():
+    assert set(OPS) == {*LOSSES, *POINTWISE, *CONVOLUTIONS}
+    assert all(op.exact == (name in POINTWISE) for name, op in OPS.items())
+    assert all(callable(getattr(miue_fast.ops, name)) for name in OPS)
 
 
 @ALL
@@ -54,7 +55,7 @@ def test_a_backend_asked_for_is_the_one_that_runs(op, impl, device):
 
 
 def fake_op(*impls):
-    return Op("thing", "", impls, None, None, None, False, ())
+    return Op("thing", "", impls, None, None, None, False, (), None)
 
 
 def impl(backend, missing=None, dtypes=(torch.float32,), devices=("cpu",)):

@@ -36,7 +36,7 @@ def run(dataset, out, **options):
 
 def stop_after(monkeypatch, epochs, reason):
     """The run ends with `reason` in the middle of the poison step that follows `epochs` saved ones."""
-    real, calls = loop.descend, []
+    real, calls = loop.Descent.__call__, []
 
     def descend(*args, **kwargs):
         calls.append(1)
@@ -44,7 +44,7 @@ def stop_after(monkeypatch, epochs, reason):
             raise reason
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(loop, "descend", descend)
+    monkeypatch.setattr(loop.Descent, "__call__", descend)
 
 
 @pytest.fixture

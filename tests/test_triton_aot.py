@@ -15,23 +15,35 @@ triton = pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter replaces the compiler", allow_module_level=True)
 
-from miue_fast.kernels.triton import intra_class_distance, mi_ue_value_and_grad, nt_xent, perturbed_input, projected_step  # noqa: E402
+from miue_fast.kernels.triton import (  # noqa: E402
+    conv_epilogue,
+    convolution,
+    intra_class_distance,
+    mi_ue_value_and_grad,
+    nt_xent,
+    perturbed_input,
+    projected_step,
+)
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
+from triton.tools.tensor_descriptor import TensorDescriptor  # noqa: E402
 
 SHARED = {80: 163 * 1024, 90: 227 * 1024}  # bytes one block may have
-TENSOR_CORE = {80: r"\bHMMA\.", 90: r"\bHGMMA\."}
+TENSOR_CORE = {80: r"\bHMMA\.", 90: r"\bHGMMA\.", "fp8": r"\bQGMMA\."}
 BIN = Path(triton.__file__).parent / "backends/nvidia/bin"
 POINTER = {
     torch.float32: "*fp32",
     torch.float16: "*fp16",
     torch.bfloat16: "*bf16",
+    torch.float8_e4m3fn: "*fp8e4nv",
     torch.uint8: "*u8",
     torch.int8: "*i8",
+    torch.int16: "*i16",
     torch.int64: "*i64",
 }
-EXACT = (projected_step.__name__, perturbed_input.__name__)
+EXACT = (projected_step.__name__, perturbed_input.__name__, conv_epilogue.__name__)
+PRODUCTS = ("_sums_kernel", "_gradient_kernel", "_convolution_kernel", "_stem_kernel", "_input_grad_kernel", "_stem_grad_kernel")
 FLOATS = [torch.float32, torch.float16, torch.bfloat16]
 
 
@@ -44,7 +56,9 @@ def specialise(kernel, args, kwargs):
         if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
             signature[parameter.name], constants[(position,)] = "constexpr", value
             continue
-        if isinstance(value, torch.Tensor):
+        if isinstance(value, TensorDescriptor):
+            kind, aligned = f"tensordesc<{POINTER[value.base.dtype][1:]}{list(value.block_shape)}>", False
+        elif isinstance(value, torch.Tensor):
             kind, aligned = POINTER[value.dtype], value.data_ptr() % 16 == 0
         elif isinstance(value, float):
             kind, aligned = "fp32", False
@@ -56,9 +70,8 @@ def specialise(kernel, args, kwargs):
     return signature, constants, attrs, {k: v for k, v in kwargs.items() if k not in kernel.arg_names}
 
 
-@pytest.fixture(scope="module")
-def launches():
-    """{text: (kernel, *specialisation)} of every launch of the calls below."""
+def recorded(*calls):
+    """{text: (kernel, *specialisation)} of every launch of the calls."""
     found = {}
 
     def record(kernel, *args, grid, warmup, **kwargs):
@@ -67,9 +80,19 @@ def launches():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(JITFunction, "run", record)
-        losses()
-        pointwise()
+        for call in calls:
+            call()
     return found
+
+
+@pytest.fixture(scope="module")
+def launches():
+    """The launches of each compute capability; convolutions take other tiles where there is no TMA."""
+    same = recorded(losses, pointwise)
+    with pytest.MonkeyPatch.context() as patch:
+        found = {90: same | recorded(convolutions, convolutions_in_fp8)}
+        patch.setattr(convolution, "_large", lambda like: False)
+        return found | {80: same | recorded(convolutions)}
 
 
 def losses():
@@ -96,6 +119,49 @@ def pointwise():
         projected_step.projected_step_(odd.to(store), None, odd.to(FLOATS[k]), odd, None, 0.1, 0.1, None)
         perturbed_input.perturbed_input(odd, odd.to(store) if k else None, None, None, [], [], 0.1, FLOATS[k], k == 1)
         projected_step.projected_step(x.to(FLOATS[k]), x.to(FLOATS[k]), x.to(FLOATS[k]), 0.1, 0.1)
+        y, bits = x.to(FLOATS[k]), torch.zeros(x.numel() // 8, dtype=torch.uint8)
+        conv_epilogue.conv_epilogue_(y, torch.zeros(3), y, True, bits)
+        conv_epilogue.conv_grad_epilogue_(y, y, bits)
+
+
+# in, out, size of the input, kernel, stride: every layer of CIFAR ResNet-18
+RESNET18 = [(3, 64, 32, 3, 1), (64, 64, 32, 3, 1), (64, 128, 32, 3, 2), (128, 128, 16, 3, 1), (128, 256, 16, 3, 2), (256, 256, 8, 3, 1),
+            (256, 512, 8, 3, 2), (512, 512, 4, 3, 1), (64, 128, 32, 1, 2), (128, 256, 16, 1, 2), (256, 512, 8, 1, 2)]  # fmt: skip
+FEW = [(3, 64, 32, 3, 1), (64, 128, 32, 3, 2), (48, 32, 6, 3, 2)]  # the last: tiles of 16 channels, and images of an odd width
+
+
+def convolutions():
+    for dtype, layers in ((torch.bfloat16, [*RESNET18, FEW[2]]), (torch.float16, FEW[1:2]), (torch.float32, FEW)):
+        for layer in layers:
+            convolve(dtype, *layer)
+
+
+def convolutions_in_fp8():
+    """Without TMA and wgmma there is none, see test_e4m3_is_refused_before_it_exists."""
+    for layer in (RESNET18[1], RESNET18[2], RESNET18[7], RESNET18[8]):
+        convolve(torch.float8_e4m3fn, *layer)
+
+
+def convolve(dtype, c, k, size, r, stride, b=512):
+    """The launches of a frozen network for one layer, on tensors of one element: only their sizes matter."""
+    fp8 = dtype == torch.float8_e4m3fn
+    between, scale = (torch.bfloat16, torch.ones(())) if fp8 else (dtype, None)
+
+    def make(*shape, dtype=dtype):
+        return torch.zeros(1, dtype=dtype).expand(shape[0], shape[2], shape[3], shape[1]).permute(0, 3, 1, 2)
+
+    x, y, weight = make(b, c, size, size), make(b, k, size // stride, size // stride), torch.zeros(k, c, r, r, dtype=dtype)
+    conv, shortcut = ([stride] * 2, [r // 2] * 2, [1, 1], 1), r == 1
+    residual = make(*y.shape, dtype=between) if stride == 1 and c == k else None
+    convolution.conv_forward(x, weight, torch.zeros(k), residual, *conv, not shortcut, not shortcut, scale)
+    if c == 3:
+        rest = torch.zeros(b, dtype=torch.bool), *conv, 0.1, 0.1, torch.zeros(1, dtype=torch.int64)
+        images = torch.zeros(b, c, size, size, dtype=torch.uint8)
+        convolution.conv_input_grad_step_(images.half(), torch.arange(b), y, weight, images, *rest)
+    else:
+        mask = None if shortcut else torch.zeros(conv_epilogue.mask_bytes(x.numel()), dtype=torch.uint8)
+        addend = None if shortcut else make(*x.shape, dtype=between)
+        convolution.conv_input_grad(y, weight, addend, mask, list(x.shape), *conv, scale)
 
 
 def tool(name, *arguments):
@@ -113,9 +179,14 @@ def problems(capability, name, case, folder):
         yield f"{usage[2]} bytes of stack ({usage[1]} registers): spills"
     if compiled.metadata.shared > SHARED[capability]:
         yield f"{compiled.metadata.shared} bytes of shared memory"
-    if kernel.fn.__name__ in ("_sums_kernel", "_gradient_kernel") and not re.search(TENSOR_CORE[capability], tool("nvdisasm", "-c", cubin)):
-        yield f"no {TENSOR_CORE[capability]} in the machine code"
-    if kernel.fn.__module__ in EXACT and (options.get("enable_fp_fusion", True) or re.search(r"\bfma\.", compiled.asm["ptx"])):
+    rows = next((value for (position,), value in constants.items() if kernel.arg_names[position] == "BM"), 64)
+    fp8 = any("fp8" in kind for kind in signature.values())
+    core = TENSOR_CORE["fp8" if fp8 else 80 if rows < 64 else capability]  # wgmma has 64 rows
+    if kernel.fn.__name__ in PRODUCTS and not re.search(core, tool("nvdisasm", "-c", cubin)):
+        yield f"no {core} in the machine code"
+    # sm_80 adds two bf16 values as fma.rn.bf16 with 1: one rounding, as the contract says
+    exact = kernel.fn.__module__ in EXACT or kernel is convolution._stem_grad_kernel
+    if exact and (options.get("enable_fp_fusion", True) or re.search(r"\bfma\.[a-z.]*f32", compiled.asm["ptx"])):
         yield "may fuse a multiply-add where the contract rounds twice"
 
 
@@ -127,27 +198,56 @@ def test_compiles_without_spills(launches, capability, tmp_path, monkeypatch):
         return [f"{problem}: {item[0]}" for problem in problems(capability, *item, tmp_path)]
 
     # one after the other: ast.parse in two threads at once is a SystemError on CPython 3.11
-    found = [line for launch in launches.items() for line in check(launch)]
+    found = [line for launch in launches[capability].items() for line in check(launch)]
     assert not found, "\n".join(found)
+
+
+def test_e4m3_is_refused_before_it_exists(monkeypatch):
+    monkeypatch.setattr(convolution, "_capability", lambda tensor: (8, 0))
+    with pytest.raises(RuntimeError, match=r"^conv_forward: e4m3 products need compute capability 8\.9 or later, this GPU has 8\.0$"):
+        convolutions_in_fp8()
 
 
 def test_every_configuration_is_compiled(launches):
     """The calls above reach each entry of the tables the launchers choose from."""
 
     def chosen(kernel, *names):
-        for found, _, constants, _, options in launches.values():
+        for found, _, constants, _, options in every:
             if found.fn.__name__ == kernel:
                 named = {found.arg_names[position]: value for (position,), value in constants.items()}
                 yield {k: v for k, v in (named | options).items() if k in names}
 
+    every = [launch for of_one in launches.values() for launch in of_one.values()]
     tiles = ("BM", "BN", "BK", "BD", "num_warps", "num_stages")
     for kernel, table in (("_sums_kernel", nt_xent.SUMS), ("_gradient_kernel", nt_xent.GRADIENT)):
         assert all(config in list(chosen(kernel, *tiles)) for config in table.values()), kernel
     for grad in (False, True):
         wanted = [{**tile, "GRAD": grad} for tile in intra_class_distance.TILES]
         assert all(config in list(chosen("_pairs_kernel", *wanted[0])) for config in wanted)
-    for module in (nt_xent, intra_class_distance, perturbed_input, projected_step):
-        kernels = {
-            value.fn.__name__ for value in vars(module).values() if isinstance(value, JITFunction) and value.fn.__name__.endswith("_kernel")
+    blocks = [*convolution.LARGE.items(), (64, convolution.SMALL), (16, convolution.SMALL)]
+    blocks = [(bm, *tile.values()) for bm, tile in blocks]
+    for kernel, wanted in (("_convolution_kernel", blocks[:-1]), ("_input_grad_kernel", blocks)):
+        found = {
+            (c["BM"], c["NB"] * c["HB"] * c["WB"], c["BK"], c["num_warps"], c["num_stages"])
+            for c in chosen(kernel, "BM", "NB", "HB", "WB", "BK", "num_warps", "num_stages")
         }
-        assert kernels and kernels <= {kernel.fn.__name__ for kernel, *_ in launches.values()}
+        assert found >= set(wanted), kernel
+    for module in (nt_xent, intra_class_distance, perturbed_input, projected_step, conv_epilogue, convolution):
+        kernels = {
+            value.fn.__name__
+            for value in vars(module).values()
+            if isinstance(value, JITFunction) and value.fn.__name__.endswith("_kernel") and value.fn.__module__ == module.__name__
+        }
+        assert kernels and kernels <= {kernel.fn.__name__ for kernel, *_ in every}
+
+
+def test_blocks_stay_within_their_channels(launches):
+    """A box that reached past its tap's or parity's channels would read or write the next one's: on a GPU, a race."""
+    found = 0
+    for kernel, _, constants, _, _ in (launch for of_one in launches.values() for launch in of_one.values()):
+        size = {kernel.arg_names[position]: value for (position,), value in constants.items()}
+        if kernel in (convolution._convolution_kernel, convolution._input_grad_kernel, convolution._stem_grad_kernel):
+            found += 1
+            assert size["C" if kernel is convolution._convolution_kernel else "K"] % size["BK"] == 0
+            assert kernel is not convolution._input_grad_kernel or size["STRIDE"] == 1 or size["C"] % size["BM"] == 0
+    assert found

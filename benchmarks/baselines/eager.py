@@ -47,6 +47,42 @@ def mi_ue_value_and_grad(features, labels, temperature, zeta, denominator, norma
     return _value_and_grad(_mi_ue_loss, features, labels, temperature, zeta, denominator, normalize_dim)
 
 
+def pack(y):
+    """The ReLU bits of y in memory order; PyTorch has no operator for it. Whole bytes."""
+    flat = (~(y <= 0)).permute(0, 2, 3, 1).reshape(-1, 8)
+    return (flat << torch.arange(8, device=y.device)).sum(1).to(torch.uint8)
+
+
+def unpack(mask, shape):
+    b, c, h, w = shape
+    return (mask[:, None] >> torch.arange(8, device=mask.device) & 1).bool().view(b, h, w, c).permute(0, 3, 1, 2)
+
+
+def conv_epilogue_(y, bias, residual, relu, mask):
+    y.copy_(torch.relu(y + bias[:, None, None] + residual))
+    if mask is not None:
+        mask.copy_(pack(y))
+
+
+def conv_grad_epilogue_(grad, addend, mask):
+    grad.copy_(torch.where(unpack(mask, grad.shape), grad + addend, 0))
+
+
+def conv_forward(x, weight, bias, residual, stride, padding, dilation, groups, relu, want_mask):
+    y = torch.relu(torch.nn.functional.conv2d(x, weight, bias, stride, padding, dilation, groups))
+    return y, pack(y)
+
+
+def conv_input_grad(grad, weight, addend, mask, size, stride, padding, dilation, groups):
+    slope = torch.nn.grad.conv2d_input(size, weight, grad, stride, padding, dilation, groups)
+    return slope if mask is None else torch.where(unpack(mask, size), slope, 0)
+
+
+def conv_input_grad_step_(delta, index, grad, weight, images, flip, stride, padding, dilation, groups, alpha, eps, nonfinite):
+    slope = conv_input_grad(grad, weight, None, None, [len(grad), *images.shape[1:]], stride, padding, dilation, groups)
+    projected_step_(delta, index, slope, images, flip, alpha, eps, nonfinite)
+
+
 def projected_step(delta, grad, image, alpha, eps):
     delta = delta - alpha * torch.sign(grad.float())
     delta = torch.clamp(delta, -eps, eps)

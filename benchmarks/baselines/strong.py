@@ -8,6 +8,8 @@ import functools
 import torch
 from torch.nn import functional
 
+from .eager import pack, unpack
+
 CHUNK = 512  # rows per block where the whole B x B would not fit
 
 
@@ -179,6 +181,33 @@ def _input(images, delta, index, flip, mean, std, eps, dtype, channels_last):
     return x.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
 
 
+def _epilogue(y, bias, residual, relu, mask):
+    y.add_(bias[:, None, None]).add_(residual).relu_()
+    if mask is not None:
+        mask.copy_(pack(y))
+
+
+def _grad_epilogue(grad, addend, mask):
+    grad.add_(addend).masked_fill_(~unpack(mask, grad.shape), 0)
+
+
+def _forward(x, weight, bias, residual, stride, padding, dilation, groups, relu, want_mask):
+    y = functional.conv2d(x, weight, bias, stride, padding, dilation, groups).relu_()
+    return y, pack(y)
+
+
+def _input_grad(grad, weight, addend, mask, size, stride, padding, dilation, groups):
+    x = torch.empty(size, dtype=grad.dtype, device=grad.device, memory_format=torch.channels_last)
+    back = torch.ops.aten.convolution_backward
+    slope = back(grad, x, weight, None, stride, padding, dilation, False, [0, 0], groups, [True, False, False])[0]
+    return slope if mask is None else slope.masked_fill_(~unpack(mask, size), 0)
+
+
+def _input_grad_step(delta, index, grad, weight, images, flip, stride, padding, dilation, groups, alpha, eps, nonfinite):
+    slope = _input_grad(grad, weight, None, None, [len(grad), *images.shape[1:]], stride, padding, dilation, groups)
+    _step_in_store(delta, index, slope, images, flip, alpha, eps, nonfinite)
+
+
 @functools.cache
 def _compiled(path):
     return torch.compile(path, dynamic=False)
@@ -214,4 +243,9 @@ PATHS = {
     "projected_step": {"in place": _step, "compiled": _lazy(_step)},
     "projected_step_": {"in place": _step_in_store, "compiled": _lazy(_step_in_store)},
     "perturbed_input": {"in place": _input, "compiled": _lazy(_input)},
+    "conv_epilogue_": {"in place": _epilogue, "compiled": _lazy(_epilogue)},
+    "conv_grad_epilogue_": {"in place": _grad_epilogue, "compiled": _lazy(_grad_epilogue)},
+    "conv_forward": {"in place": _forward},
+    "conv_input_grad": {"in place": _input_grad},
+    "conv_input_grad_step_": {"in place": _input_grad_step},
 }

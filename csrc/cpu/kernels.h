@@ -55,6 +55,9 @@ struct Kernels {
     // Pixels [from, to) of batch row b, all channels; returns the number of NaN and Inf in the gradient there.
     int64_t (*step_inplace)(const ProjectedStepInplaceArgs&, int64_t b, int64_t from, int64_t to);
     void (*input)(const PerturbedInputArgs&, int64_t b, int64_t from, int64_t to);
+    // Values [from, to), `from` a multiple of 64. The bias repeats for 63 values past its end.
+    void (*epilogue)(const ConvEpilogueArgs&, int64_t from, int64_t to);
+    void (*grad_epilogue)(const ConvGradEpilogueArgs&, int64_t from, int64_t to);
 };
 
 template <class T>

@@ -11,6 +11,8 @@ namespace MIUE_LEVEL {
 #include "gemm.h"
 #include "pointwise.h"
 #include "similarity.h"
+//
+#include "epilogue.h"
 
 template <class T>
 constexpr LossKernels<T> loss_table() {
@@ -24,6 +26,6 @@ constexpr LossKernels<T> loss_table() {
 #define MIUE_JOIN(a, b) MIUE_JOIN_(a, b)
 extern const Kernels MIUE_JOIN(MIUE_LEVEL, _kernels) = {
     MIUE_TEXT(MIUE_LEVEL), MIUE_LEVEL::loss_table<float>(), MIUE_LEVEL::loss_table<double>(), MIUE_LEVEL::step, MIUE_LEVEL::step_inplace,
-    MIUE_LEVEL::input,
+    MIUE_LEVEL::input, MIUE_LEVEL::epilogue, MIUE_LEVEL::grad_epilogue,
 };
 }  // namespace miue

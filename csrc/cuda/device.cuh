@@ -10,10 +10,15 @@
 #include "check.h"
 #include "ops.h"
 
+#ifndef MIUE_BLOCKS
+#define MIUE_BLOCKS 8192
+#endif
+
 namespace miue {
 
 constexpr int THREADS = 128;  // of every block here
 constexpr int WARPS = THREADS / 32;
+constexpr int64_t BLOCKS = MIUE_BLOCKS;  // of a grid over values or pixels; grid-stride beyond
 
 // Launches on `stream` and turns a failed launch (or a missing driver) into BackendFailure. An empty grid is no launch.
 template <class... P, class... A>

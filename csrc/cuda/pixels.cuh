@@ -7,7 +7,6 @@
 namespace miue {
 
 constexpr int STAGE = 4096;       // floats of shared memory that turn [pixel][channel] into [channel][pixel]
-constexpr int64_t BLOCKS = 8192;  // grid-stride beyond
 
 // A tile is `pixels` consecutive pixels of one image, all channels.
 struct Tiles {

@@ -36,6 +36,20 @@ def _flat_kernel(out, delta, grad, image, n, alpha, eps, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def move(delta, grad, image, live, nonfinite, alpha, eps, level, inverse_level):
+    """The step in place on the poison store's elements `delta` (pointers); counts the live gradients that are NaN or Inf."""
+    value = _step(to_scale(tl.load(delta, mask=live, other=0), level), grad, image, alpha, eps)
+    kind = delta.dtype.element_ty
+    if kind == tl.int8:
+        value = _clamp(value * inverse_level, -127.0, 127.0) + HALF_EVEN - HALF_EVEN
+    tl.store(delta, value.to(kind), mask=live)
+    if nonfinite is not None:
+        bad = tl.sum((live & ~(tl.abs(grad) < float("inf"))).to(tl.int32))
+        if bad > 0:
+            tl.atomic_add(nonfinite, bad.to(tl.int64))
+
+
+@triton.jit
 def _store_kernel(
     delta, index, grad, images, flip, nonfinite, alpha, eps, level, inverse_level, count, plane, row_stride, channel_stride, pixel_stride,
     C: tl.constexpr, W: tl.constexpr, BLOCK: tl.constexpr,
@@ -47,15 +61,7 @@ def _store_kernel(
     base = (source * C + channel) * plane
     g = tl.load(grad + row * row_stride + channel * channel_stride + p * pixel_stride, mask=live, other=0).to(tl.float32)
     x = load_image(images + base, flip, row, p, p % W, W, live)
-    d = to_scale(tl.load(delta + base + p, mask=live, other=0), level)
-    value = _step(d, g, x, alpha, eps)
-    if delta.dtype.element_ty == tl.int8:
-        value = _clamp(value * inverse_level, -127.0, 127.0) + HALF_EVEN - HALF_EVEN
-    tl.store(delta + base + p, value.to(delta.dtype.element_ty), mask=live)
-    if nonfinite is not None:
-        bad = tl.sum((live & ~(tl.abs(g) < float("inf"))).to(tl.int32))
-        if bad > 0:
-            tl.atomic_add(nonfinite, bad.to(tl.int64))
+    move(delta + base + p, g, x, live, nonfinite, alpha, eps, level, inverse_level)
 
 
 def projected_step(delta, grad, image, alpha, eps):

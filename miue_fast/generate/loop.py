@@ -15,11 +15,12 @@ from tqdm import tqdm
 from .. import _checks, models
 from .. import data as datasets
 from ..data import atomic
+from ..frozen import find_layer, freeze
 from ..ops import projected_step_
 from . import batches, checkpoint
-from .network import Chunk, channels_last, find_layer, frozen
+from .network import channels_last
 from .options import Options, choose
-from .step import check_finite, check_labels, descend
+from .step import Descent, check_finite, check_labels
 from .train import optimizer as make_optimizer
 from .train import train_epoch
 
@@ -71,9 +72,8 @@ def generate(data, out=None, *, preset="paper", model="resnet18", feature="avgpo
     with _settings(device), _board(keep, tensorboard) as board:
         torch.manual_seed(batches.derive(options.seed, 0, "network"))
         network = _network(model, feature, dataset, options).to(device)
-        options = replace(options, channels_last=channels_last("generate", network, options.channels_last, device))
-        if options.channels_last:
-            network = network.to(memory_format=torch.channels_last)
+        network, layout = _in_layout(network, options, dataset, device)
+        options = replace(options, channels_last=layout)
         _probe(network, feature, dataset, device)
         run = _Run(network, feature, dataset, options, keep, _name(model))
         if keep and keep.exists() and not overwrite:
@@ -88,7 +88,10 @@ class _Run:
         self.images, self.labels = dataset.images.contiguous().to(device), dataset.labels.to(device)
         self.delta = torch.zeros(self.images.shape, dtype=getattr(torch, options.delta_dtype), device=device)
         self.optimizer = make_optimizer(network, options)
-        self.chunk = Chunk(options.network_chunk or options.batch + options.batch // 2)
+        network.eval()
+        net = freeze(network, feature, dtype=getattr(torch, options.dtype), chunk=options.network_chunk, fused=options.fused,
+                     fp8=options.fp8, channels_last=options.channels_last, backend=options.backend)  # fmt: skip
+        self.descend = Descent(net, self.images, self.delta, options)
         self.history = []
         self.fingerprint = dataset.fingerprint if keep else None
 
@@ -151,15 +154,14 @@ class _Run:
         slices = batches.poison_slices(self.dataset.labels[order], o.batch)
         order, flips = order.to(device), flips.to(device)
         losses = []
-        with frozen("generate", self.network, self.feature) as features:
-            for number, part in enumerate(slices, 1):
-                index = order[part]
-                loss, bad = descend(features, self.images, self.labels[index], self.delta, index, flips[part], alpha=o.alpha(epoch),
-                                    options=o, chunk=self.chunk, dtype=getattr(torch, o.dtype))  # fmt: skip
-                check_finite(f"generate: epoch {epoch}, batch {number} of {len(slices)} of the poison step", bad,
-                             f"lower lr ({o.lr}) or use dtype float32")  # fmt: skip
-                losses.append(loss * len(index))
-                tick(len(index) * o.steps)
+        self.descend.net.refold()
+        for number, part in enumerate(slices, 1):
+            index = order[part]
+            loss, bad = self.descend(self.labels[index], index, flips[part], o.alpha(epoch))
+            check_finite(f"generate: epoch {epoch}, batch {number} of {len(slices)} of the poison step", bad,
+                         f"lower lr ({o.lr}) or use dtype float32")  # fmt: skip
+            losses.append(loss * len(index))
+            tick(len(index) * o.steps)
         return float(torch.stack(losses).sum()) / count
 
     def _random_start(self):
@@ -247,14 +249,31 @@ def _name(model):
     return getattr(kind, "__qualname__", type(model).__qualname__)
 
 
+def _in_layout(network, options, dataset, device):
+    """The network in the memory format it trains in, and whether that is channels-last: where nothing is asked for, not if its forward
+    then fails (`.view` of a channels-last activation does)."""
+    wanted = channels_last("generate", network, options.channels_last, device)
+    if wanted:
+        network = network.to(memory_format=torch.channels_last)
+    if wanted and options.channels_last is None:
+        try:
+            with torch.no_grad():
+                network.eval()(dataset.images[:2].to(device, memory_format=torch.channels_last) / 255)
+        except RuntimeError as error:
+            log.info("the network trains in contiguous memory: channels-last fails (%s)", str(error).splitlines()[0])
+            return network.to(memory_format=torch.contiguous_format), False
+    return network, wanted
+
+
 def _probe(network, feature, dataset, device):
     """Two images through the network: what cannot work is said before the work starts."""
     x = dataset.images[:2].to(device) / 255
     classes = len(dataset.classes)
-    with frozen("generate", network, feature) as features, torch.no_grad():
+    network.eval()
+    with torch.no_grad():
         try:
-            features(x)
             logits = network(x)
+            freeze(network, feature, fused=False).forward(x)
         except RuntimeError as error:
             _checks.fail("generate", "model", f"a network for images {list(x.shape[1:])}", f"an error: {str(error).splitlines()[0]}")
     if not isinstance(logits, torch.Tensor) or logits.dim() != 2 or logits.shape[1] < classes:

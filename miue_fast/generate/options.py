@@ -38,7 +38,11 @@ class Options:
     device: str | None = None  # None: "cuda" if there is one, else "cpu"
     dtype: str = "float32"  # compute type of the network: float32, bfloat16 or float16 (autocast; weights stay float32)
     delta_dtype: str = "float32"  # poison store: float32, float16, or int8 levels of eps / 127
-    channels_last: bool | None = None  # memory format of the network; None: True (1.5x on a CPU) where oneDNN is right, see `network.py`
+    channels_last: bool | None = (
+        None  # memory format of the training network; None: True (1.5x on a CPU) where oneDNN is right, see `network.py`
+    )
+    fused: bool = True  # the frozen network as fused layers (`freeze`); False: PyTorch's autograd, as for networks that have no fused form
+    fp8: bool = False  # the fused layers multiply e4m3 values; with dtype bfloat16. See `freeze`
     backend: str = "auto"  # of the ops
 
     def __post_init__(self):
@@ -62,9 +66,11 @@ class Options:
                 object.__setattr__(self, name, str(getattr(self, name))[6:])
             if getattr(self, name) not in known:
                 _checks.fail("option", name, f"one of {', '.join(known)}", repr(getattr(self, name)))
-        for name in ("normalize_dim", "random_start", "channels_last"):
+        for name in ("normalize_dim", "random_start", "channels_last", "fused", "fp8"):
             if not isinstance(getattr(self, name), bool) and (name, self.channels_last) != ("channels_last", None):
                 _checks.fail("option", name, "True or False", repr(getattr(self, name)))
+        if self.fp8 and self.dtype != "bfloat16":
+            _checks.fail("option", "fp8", "False without dtype bfloat16", f"True with {self.dtype}")
         self._device()
 
     def _whole(self, name, least):

@@ -1,69 +1,103 @@
-"""The poison step of one contrastive batch: K projected sign steps on the perturbation."""
+"""The poison step of a contrastive batch: K projected sign steps on the perturbation."""
 
 import torch
+from torch import nn
 
 from .. import _checks
-from ..ops import mi_ue_value_and_grad, perturbed_input, projected_step_
-from .network import Chunk, autocast, frozen
+from ..frozen import AutogradNet, FrozenNet, freeze
+from ..ops import conv_input_grad_step_, mi_ue_value_and_grad, perturbed_input, projected_step_
 
 
-def descend(features, images, labels, delta, index, flip, *, alpha, options, chunk, dtype):
-    """options.steps steps on rows `index` of the store `delta`, in place. Never waits for the device.
+class Descent:
+    """Projected sign steps on rows of a poison store, one contrastive batch after the other. Never waits for the device.
 
-    features: images [b, C, H, W] -> [b, D], from `frozen`. images, delta: the stores [N, C, H, W]. labels, index, flip: [B].
-    A network launch takes at most chunk.size images. If the batch does not fit, the features of all its parts come first, then
-    the loss gradient with respect to all of them at once, then each part again with a graph (algorithm.md 2.2).
-
-    Returns: the last step's loss (before its update), and int64 [2]: how often the loss, and the gradient, was NaN or Inf.
+    net: from `freeze`. images, delta: the stores [N, C, H, W]; delta is changed in place. options: of the loss and the step.
+    On CUDA a step of a fused network is captured in a CUDA graph once per batch size and step size, and replayed; a batch's first step
+    then runs as it is, on the graph's own inputs.
     """
-    count, device = len(index), images.device
-    bad = torch.zeros(2, dtype=torch.int64, device=device)
-    o = options
 
-    def forward(rows):
-        x = perturbed_input(images, delta, index[rows], None if flip is None else flip[rows], eps=o.eps,
-                            channels_last=o.channels_last, backend=o.backend)  # fmt: skip
-        x.requires_grad_(torch.is_grad_enabled())
-        with autocast(device, dtype):
-            return x, features(x)
+    def __init__(self, net, images, delta, options):
+        self.net, self.images, self.delta, self.options = net, images, delta, options
+        self.graphs, self.pool = {}, None
+        channels = images.shape[1]
+        self.mean, self.std = (v * channels if v and len(v) == 1 else v for v in (net.mean, net.std))
 
-    def loss_of(f):
-        wide = f.detach().float() if dtype is torch.float16 else f.detach()
-        loss, grad = mi_ue_value_and_grad(wide, labels, o.temperature, o.zeta, denominator=o.denominator,
-                                          normalize_dim=o.normalize_dim, backend=o.backend)  # fmt: skip
+    def __call__(self, labels, index, flip, alpha):
+        """options.steps steps on rows `index`. labels, index, flip: [B] in one order.
+
+        Returns: the last step's loss (before its update), and int64 [2]: how often the loss, and the gradient, was NaN or Inf.
+        """
+        bad = torch.zeros(2, dtype=torch.int64, device=self.images.device)
+        steps = self.options.steps
+        if not self.images.is_cuda or not self.net.fused:
+            for _ in range(steps):
+                loss = self._step(labels, index, flip, alpha, bad)
+            return loss, bad
+        given, key = (labels, index, flip, bad), (len(index), flip is None, alpha)
+        if key in self.graphs:
+            graph, inputs, loss = self.graphs[key]
+            for static, value in zip(inputs, given):
+                if value is not None:
+                    static.copy_(value)
+        else:
+            if any(known[-1] != alpha for known in self.graphs):
+                self.graphs, self.pool = {}, None  # another epoch: its step size is part of the captured launches
+            inputs = [None if v is None else v.clone() for v in given]
+            first = self._step(*inputs[:3], alpha, inputs[3])  # compiles and loads what a capture must not, for these very inputs
+            graph, loss = self._capture(inputs, alpha)
+            self.graphs[key] = graph, inputs, loss
+            steps -= 1
+        for _ in range(steps):
+            graph.replay()
+        return loss.clone() if steps else first, inputs[3].clone()
+
+    def _capture(self, inputs, alpha):
+        """(graph, its loss) of one step on static inputs. Nothing is computed."""
+        while True:
+            graph = torch.cuda.CUDAGraph()
+            try:
+                with torch.cuda.graph(graph, pool=self.pool):
+                    loss = self._step(*inputs[:3], alpha, inputs[3])
+                self.pool = graph.pool()
+                return graph, loss
+            except torch.OutOfMemoryError:
+                pass  # handled below, where the exception no longer holds the memory
+            del graph
+            self.net.chunk.halve(min(self.net.chunk.size, len(inputs[1])))
+
+    def _step(self, labels, index, flip, alpha, bad):
+        o, net = self.options, self.net
+        channels_last = net.fused or net.layout is torch.channels_last
+
+        def flips(rows):
+            return None if flip is None else flip[rows]
+
+        def load(rows):
+            return perturbed_input(self.images, self.delta, index[rows], flips(rows), self.mean, self.std, eps=o.eps,
+                                   dtype=net.dtype if net.fused else torch.float32, channels_last=channels_last,
+                                   backend=o.backend)  # fmt: skip
+
+        def take(rows, grad):
+            rest = {"alpha": alpha, "eps": o.eps, "nonfinite": bad[1:], "backend": o.backend}
+            if net.stem is None:
+                projected_step_(self.delta, index[rows], grad, self.images, flips(rows), **rest)
+            else:  # grad belongs to the first convolution's result
+                conv_input_grad_step_(self.delta, index[rows], grad, net.stem.back_weight, self.images, flips(rows), **rest,
+                                      **net.stem.geometry)  # fmt: skip
+
+        features = net.run(len(index), load)
+        half = features.dtype is torch.float16
+        loss, grad = mi_ue_value_and_grad(features.float() if half else features, labels, o.temperature, o.zeta,
+                                          denominator=o.denominator, normalize_dim=o.normalize_dim, backend=o.backend)  # fmt: skip
         bad[0] += ~loss.isfinite()
-        if dtype is torch.float16:  # only signs count: a power of two lifts the gradient out of half precision's underflow
+        if half:  # only signs count: a power of two lifts the gradient out of half precision's underflow
             grad = torch.ldexp(grad, -torch.frexp(grad.abs().amax()).exponent)
-        return loss, grad.to(f.dtype)
-
-    def update(rows, x, f, grad):
-        (slope,) = torch.autograd.grad(f, x, grad)
-        projected_step_(delta, index[rows], slope, images, None if flip is None else flip[rows], alpha=alpha, eps=o.eps,
-                        nonfinite=bad[1:], backend=o.backend)  # fmt: skip
-
-    def in_one(rows):
-        nonlocal loss
-        x, f = forward(rows)
-        loss, grad = loss_of(f)
-        update(rows, x, f, grad)
-
-    def collect(rows):
-        with torch.no_grad():
-            parts.append(forward(rows)[1])
-
-    loss = None
-    for _ in range(o.steps):
-        if chunk.whole(count, in_one):
-            continue
-        parts = []
-        chunk.pieces(count, collect)
-        loss, grad = loss_of(torch.cat(parts))
-        chunk.pieces(count, lambda rows: update(rows, *forward(rows), grad[rows]))  # noqa: B023 - called at once
-    return loss, bad
+        net.back(grad.to(features.dtype), take, stem=net.stem is not None)
+        return loss
 
 
 def check_finite(where, bad, hint):
-    """ValueError if the counts of `descend` are not zero; this is where the host waits for the device."""
+    """ValueError if the counts of a `Descent` are not zero; this is where the host waits for the device."""
     for name, times in zip(("loss (NaN or Inf features)", "input gradient"), bad.tolist()):
         if times:
             raise ValueError(f"{where}: {name}: expected finite numbers, got NaN or Inf ({times} times); {hint}")
@@ -71,12 +105,13 @@ def check_finite(where, bad, hint):
 
 def perturb(model, images, labels, delta, *, steps=10, alpha, eps=8 / 255, temperature=0.1, zeta=0.1, denominator="all",
             normalize_dim=True, feature="avgpool", flip=None, network_chunk=None, dtype=None, channels_last=False,
-            backend="auto"):  # fmt: skip
+            fused=True, fp8=False, backend="auto"):  # fmt: skip
     """The poison step of one batch, for people with their own loop: `steps` projected sign steps on `delta`.
 
     Args:
-        model: any nn.Module that takes [B, C, H, W] on the [0, 1] scale; it is run in eval mode with frozen parameters, and its
-            mode and requires_grad are put back. It normalises its input itself.
+        model: any nn.Module that takes [B, C, H, W] on the [0, 1] scale and normalises its input itself. It is frozen (`freeze`) in
+            eval mode for this call; its mode and requires_grad are put back. Or what `freeze` returned, for many batches of one model:
+            then feature, network_chunk, dtype, fp8 and channels_last are its own.
         images: [B, C, H, W] uint8 or float32 in [0, 1], on the model's device.
         labels: [B], any integer dtype, at least two classes.
         delta: [B, C, H, W] float32, float16 or int8 levels of eps / 127 (0 to begin with). Not changed.
@@ -85,8 +120,8 @@ def perturb(model, images, labels, delta, *, steps=10, alpha, eps=8 / 255, tempe
         feature: name of the layer whose (flattened) output is the features.
         flip: bool [B] or None: images that are mirrored along W; delta is not.
         network_chunk: images per network launch, >= 2; the objective is that of the whole batch all the same.
-        dtype: compute type of the network (autocast): torch.float32 (None), bfloat16 or float16.
-        channels_last: memory format of the network's input.
+        dtype: compute type of the network: torch.float32 (None), bfloat16 or float16. fp8: with bfloat16 (None), see `freeze`.
+        channels_last: memory format of the network's input where it runs in autograd; fused=False: let it (see `freeze`).
 
     Returns: the new delta, same shape and dtype, within +-eps and images + delta within [0, 1] (before the flip: the flipped image).
     Deterministic as far as the model is. Errors: ValueError (also for NaN or Inf), BackendError.
@@ -95,7 +130,8 @@ def perturb(model, images, labels, delta, *, steps=10, alpha, eps=8 / 255, tempe
 
     op = "perturb"
     options = Options(steps=steps, eps=eps, temperature=temperature, zeta=zeta, denominator=denominator, normalize_dim=normalize_dim,
-                      network_chunk=network_chunk, dtype=dtype or "float32", channels_last=channels_last, backend=backend)  # fmt: skip
+                      network_chunk=network_chunk, dtype=dtype or ("bfloat16" if fp8 else "float32"), channels_last=channels_last,
+                      fused=fused, fp8=fp8, backend=backend)  # fmt: skip
     _checks.step_sizes(op, alpha, eps)
     _checks.images(op, images)
     _checks.same_store(op, delta, images)
@@ -106,13 +142,24 @@ def perturb(model, images, labels, delta, *, steps=10, alpha, eps=8 / 255, tempe
         _checks.fail(op, "images", "numbers from 0 to 1", "others, or NaN")
     if delta.is_floating_point() and not delta.isfinite().all():
         _checks.fail(op, "delta", "finite numbers", "NaN or Inf")
-    parameter = next(model.parameters(), images)
-    if parameter.device != images.device:
-        _checks.fail(op, "images", f"the model's device {parameter.device}", images.device)
+    if not isinstance(model, (nn.Module, FrozenNet, AutogradNet)):
+        _checks.fail(op, "model", "an nn.Module, or what `freeze` returned", type(model).__name__)
+    device = next(model.parameters(), images).device if isinstance(model, nn.Module) else model.device
+    if device != images.device:
+        _checks.fail(op, "images", f"the model's device {device}", images.device)
     delta = delta.detach().clone()
-    with frozen(op, model, feature) as features, torch.enable_grad():
-        _, bad = descend(features, images, labels, delta, torch.arange(batch, device=images.device), flip, alpha=alpha, options=options,
-                         chunk=Chunk(network_chunk or batch), dtype=getattr(torch, options.dtype))  # fmt: skip
+    if isinstance(model, nn.Module):
+        modes = [(module, module.training) for module in model.modules()]
+        try:
+            model.eval()
+            net = freeze(model, feature, dtype=getattr(torch, options.dtype), chunk=network_chunk, fused=fused, fp8=fp8,
+                         channels_last=channels_last, backend=backend)  # fmt: skip
+        finally:
+            for module, mode in modes:
+                module.training = mode
+    else:
+        net = model
+    _, bad = Descent(net, images, delta, options)(labels, torch.arange(batch, device=images.device), flip, alpha)
     check_finite(op, bad, "check the model's weights")
     return delta
 

@@ -1,11 +1,8 @@
 """Residual networks in CIFAR form: a 3x3 stride-1 stem, no max-pool."""
 
-import copy
-
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet; one grey channel takes their means
 
@@ -61,13 +58,3 @@ class ResNet(nn.Module):
             x = (x - self.mean) * self.inv_std
         x = F.relu(self.bn1(self.conv1(x)), inplace=True)
         return self.fc(self.avgpool(self.layers(x)).flatten(1))
-
-    def folded(self):
-        """A copy in eval mode whose batch norms are part of the convolutions: equal up to rounding, about 1.5x as fast on a CPU."""
-        net = copy.deepcopy(self).eval()
-        for block in net.modules():
-            for conv, norm in (("conv1", "bn1"), ("conv2", "bn2"), ("conv3", "bn3")):
-                if isinstance(getattr(block, norm, None), nn.BatchNorm2d):
-                    setattr(block, conv, fuse_conv_bn_eval(getattr(block, conv), getattr(block, norm)))
-                    setattr(block, norm, nn.Identity())
-        return net

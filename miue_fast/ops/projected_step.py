@@ -96,6 +96,19 @@ define(
 )
 
 
+def check_step(op, delta, index, images, flip, alpha, eps, nonfinite):
+    """Everything but the gradient; returns the flip mask, contiguous."""
+    _checks.images(op, images)
+    _checks.same_store(op, delta, images)
+    flip = _checks.selection(op, index, flip, len(delta) if index is None else index.shape[0], delta.device)
+    _checks.step_sizes(op, alpha, eps)
+    if delta.requires_grad or (delta.dtype is torch.int8 and eps == 0):
+        _checks.fail(op, "delta", "no gradient required, and eps > 0 for int8 levels", _checks.describe(delta))
+    if nonfinite is not None and (nonfinite.dtype != torch.int64 or nonfinite.shape != (1,) or nonfinite.device != delta.device):
+        _checks.fail(op, "nonfinite", f"an int64 tensor [1] on {delta.device}", _checks.describe(nonfinite))
+    return flip
+
+
 def projected_step(delta, grad, image, alpha, eps, *, backend="auto"):
     """One projected sign-gradient step: clamp(image + clamp(delta - alpha * sign(grad), -eps, eps), 0, 1) - image.
 
@@ -131,14 +144,6 @@ def projected_step_(delta, index, grad, images, flip=None, *, alpha, eps, nonfin
     Bitwise the same on every backend. Errors: ValueError, BackendError.
     """
     op = "projected_step_"
-    _checks.images(op, images)
-    _checks.same_store(op, delta, images)
-    batch = delta.shape[0] if index is None else index.shape[0]
-    flip = _checks.selection(op, index, flip, batch, delta.device)
-    _checks.gradient(op, grad, (batch, *delta.shape[1:]), delta.device)
-    _checks.step_sizes(op, alpha, eps)
-    if delta.requires_grad or (delta.dtype is torch.int8 and eps == 0):
-        _checks.fail(op, "delta", "no gradient required, and eps > 0 for int8 levels", _checks.describe(delta))
-    if nonfinite is not None and (nonfinite.dtype != torch.int64 or nonfinite.shape != (1,) or nonfinite.device != delta.device):
-        _checks.fail(op, "nonfinite", f"an int64 tensor [1] on {delta.device}", _checks.describe(nonfinite))
+    flip = check_step(op, delta, index, images, flip, alpha, eps, nonfinite)
+    _checks.gradient(op, grad, (len(delta) if index is None else len(index), *delta.shape[1:]), delta.device)
     torch.ops.miue_fast.projected_step_(delta, index, grad, images, flip, alpha, eps, nonfinite, backend)

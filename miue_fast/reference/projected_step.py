@@ -14,7 +14,8 @@ def check_index(op, index, count):
 def load_images(images, index, flip):
     """Rows `index` on the [0, 1] scale in fp32, mirrored along W where `flip`."""
     x = images if index is None else images[index]
-    x = x.float() / 255 if x.dtype == torch.uint8 else x
+    if x.dtype == torch.uint8:  # by a tensor on the device: CUDA multiplies with the reciprocal of a number, which rounds otherwise
+        x = x.float() / torch.full((), 255.0, device=x.device)
     return x if flip is None else torch.where(flip.bool()[:, None, None, None], x.flip(3), x)
 
 

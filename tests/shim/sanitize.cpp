@@ -101,6 +101,23 @@ void pixels(int64_t H, int64_t W, DType store, DType image, DType grad, bool cha
     }
 }
 
+void epilogues(int64_t rows, int64_t channels, DType t) {
+    const int64_t count = rows * channels, bytes = count * bytes_of(t), words = (count + 63) / 64;
+    const auto values = numbers(count, t, -1, 1), others = numbers(count, t, -1, 1), bias = numbers(channels, DType::f32, -1, 1);
+    std::vector<uint64_t> mask(words);
+    twice("conv_epilogue_", bytes / 4 * 4, [&](char* out) {
+        auto y = values;
+        auto* bits = reinterpret_cast<uint8_t*>(mask.data());
+        conv_epilogue_cuda({y.data(), t, bias.data(), others.data(), true, bits, channels, count}, nullptr);
+        std::memcpy(out, y.data(), bytes / 4 * 4);
+    });
+    twice("conv_grad_epilogue_", bytes / 4 * 4, [&](char* out) {
+        auto grad = values;
+        conv_grad_epilogue_cuda({grad.data(), t, others.data(), reinterpret_cast<uint8_t*>(mask.data()), count}, nullptr);
+        std::memcpy(out, grad.data(), bytes / 4 * 4);
+    });
+}
+
 }  // namespace
 
 int main() {
@@ -111,6 +128,9 @@ int main() {
     pixels(16, 8, DType::f32, DType::f32, DType::f32, false);
     pixels(5, 7, DType::f32, DType::u8, DType::f16, false);
     pixels(5, 7, DType::i8, DType::f32, DType::bf16, true);
+    epilogues(70, 48, DType::f32);
+    epilogues(41, 130, DType::bf16);
+    epilogues(33, 7, DType::f16);
     std::printf("%d failures\n", failures);
     return failures != 0;
 }

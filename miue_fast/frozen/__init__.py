@@ -1,0 +1,75 @@
+"""A frozen eval-mode network as its own machine: fused layers, forward and input gradient only, ReLU bits instead of activations."""
+
+import logging
+
+import torch
+from torch import nn
+
+from .._checks import fail
+from .autograd import AutogradNet
+from .lower import NotLowered, lower
+from .net import CPU_CHUNK, FrozenNet
+
+__all__ = ["CPU_CHUNK", "AutogradNet", "FrozenNet", "find_layer", "freeze"]
+log = logging.getLogger("miue_fast")
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+def freeze(model, feature="avgpool", *, dtype=None, chunk=None, fused=True, fp8=False, channels_last=False, backend="auto"):
+    """The frozen network of an eval-mode model: `forward(images) -> features`, `input_grad(d_features) -> d_images`, `refold()`.
+
+    Args:
+        model: nn.Module on one device, in eval mode; images [B, C, H, W] on the [0, 1] scale, it normalises its input itself. It is not
+            changed. After training it further call `refold()`: the folded weights are made anew in place.
+        feature: name of the layer whose flattened output [B, D] is the features; what comes after it is not computed.
+        dtype: compute type: float32 (None), bfloat16, float16 (float64 on the CPU). Weights are folded in float64 and rounded once.
+        chunk: images per launch, >= 2 (None: 64 on a CPU, the whole batch on a GPU; a CPU takes at least four per thread). The results do
+            not depend on it (bitwise on a CPU).
+        fused: False takes PyTorch's autograd at once.
+        fp8: every convolution but the first multiplies e4m3 values, quantised per tensor (weights; input and gradient of each launch, so
+            that results depend on `chunk`); bfloat16 in between: dtype None or bfloat16. Triton, compute capability >= 8.9; on a CPU it
+            is emulated, which is slow. What it does to the gradient's signs is in docs/performance-notes.md.
+        channels_last: memory format of the autograd form; the fused one has no other.
+        backend: of the ops: "auto", "triton", "cuda", "cpu" or "reference".
+
+    Returns: a FrozenNet, or, for a network with an operation that has no fused layer, an AutogradNet with the same calls; one log line
+    (and its `reason`) names that operation. Covered: convolution, batch norm, ReLU, sums, concatenation, max and average pooling,
+    linear, flatten, per-channel constants, in the order that ResNets, VGGs, pre-activation WRNs and DenseNets have them.
+    Errors: ValueError.
+    """
+    if not isinstance(model, nn.Module):
+        fail("freeze", "model", "an nn.Module", type(model).__name__)
+    find_layer("freeze", model, feature)
+    if not isinstance(fp8, bool):
+        fail("freeze", "fp8", "True or False", repr(fp8))
+    if fp8 and dtype not in (None, torch.bfloat16):
+        fail("freeze", "dtype", "bfloat16 with fp8", dtype)
+    dtype = dtype or (torch.bfloat16 if fp8 else torch.float32)
+    if dtype not in _DTYPES:
+        fail("freeze", "dtype", "float32, bfloat16, float16 or float64", dtype)
+    if chunk is not None and (not isinstance(chunk, int) or chunk < 2):
+        fail("freeze", "chunk", "None or a whole number >= 2", chunk)
+    training = [name or "the model" for name, module in model.named_modules() if module.training]
+    if training:
+        fail("freeze", "model", "eval mode (call model.eval())", f"training mode ({training[-1]})")
+    devices = {str(t.device) for t in [*model.parameters(), *model.buffers()]}
+    if len(devices) > 1:
+        fail("freeze", "model", "weights on one device", ", ".join(sorted(devices)))
+    reason = "fused=False"
+    if fused:
+        try:
+            return FrozenNet(model, lower(model, feature), dtype=dtype, chunk=chunk, backend=backend, fp8=fp8)
+        except NotLowered as error:
+            reason = str(error)
+        if not fp8:
+            log.warning("the network runs in PyTorch's autograd: no fused layer for %s", reason)
+    if fp8:
+        fail("freeze", "fp8", "False without a fused network", f"True ({reason})")
+    return AutogradNet(model, feature, reason, dtype=dtype, chunk=chunk, channels_last=channels_last)
+
+
+def find_layer(op, model, name):
+    layers = dict(model.named_modules())
+    if not name or name not in layers:
+        fail(op, "feature", f"a layer of the model ({', '.join(n for n in layers if n)})", repr(name))
+    return layers[name]

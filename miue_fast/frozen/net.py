@@ -1,0 +1,173 @@
+"""A frozen network as fused layers: features of a batch, and the input gradient of those features, in chunks of images."""
+
+import logging
+
+import torch
+
+from .._checks import describe, fail
+from .._registry import BackendError
+from ..ops import perturbed_input
+from .layers import NHWC, Conv, Gradients, Tape, _keep, scale_and_shift, wide
+from .lower import consumers
+
+log = logging.getLogger("miue_fast")
+CPU_CHUNK = 64  # images per launch on a CPU: the activations of a layer then stay in its caches; measured in docs/performance-notes.md
+
+
+class Chunks:
+    """How many images enter the network at once. Running out of memory halves this and never the contrastive batch.
+
+    Never fewer than `least`: PyTorch gives one image, and a strided input gradient of fewer than three images per thread, to other
+    algorithms on the CPU, which round differently. From `least` on the result is bitwise that of the whole batch there.
+    """
+
+    def __init__(self, size, least=2):
+        self.size, self.least = max(size, least), least
+
+    def halve(self, count):
+        if count < 2 * self.least:
+            raise BackendError(f"out of memory with {count} images per network launch: use a smaller model, or delta_dtype float16 or int8")
+        self.size = (count + 1) // 2
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        log.warning("out of memory: network_chunk is now %d (the contrastive batch and the objective do not change)", self.size)
+
+    def each(self, count, work):
+        """work(rows) over 0..count, in order, each row once. A short tail joins the launch before it."""
+        start = 0
+        while start < count:
+            stop = start + self.size
+            rows = slice(start, count if stop + self.least > count else stop)
+            try:
+                work(rows)
+                start = rows.stop
+                continue
+            except torch.OutOfMemoryError:
+                if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+                    raise  # memory cannot be given back here: whoever captures halves, and captures anew
+            # handled here, where the exception no longer holds the memory
+            self.halve(rows.stop - rows.start)
+
+
+class FrozenNet:
+    """`forward(images) -> features` and `input_grad(d_features) -> d_images` of a frozen eval-mode network. Made by `freeze`.
+
+    Attributes:
+        plan: the fused layers. mean, std: the input normalisation that was found at the network's start (lists of C numbers), or None.
+        dtype: compute type. chunk: images per launch. fused: True. reason: None. fp8: whether the convolutions multiply in e4m3.
+
+    Between the two calls only ReLU bits, pool positions and shapes are kept. Deterministic on one machine and thread count; on the
+    CPU bitwise the same for every chunk size (it is at least four images per thread there); not with fp8, whose scales are a launch's.
+    """
+
+    fused, reason = True, None
+
+    def __init__(self, model, plan, *, dtype, chunk, backend, fp8=False):
+        self.model, self.plan, self.dtype, self.backend, self.fp8 = model, plan, dtype, backend, fp8
+        self.device = device_of(model)
+        cpu = self.device.type == "cpu"
+        self.chunk = Chunks(chunk or (CPU_CHUNK if cpu else 2**62), 4 * torch.get_num_threads() if cpu else 2)
+        self.parts = consumers(plan.layers, plan.out)
+        self.last_use = {value: k for k, layer in enumerate(plan.layers) for value in layer.inputs}
+        readers = [layer for layer in plan.layers if 0 in layer.inputs]
+        self.stem = readers[0] if len(readers) == 1 and isinstance(readers[0], Conv) and readers[0].inputs == [0] else None
+        self.channels = self.stem.module.in_channels if self.stem and self.stem.pick == 1 else None
+        for layer in plan.layers:
+            if fp8 and isinstance(layer, Conv) and layer.inputs[0] != 0:  # pixels, and the step on them, keep their precision
+                layer.fp8 = True
+        self.tapes, self.mean, self.std, self.scale = None, None, None, None
+        self.refold()
+
+    def refold(self):
+        """Takes over the model's present weights and running statistics, in place and without tracing again."""
+        if self.plan.norms:
+            scale, shift = scale_and_shift(self.plan.norms, self.channels or 1, self.device)
+            self.mean, self.std = (-shift / scale).tolist(), (1 / scale).tolist()
+            _keep(self, "scale", scale)
+        for layer in self.plan.layers:
+            layer.refold(self.dtype, **({"input_scale": self.scale} if layer is self.stem else {}))
+        self.tapes = None
+
+    @torch.no_grad()
+    def run(self, count, load):
+        """Features [count, D]. `load(rows)` gives normalised images of those rows: [b, C, H, W], channels-last, self.dtype."""
+        self.tapes, features = [], []
+
+        def work(rows):
+            tape = Tape()
+            features.append(self._forward(load(rows), tape))
+            self.tapes.append((rows, tape))
+
+        self.chunk.each(count, work)
+        return features[0] if len(features) == 1 else torch.cat(features)
+
+    @torch.no_grad()
+    def back(self, d_features, take, *, stem=False):
+        """Calls take(rows, gradient) for each chunk of the last `run`. With `stem`: the gradient of the first convolution's result."""
+        tapes, self.tapes = self.tapes, None
+        for rows, tape in tapes:
+            take(rows, self._backward(d_features[rows], tape, stem))
+
+    def _forward(self, x, tape):
+        values = {0: x}
+        for k, layer in enumerate(self.plan.layers):
+            inputs = [values[v] for v in layer.inputs]
+            values[layer.out] = layer.forward(tape, *inputs, backend=self.backend)
+            for v in layer.inputs:
+                if self.last_use[v] == k:
+                    values.pop(v, None)
+        return values[self.plan.out]
+
+    def _backward(self, grad, tape, stem):
+        gradients = Gradients(tape, self.parts, self.backend)
+        gradients.add(self.plan.out, grad.to(self.dtype).contiguous(), False)
+        for layer in reversed(self.plan.layers):
+            grad, owned = gradients.take(layer.out)
+            if stem and layer is self.stem:
+                return grad
+            layer.backward(tape, grad, owned, gradients)
+        slope, _ = gradients.take(0)
+        if self.scale is not None and self.stem is None:
+            slope = (slope * self.scale[:, None, None].to(wide(self.dtype))).to(self.dtype)
+        return slope
+
+    def forward(self, images):
+        """Features [B, D] of images [B, C, H, W], uint8 or floats on the [0, 1] scale; the network normalises them. Errors: ValueError."""
+        images = check_images(images, self.device, self.channels)
+        if self.mean is None:
+            return self.run(len(images), lambda rows: images[rows].to(self.dtype, memory_format=NHWC))
+        if self.dtype != torch.float64:
+            images = images.to(torch.float32).contiguous()
+            mean, std = ([v[0]] * images.shape[1] if len(v) == 1 else v for v in (self.mean, self.std))
+            return self.run(len(images), lambda rows: perturbed_input(images[rows], mean=mean, std=std, dtype=self.dtype))
+        mean, scale = (v[:, None, None] for v in (torch.tensor(self.mean, dtype=torch.float64), self.scale))
+        return self.run(len(images), lambda rows: ((images[rows].double() - mean) * scale).contiguous(memory_format=NHWC))
+
+    __call__ = forward
+
+    def input_grad(self, d_features):
+        """d loss / d images [B, C, H, W] (channels-last, compute dtype) for the images of the last `forward`; one call per forward."""
+        if self.tapes is None:
+            fail("input_grad", "d_features", "a forward before each input_grad", "none since the last one")
+        count = self.tapes[-1][0].stop if self.tapes else 0
+        if d_features.dim() != 2 or len(d_features) != count or d_features.device != self.device:
+            fail("input_grad", "d_features", f"[{count}, D] on {self.device}, like the features", list(d_features.shape))
+        out = []
+        self.back(d_features, lambda rows, slope: out.append(slope))
+        return torch.cat(out) if len(out) != 1 else out[0]
+
+def device_of(model):
+    return next(iter([*model.parameters(), *model.buffers()]), torch.empty(0)).device
+
+
+def check_images(images, device, channels):
+    """The images on the [0, 1] scale."""
+    if not isinstance(images, torch.Tensor) or images.dim() != 4 or not (images.is_floating_point() or images.dtype == torch.uint8):
+        fail("FrozenNet", "images", "a uint8 or float tensor [B, C, H, W]", describe(images))
+    if images.device != device:
+        fail("FrozenNet", "images", f"the model's device {device}", images.device)
+    if channels is not None and images.shape[1] != channels:
+        fail("FrozenNet", "images", f"{channels} channels", list(images.shape))
+    if len(images) < 1:
+        fail("FrozenNet", "images", "at least one image", list(images.shape))
+    return images / 255 if images.dtype == torch.uint8 else images

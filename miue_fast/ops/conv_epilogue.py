@@ -1,0 +1,149 @@
+"""What follows a frozen convolution and what follows its input gradient, in place on the result; ReLU leaves one bit per value."""
+
+import torch
+
+from .. import _checks, _native, _triton
+from .._registry import DOUBLES, FLOATS, Impl, define
+from ..reference.conv_epilogue import conv_epilogue_ as reference
+from ..reference.conv_epilogue import conv_grad_epilogue_ as reference_grad
+from ..reference.conv_epilogue import mask_bytes
+
+NHWC = torch.channels_last
+
+
+def activations(device, dtype, *shape, seed=7):
+    """Channels-last values with exact zeros, both signs of zero, NaN and Inf among them."""
+    gen = torch.Generator().manual_seed(seed)
+    y = torch.randn(shape, generator=gen, dtype=torch.float64)
+    y[torch.rand(shape, generator=gen) < 0.1] = 0
+    y[torch.rand(shape, generator=gen) < 0.05] = -0.0
+    for k, special in enumerate((torch.nan, torch.inf, -torch.inf)):
+        y.view(-1)[k : k + 1] = special
+    y = y.to(dtype).to(device)
+    return y.contiguous(memory_format=NHWC) if y.dim() == 4 else y
+
+
+SHAPES = [(0, 16, 2, 2), (1, 1, 1, 1), (2, 3, 5, 7), (3, 16, 4, 4), (1, 33, 3, 3), (2, 64, 8, 8), (5, 10), (4, 130), (1, 8, 17, 1)]
+
+
+def _bias(device, dtype, count):
+    """Among them numbers that, added to a zero, round to zero in float16 and in bfloat16."""
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    bias = torch.linspace(-1, 1, count, dtype=wide, device=device)
+    bias[1::4], bias[2::4] = 1e-9, 1e-41
+    return bias
+
+
+def _mask(y):
+    return torch.full((mask_bytes(y.numel()),), 0xA5, dtype=torch.uint8, device=y.device)
+
+
+def _samples(device, dtype):
+    for k, shape in enumerate(SHAPES):
+        y = activations(device, dtype, *shape)
+        other = activations(device, dtype, *shape, seed=8)
+        bias = _bias(device, dtype, shape[1])
+        yield y, bias, None, True, _mask(y)
+        yield y, bias, other, True, _mask(y)
+        yield y, (None, bias)[k % 2], (other, None)[k // 2 % 2], k % 3 == 0, None
+
+
+def _grad_samples(device, dtype):
+    for shape in SHAPES:
+        y = activations(device, dtype, *shape)
+        mask = _mask(y)
+        reference(y.clone(memory_format=torch.preserve_format), None, None, True, mask)
+        grad, other = activations(device, dtype, *shape, seed=9), activations(device, dtype, *shape, seed=10)
+        yield grad, None, mask
+        yield grad, other, mask
+        yield grad, other, None
+
+
+def _impls(name):
+    return [
+        Impl("triton", _triton.lazy(name, "conv_epilogue"), _triton.DEVICES, FLOATS, _triton.missing),
+        Impl("cuda", getattr(_native, name), frozenset({"cuda"}), FLOATS, _native.cuda_missing),
+        Impl("cpu", getattr(_native, name), frozenset({"cpu"}), DOUBLES, _native.cpu_missing),
+    ]
+
+
+define(
+    "conv_epilogue_(Tensor(a!) y, Tensor? bias, Tensor? residual, bool relu, Tensor(b!)? mask, str backend) -> ()",
+    reference=reference,
+    fake=lambda *args: None,
+    samples=_samples,
+    dtypes=DOUBLES,
+    exact=True,
+    mutates=(0, 4),
+    impls=_impls("conv_epilogue_"),
+)
+define(
+    "conv_grad_epilogue_(Tensor(a!) grad, Tensor? addend, Tensor? mask, str backend) -> ()",
+    reference=reference_grad,
+    fake=lambda *args: None,
+    samples=_grad_samples,
+    dtypes=DOUBLES,
+    exact=True,
+    mutates=(0,),
+    impls=_impls("conv_grad_epilogue_"),
+)
+
+
+def dense(op, name, tensor, like=None, dtypes=DOUBLES):
+    """A channels-last [B, C, H, W] or contiguous [B, C] float tensor; `like`: another one of its shape, dtype and device."""
+    if not isinstance(tensor, torch.Tensor) or tensor.dtype not in dtypes or tensor.dim() not in (2, 4):
+        _checks.fail(op, name, "a float tensor [B, C, H, W] or [B, C]", _checks.describe(tensor))
+    if not tensor.is_contiguous(memory_format=NHWC if tensor.dim() == 4 else torch.contiguous_format):
+        _checks.fail(op, name, "dense channels-last (or contiguous [B, C]) memory", f"strides {tuple(tensor.stride())}")
+    if like is not None and (tensor.shape != like.shape or tensor.dtype != like.dtype or tensor.device != like.device):
+        _checks.fail(op, name, _checks.describe(like), _checks.describe(tensor))
+
+
+def check_mask(op, mask, count, device):
+    expected = mask_bytes(count)
+    if mask.dtype != torch.uint8 or mask.shape != (expected,) or mask.device != device or not mask.is_contiguous():
+        _checks.fail(op, "mask", f"a contiguous uint8 tensor [{expected}] on {device}", _checks.describe(mask))
+
+
+def check_bias(op, bias, channels, like):
+    wide = torch.float64 if like.dtype == torch.float64 else torch.float32
+    if bias.shape != (channels,) or bias.dtype != wide or bias.device != like.device or not bias.is_contiguous():
+        _checks.fail(op, "bias", f"a contiguous {str(wide)[6:]} tensor [{channels}] on {like.device}", _checks.describe(bias))
+
+
+def conv_epilogue_(y, bias=None, residual=None, *, relu=True, mask=None, backend="auto"):
+    """y = relu(y + bias + residual) in place, and the ReLU's bits.
+
+    Args:
+        y: [B, C, H, W] channels-last or [B, C] contiguous; float32, float16, bfloat16 (float64 on the CPU): a convolution's result.
+        bias: [C] float32 (float64 for float64) or None. residual: like y, or None.
+        relu: False leaves the sum as it is.
+        mask: uint8 [mask_bytes(y.numel())] or None: bit k of byte b is 1 where value 8 b + k of y, in memory order, is not <= 0
+            after rounding (NaN counts as 1, as in PyTorch's ReLU). Bits past the end are 0.
+
+    Sums in float32 (float64), rounded once. Bitwise the same on every backend. Errors: ValueError, BackendError.
+    """
+    op = "conv_epilogue_"
+    dense(op, "y", y)
+    if bias is not None:
+        check_bias(op, bias, y.shape[1], y)
+    if residual is not None:
+        dense(op, "residual", residual, y)
+    if mask is not None:
+        check_mask(op, mask, y.numel(), y.device)
+    torch.ops.miue_fast.conv_epilogue_(y, bias, residual, relu, mask, backend)
+
+
+def conv_grad_epilogue_(grad, addend=None, mask=None, *, backend="auto"):
+    """grad = (grad + addend) where the mask's bit is set, else 0; in place. The counterpart of `conv_epilogue_`.
+
+    Args: grad: [B, C, H, W] channels-last or [B, C] contiguous, floats as there. addend: like grad, or None. mask: as there, or None.
+    Bitwise the same on every backend. Errors: ValueError, BackendError.
+    """
+    op = "conv_grad_epilogue_"
+    dense(op, "grad", grad)
+    if addend is not None:
+        dense(op, "addend", addend, grad)
+    if mask is not None:
+        check_mask(op, mask, grad.numel(), grad.device)
+    torch.ops.miue_fast.conv_grad_epilogue_(grad, addend, mask, backend)
