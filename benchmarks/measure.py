@@ -23,6 +23,8 @@ from miue_fast.reference.conv_epilogue import unpack
 
 COMPILE_LIMIT = 120  # seconds for one torch.compile
 SAMPLE = 1e-3  # seconds: faster calls are timed several at once
+GPU = "cuda"  # where the stages of device.py put their tensors; tests run them on "cpu"
+LATE = "left out: the time of its stage was over"
 ORACLE_ROWS = 128  # op.truth is B x B x D for some ops; larger batches use the float64 reference, itself checked on so many rows
 
 
@@ -85,7 +87,7 @@ def truth(op, args):
         return results(op, op.truth, in_double(args))
     head = in_double(tuple(a[:ORACLE_ROWS] if isinstance(a, torch.Tensor) else a for a in args))
     for got, want in zip(results(op, op.reference.fn, head), results(op, op.truth, head), strict=True):
-        if not (got - want).abs().max() <= torch.finfo(torch.float32).eps / 1024 * want.abs().max():
+        if got.numel() and not (got - want).abs().max() <= torch.finfo(torch.float32).eps / 1024 * want.abs().max():
             raise WrongResult(f"{op.name}: the float64 reference differs from op.truth")
     return results(op, op.reference.fn, in_double(args))
 
@@ -106,6 +108,15 @@ def comparable(op, args, outputs):
     return outputs
 
 
+def same_bits(a, b):
+    """Any NaN is as good as any other."""
+    if not a.is_floating_point():
+        return torch.equal(a, b)
+    integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}[a.dtype.itemsize]
+    nan = a.isnan()
+    return torch.equal(nan, b.isnan()) and bool(((a.contiguous().view(integers) == b.contiguous().view(integers)) | nan).all())
+
+
 def gate(op, args, want, plain, fn, *, exact):
     """The largest error as a fraction of what is allowed (0 to 1); WrongResult beyond it.
 
@@ -116,10 +127,11 @@ def gate(op, args, want, plain, fn, *, exact):
         if got.shape != true.shape or got.dtype != ref.dtype:
             raise WrongResult(f"expected {ref.dtype} {list(true.shape)}, got {got.dtype} {list(got.shape)}")
         if exact or not true.numel():
-            if not torch.equal(got, ref):
+            if not same_bits(got, ref):
                 raise WrongResult("differs from the reference; expected the same bits")
             continue
-        rounding = torch.finfo(op.dtype_of(*args)).eps
+        kind = op.dtype_of(*args)
+        rounding = torch.finfo(ref.dtype if kind.itemsize == 1 else kind).eps  # e4m3 operands give bfloat16
         allowed = 2 * (ref.double() - true.double()).abs().max() + 4 * rounding * true.double().abs().max()
         error = (got.double() - true.double()).abs().max()
         if not error <= allowed:
@@ -159,6 +171,55 @@ def cuda_clock(call, number):
     return start.elapsed_time(end) * 1e-3 / number
 
 
+@contextmanager
+def true_float32():
+    """No TF32 in PyTorch's matrix products and convolutions."""
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, cudnn.allow_tf32
+    matmul.allow_tf32 = cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        matmul.allow_tf32, cudnn.allow_tf32 = before
+
+
+def captured(work):
+    """replay() of what work() launches, as one CUDA graph. work() must have run before; what it returns stays alive.
+
+    RuntimeError where it cannot be captured.
+    """
+    if GPU == "cpu":
+        return work
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph):  # the first: a failed capture leaves its stream behind
+        kept = work()
+
+    def replay(kept=kept):
+        graph.replay()
+
+    replay()
+    torch.cuda.synchronize()
+    return replay
+
+
+def gpu_clock(call, number):
+    return (cuda_clock if GPU == "cuda" else cpu_clock)(call, number)
+
+
+def free():
+    """Cached memory goes back to the GPU."""
+    if GPU == "cuda":
+        torch.cuda.empty_cache()
+
+
+def l2_bytes():
+    return torch.cuda.get_device_properties(0).L2_cache_size if GPU == "cuda" else 1
+
+
+def first_line(error):
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+
+
 def interleaved(calls, clock, budget, most=100):
     """Seconds per call of each entry, sampled in turn. `budget`: seconds for each entry; calls of a second and more run twice or so."""
     samples, number, rounds, slow = {}, {}, {}, set()
@@ -193,6 +254,9 @@ def spread(samples):
 
 
 def cuda_extra_bytes(call):
+    if GPU == "cpu":
+        call()
+        return 0
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     call()
@@ -230,14 +294,18 @@ def left_out(workload, device, reason):
 
 
 def run(workload, device, *, quick, budget, copies=1):
-    """The rows of one workload. `copies`: how many argument sets each implementation walks through (GPU: more than the L2 holds)."""
+    """The rows of one workload. `copies`: how many argument sets each implementation walks through (GPU: more than the L2 holds).
+
+    On a GPU a row also says how it was timed: as one CUDA graph over all argument sets ("graph"), or call by call with the time that
+    Python takes between launches ("calls"): the published path, and what cannot be captured.
+    """
     op = OPS[workload.op]
     sets = [workload.make(workload.batch, device, seed) for seed in range(1, copies + 1)]
     args = sets[0]
     want, plain = truth(op, args), results(op, op.reference.fn, args)
-    rows, calls = [], {}
+    rows, calls, inside = [], {}, {}
     for candidate in candidates(workload, device, args, quick):
-        row = blank(workload, candidate)
+        row = blank(workload, candidate) | ({"launch": None} if device == GPU else {})
         rows.append(row)
         if row["reason"]:
             continue
@@ -247,17 +315,28 @@ def run(workload, device, *, quick, budget, copies=1):
         except WrongResult as error:
             row["reason"] = f"refused: {error}"
         except (RuntimeError, TimeoutError) as error:
-            row["reason"] = f"failed: {type(error).__name__}: {str(error).strip().splitlines()[0]}"
+            row["reason"] = f"failed: {first_line(error)}"
         else:
-            own = itertools.cycle([fresh(op, a) for a in sets])
-            calls[candidate.name] = lambda fn=candidate.fn, own=own: fn(*next(own))
-            if device == "cuda" and workload.memory:
+            own = [fresh(op, a) for a in sets]
+            each = itertools.cycle(own)
+            calls[candidate.name] = lambda fn=candidate.fn, each=each: fn(*next(each))
+            if device == GPU and workload.memory:
                 row["extra_bytes"] = cuda_extra_bytes(calls[candidate.name])
+            if device == GPU:
+                row["launch"] = "calls"
+                if candidate.role == "ours" or candidate.name in strong.CAPTURABLE.get(workload.op, ()):
+                    try:
+                        calls[candidate.name] = captured(lambda fn=candidate.fn, own=own: [fn(*a) for a in own])
+                        row["launch"], inside[candidate.name] = "graph", len(own)
+                    except RuntimeError as error:
+                        if candidate.role == "ours":
+                            row |= {"reason": f"failed: not captured: {first_line(error)}", "launch": None, "extra_bytes": None}
+                            del calls[candidate.name]
     del want, plain
-    timed = interleaved(calls, cuda_clock if device == "cuda" else cpu_clock, budget, 3 if quick else 100)
+    timed = interleaved(calls, gpu_clock if device == GPU else cpu_clock, budget, 3 if quick else 100)
     for row in rows:
         if row["implementation"] in timed:
-            row |= spread(timed[row["implementation"]])
+            row |= spread([sample / inside.get(row["implementation"], 1) for sample in timed[row["implementation"]]])
             row["rate"] = (workload.flops or workload.moved) / row["median_s"] or None
     return rows
 
@@ -278,8 +357,32 @@ def environment():
         "triton": _version("triton"),
         "miue_fast": _version("miue_fast"), "build_flags": _environment.build_flags(), "cpu_level": _environment.cpu_level(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None, "cuda": torch.version.cuda,
+        **({"device": _device()} if torch.cuda.is_available() else {}),
         "commit": commit, "uncommitted_changes": bool(_git("status", "--porcelain", "-uno", "--", ":(exclude)results")) if commit else None,
     }  # fmt: skip
+
+
+GPU_STATE = ("driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm", "power.draw", "power.limit", "temperature.gpu")
+
+
+def gpu_state():
+    """What nvidia-smi reads about the GPU now, or None. Only reads."""
+    if not shutil.which("nvidia-smi"):
+        return None
+    query = ["nvidia-smi", f"--query-gpu={','.join(GPU_STATE)}", "--format=csv,noheader", "--id=0"]
+    try:
+        done = subprocess.run(query, capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    values = [v.strip() for v in done.stdout.strip().split(",")]
+    return dict(zip(GPU_STATE, values)) if done.returncode == 0 and len(values) == len(GPU_STATE) else None
+
+
+def _device():
+    found = torch.cuda.get_device_properties(0)
+    return {"capability": f"{found.major}.{found.minor}", "multiprocessors": found.multi_processor_count,
+            "memory_bytes": found.total_memory, "l2_bytes": found.L2_cache_size, "cudnn": torch.backends.cudnn.version(),
+            "state": gpu_state()}  # fmt: skip
 
 
 def _git(*words):

@@ -1,12 +1,13 @@
 """One PGD step of CIFAR ResNet-18, whole and in parts: network (features and input gradient), loss, update; three columns.
 
 eager: the published path (contiguous memory, batch norm apart, B x B x D loss, unfused update). strong: folded batch norm, channels-last,
-frozen parameters, the best matmul-form loss, in-place update, also under torch.compile. ours: what `generate` runs. Used by bench.py.
+frozen parameters, the best matmul-form loss, in-place update, also under torch.compile. ours: what `generate` runs. Used by bench.py;
+gpu_step.py runs the same paths on a GPU.
 """
 
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -17,13 +18,14 @@ from baselines import eager, strong
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 import miue_fast
-from miue_fast import models
+from miue_fast import models, ops
 from miue_fast.generate import Options
 from miue_fast.generate.step import Descent
 
 OP = "pgd_step"
 LARGE = 8192
 TEMPERATURE, ZETA = 0.1, 0.1
+STEPS = 10  # of a batch, where a path runs them together
 
 
 @dataclass
@@ -37,7 +39,7 @@ class Case:
     flip: torch.Tensor
 
 
-def case(batch, width=64, side=32):
+def case(batch, width=64, side=32, device="cpu"):
     torch.manual_seed(1)
     model = models.build("resnet18", workloads.CLASSES, width=width, size=side)
     images = torch.randint(256, (batch, 3, side, side), dtype=torch.uint8)
@@ -46,10 +48,11 @@ def case(batch, width=64, side=32):
         for _ in range(2):
             model(images[:32] / 255)  # running statistics
     labels = torch.randint(workloads.CLASSES, (batch,))
-    return Case(model.eval(), images, labels, torch.zeros(images.shape), torch.rand(batch) < 0.5)
+    flip = torch.rand(batch) < 0.5
+    return Case(model.eval().to(device), *(t.to(device) for t in (images, labels, torch.zeros(images.shape), flip)))
 
 
-def folded(model):
+def folded(model, dtype=torch.float32):
     """A copy with batch norms folded into the convolutions, frozen, channels-last: what PyTorch's own tools give."""
     import copy
 
@@ -59,61 +62,105 @@ def folded(model):
             if isinstance(getattr(block, norm, None), torch.nn.BatchNorm2d):
                 setattr(block, conv, fuse_conv_bn_eval(getattr(block, conv), getattr(block, norm)))
                 setattr(block, norm, torch.nn.Identity())
-    return net.to(memory_format=torch.channels_last)
+    net = net.to(dtype=dtype, memory_format=torch.channels_last)
+    net.mean, net.inv_std = model.mean, model.inv_std
+    return net
 
 
 def features_of(model, x):
-    """The network without its classifier."""
-    x = (x - model.mean) * model.inv_std
+    """The network without its classifier. Pixels are float32 and normalised as such, whatever the network computes in."""
+    x = ((x - model.mean) * model.inv_std).to(model.conv1.weight.dtype)
     x = torch.nn.functional.relu(model.bn1(model.conv1(x)))
     return model.avgpool(model.layers(x)).flatten(1)
 
 
 class ByAutograd:
-    """network(x, d) -> (features, input gradient), and the whole step, in plain PyTorch."""
+    """network(x, d) -> (features, input gradient), loss, update, and the whole step, in plain PyTorch.
 
-    def __init__(self, model, channels_last, loss, gather, update, compiled=False):
+    compiled: torch.compile's mode for the network ("default"), or None. graphs: it can be captured in a CUDA graph.
+    """
+
+    steps = 1
+
+    def __init__(self, model, loss, gather, update, *, channels_last=False, compiled=None, graphs=False):
         self.layout = torch.channels_last if channels_last else torch.contiguous_format
-        self.features = partial(features_of, model)
+        self.features, self.graphs = partial(features_of, model), graphs
         if compiled:
-            self.features = torch.compile(self.features, dynamic=False)
+            self.features = torch.compile(self.features, dynamic=False, **({} if compiled == "default" else {"mode": compiled}))
         self.loss, self.gather, self.update = loss, gather, update
 
     def network(self, x, d):
-        x = x.contiguous(memory_format=self.layout).detach().requires_grad_()
+        x = x.detach().contiguous(memory_format=self.layout).requires_grad_()
         f = self.features(x)
-        return f.detach(), torch.autograd.grad(f, x, d)[0]
+        return f.detach(), torch.autograd.grad(f, x, d.to(f.dtype))[0]
+
+    def value_and_grad(self, features, labels):
+        return self.loss(features, labels, TEMPERATURE, ZETA, "all", True)
+
+    def move(self, c, index, delta, grad):
+        self.update(delta, index, grad, c.images, c.flip, workloads.ALPHA, workloads.EPS, None)
 
     def step(self, c, index, delta):
         x = (self.gather(c.images, index, c.flip) + delta[index]).contiguous(memory_format=self.layout).requires_grad_()
         f = self.features(x)
-        _, d = self.loss(f.detach(), c.labels[index], TEMPERATURE, ZETA, "all", True)
-        grad = torch.autograd.grad(f, x, d)[0]
-        self.update(delta, index, grad, c.images, c.flip, workloads.ALPHA, workloads.EPS, None)
+        _, d = self.value_and_grad(f.detach(), c.labels[index])
+        self.move(c, index, delta, torch.autograd.grad(f, x, d)[0])
+
+
+class AttackLibrary(ByAutograd):
+    """PGD as attack libraries write it: a loop on the adversarial images, out of place, with a loss that is handed in."""
+
+    def step(self, c, index, delta):
+        images = self.gather(c.images, index, c.flip)
+        adversarial = images + delta[index]
+        for _ in range(self.steps):
+            adversarial = adversarial.detach().requires_grad_()
+            f, labels = self.features(adversarial), c.labels[index]
+            loss = strong._nt_xent_loss(f, labels, TEMPERATURE) + ZETA * strong._distance_loss(f, labels, True)
+            (grad,) = torch.autograd.grad(loss, adversarial, retain_graph=False, create_graph=False)
+            adversarial = adversarial.detach() - workloads.ALPHA * grad.sign()
+            noise = torch.clamp(adversarial - images, -workloads.EPS, workloads.EPS)
+            adversarial = torch.clamp(images + noise, 0, 1)
+        delta[index] = (adversarial - images).detach()
 
 
 class Ours:
-    def __init__(self, model, chunk=None):
-        self.net = miue_fast.freeze(model, chunk=chunk)
+    """On CUDA the step captures and replays its own graph; `steps` of them are one call."""
+
+    steps, graphs = 1, True
+
+    def __init__(self, model, chunk=None, dtype=torch.float32, backend="auto", fp8=False):
+        self.net = miue_fast.freeze(model, chunk=chunk, dtype=dtype, backend=backend, fp8=fp8)
+        self.options = Options(
+            steps=1, temperature=TEMPERATURE, zeta=ZETA, eps=workloads.EPS, dtype=str(dtype)[6:], backend=backend, fp8=fp8
+        )
+        self.descent = None
 
     def network(self, x, d):
         return self.net.forward(x), self.net.input_grad(d)
 
+    def value_and_grad(self, features, labels):
+        return ops.mi_ue_value_and_grad(features, labels, TEMPERATURE, ZETA, backend=self.options.backend)
+
+    def move(self, c, index, delta, grad):
+        ops.projected_step_(delta, index, grad, c.images, c.flip, alpha=workloads.ALPHA, eps=workloads.EPS, backend=self.options.backend)
+
     def step(self, c, index, delta):
-        descent = Descent(self.net, c.images, delta, Options(steps=1, temperature=TEMPERATURE, zeta=ZETA, eps=workloads.EPS))
-        descent(c.labels[index], index, c.flip, workloads.ALPHA)
+        if self.descent is None or self.descent.delta is not delta:
+            self.descent = Descent(self.net, c.images, delta, self.options)
+        self.descent.options = replace(self.options, steps=self.steps)
+        self.descent(c.labels[index], index, c.flip, workloads.ALPHA)
 
 
 def paths(c, quick):
-    """{name: (role, object)}"""
+    """{name: (role, object)} on the CPU."""
     best = strong.PATHS["mi_ue_value_and_grad"]
-    plain = ByAutograd(c.model, False, eager.mi_ue_value_and_grad, eager._gather, eager.projected_step_)
     own = folded(c.model)
-    tuned = ByAutograd(own, True, best["closed form"], strong._gather, strong._step_in_store)
-    made = {"eager": ("eager", plain),
-            "folded, channels-last": ("strong", tuned)}  # fmt: skip
+    update = strong._gather, strong._step_in_store
+    made = {"eager": ("eager", ByAutograd(c.model, eager.mi_ue_value_and_grad, eager._gather, eager.projected_step_)),
+            "folded, channels-last": ("strong", ByAutograd(own, best["closed form"], *update, channels_last=True))}  # fmt: skip
     if not quick:
-        compiled = ByAutograd(own, True, best["closed form, compiled"], strong._gather, strong._step_in_store, compiled=True)
+        compiled = ByAutograd(own, best["closed form, compiled"], *update, channels_last=True, compiled="default")
         made["folded, channels-last, compiled"] = ("strong", compiled)
     return made | {"cpu": ("ours", Ours(c.model))}
 
@@ -145,10 +192,10 @@ def run(*, quick, budget):
                 path.step(c, index, delta)
         except (RuntimeError, TimeoutError) as error:
             for row in both:
-                row["reason"] = f"failed: {type(error).__name__}: {str(error).strip().splitlines()[0]}"
+                row["reason"] = f"failed: {measure.first_line(error)}"
             continue
         reference = delta.clone() if reference is None else reference
-        agreement = (delta.sign() == reference.sign()).double().mean().item()
+        agreement = agreeing(delta, reference)
         if agreement < 0.999:
             for row in both:
                 row["reason"] = f"refused: {agreement:.4%} of the signs of delta agree with fp32 autograd, 99.9 % needed"
@@ -164,6 +211,11 @@ def run(*, quick, budget):
                 row["rate"] = batch / row["median_s"]
     rows.sort(key=lambda row: row["workload"] != network)
     return {"rows": rows, "convolution_share": convolution_share(calls[step].get("cpu"))}
+
+
+def agreeing(delta, reference):
+    """Share of the signs."""
+    return (delta.sign() == reference.sign()).double().mean().item()
 
 
 def convolution_share(call):

@@ -1,4 +1,7 @@
-"""Markdown tables from the JSON of bench.py and device.py; `--readme` puts them into README.md, `--check` says whether they are current."""
+"""Markdown tables from the JSON of bench.py and device.py; `--readme` puts them into README.md, `--check` says whether they are current.
+
+From device.py's JSON also: `--plot FILE` (a roofline, needs matplotlib) and `--write-table` (who is faster per layer, into the package).
+"""
 
 import argparse
 import json
@@ -8,6 +11,7 @@ from pathlib import Path
 FORMAT = 1
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+SHIPPED = ROOT / "miue_fast" / "measured_convolutions.json"
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 
 
@@ -91,11 +95,67 @@ def _all_rows(rows):
 
 def _targets(targets):
     for t in targets:
-        show, sign = {"speed": (ratio, ">="), "memory": (size, "<"), "overhead": (seconds, "<"), "smaller": (ratio, ">=")}[t["kind"]]
-        what = {"speed": f"speed against {t['against']}", "memory": "extra memory", "overhead": "public call less kernel",
-                "smaller": f"memory, {t['against']} over ours"}[t["kind"]]  # fmt: skip
+        show, sign, what = {
+            "speed": (ratio, ">=", f"speed against {t['against']}"),
+            "memory": (size, "<", "extra memory"),
+            "overhead": (seconds, "<", "public call less kernel"),
+            "smaller": (ratio, ">=", f"memory, {t['against']} over ours"),
+            "time": (seconds, "<", "time"),
+            "flops": (lambda v: f"{v / 1e12:.3g} TFLOP/s", ">=", "value and gradient, counted as 5 B^2 D"),
+            "rate": (lambda v: f"{v:,.0f} image-steps/s", ">=", "rate"),
+            "fraction": (lambda v: f"{v:.0%}", ">=", f"share of {t['against']}"),
+        }[t["kind"]]
         measured = "not measured" if t["measured"] is None else show(t["measured"])
         yield f"{t['workload']}: {what}", f"{sign} {show(t['needed'])}", measured, {True: "met", False: "**missed**", None: "-"}[t["met"]]
+
+
+def _layers(rows):
+    """One line per convolution, batch and pass."""
+    groups = {}
+    for row in rows:
+        groups.setdefault((row["layer"], row["batch"], row["pass"]), []).append(row)
+    for (layer, batch, name), group in groups.items():
+        c, k, r, stride, h, w = group[0]["key"][:6]
+        shape = f"{c} -> {k}, {r}x{r}{f' / {stride}' if stride > 1 else ''} @ {h}x{w}"
+        found = {row["implementation"]: row for row in group}
+        cells = [_median(found.get(column)) for column in LAYER_COLUMNS]
+        ours = [row for row in group if row["median_s"] and row["implementation"] in ("cuda", "triton")]
+        best = min(ours, key=lambda row: row["median_s"], default=None)
+        ceiling = f"{best['of_ceiling']:.0%} ({best['implementation']})" if best and best["of_ceiling"] else "-"
+        yield layer, shape, batch, name, *cells, ceiling, "; ".join(dict.fromkeys(row["reason"] for row in group if row["reason"]))
+
+
+LAYER_COLUMNS = ("cudnn, any", "cudnn", "cuda", "triton", "triton, two steps")
+
+
+def _median(row):
+    return seconds(row["median_s"]) if row and row["median_s"] else "-"
+
+
+def _epochs(rows):
+    for row in rows:
+        parts = [seconds(row[field]) if row[field] else "-" for field in ("train_s", "poison_s", "first_s")]
+        rate = f"{row['image_steps_per_s']:,.0f}" if row["image_steps_per_s"] else "-"
+        yield (row["name"], _cell(row if row["median_s"] else None), *parts, rate, size(row["peak_bytes"]) if row["peak_bytes"] else "-",
+               row["reason"] or "")  # fmt: skip
+
+
+def _agreements(rows):
+    for row in rows:
+        if row["workload"].startswith("PGD") and (row["agreement"] is not None or row["median_s"]):
+            agree = "-" if row["agreement"] is None else f"{row['agreement']:.4%}"
+            yield row["implementation"], _cell(row if row["median_s"] else None), _rate(row), agree, row["reason"] or ""
+
+
+def _device(env):
+    """What a GPU result depends on, on one line."""
+    found, state = env["device"], env["device"]["state"] or {}
+    after = env["device"].get("state_after_layers") or {}
+    clocks = f"clocks (SM, memory) {state.get('clocks.sm')}, {state.get('clocks.mem')} before"
+    versions = f"CUDA {env['cuda']}, driver {state.get('driver_version', 'unknown')}, cuDNN {found['cudnn']}"
+    chip = f"capability {found['capability']}, {found['multiprocessors']} multiprocessors, L2 {size(found['l2_bytes'])}"
+    clocks += f", {after.get('clocks.sm')}, {after.get('clocks.mem')} after the layers; power limit {state.get('power.limit')}"
+    return f"{versions}, {chip}; {clocks}"
 
 
 def _environment(env):
@@ -108,11 +168,16 @@ def _environment(env):
 def markdown(record, *, details=True):
     """The record as Markdown; without `details` what the README shows."""
     parts = [_environment(record["environment"]) + (". Quick run: sizes too small to mean anything." if record["quick"] else "")]
+    if record["environment"].get("device"):
+        parts.append(_device(record["environment"]) + f". The run took {record['seconds']:.0f} s.")
     if record["targets"]:
         parts.append(table(("target", "needed", "measured", ""), _targets(record["targets"])))
     if record.get("ceilings"):
         rows = [(c["name"], f"{c['rate'] / 1e12:.3g} {c['unit']}" if c["rate"] else "-", c["reason"] or "") for c in record["ceilings"]]
         parts.append(table(("ceiling", "measured", "why not"), rows))
+    if record.get("layer_times"):
+        head = ("convolution", "shape", "B", "pass", *LAYER_COLUMNS, "of the ceiling", "why not")
+        parts.append("Medians; cudnn: the convolution without its epilogue.\n\n" + table(head, _layers(record["layer_times"])))
     step = record.get("pgd_step", {"rows": []})
     rows = record["rows"] + step["rows"]
     if rows:
@@ -123,6 +188,11 @@ def markdown(record, *, details=True):
     if details and rows:
         head = ("workload", "implementation", "time", "error / allowed", "rate", "extra memory", "why not")
         parts.append(table(head, _all_rows(rows)))
+    if record["kind"] == "device" and (found := list(_agreements(step["rows"]))):
+        parts.append(table(("PGD step", "time", "rate", "signs as in float32 autograd", "why not"), found))
+    if record.get("epoch"):
+        head = ("epoch", "time", "model step", "poison step", "the first one", "image-steps/s", "peak memory", "why not")
+        parts.append(table(head, _epochs(record["epoch"])))
     if share := step.get("convolution_share"):
         agree = [r["agreement"] for r in step["rows"] if r["agreement"] and r["role"] == "ours"]
         parts.append(f"PGD step: {share:.0%} of this library's time is PyTorch's convolutions; {agree[0]:.4%} of delta's signs are as in "
@@ -135,6 +205,22 @@ def markdown(record, *, details=True):
         rows = [(p["op"], p["implementation"], p["dtype"], p["samples"], p["outcome"]) for p in record["parity"]]
         parts.append(table(("parity", "implementation", "dtype", "samples", "outcome"), rows))
     return "\n\n".join(parts)
+
+
+def write_table(record):
+    """The faster backend of each layer in the record, into the table that the package ships; other GPUs' entries stay."""
+    import layers
+
+    from miue_fast import _measured
+
+    found = layers.table(record["layer_times"])
+    if not found:
+        return 0
+    shipped = json.loads(SHIPPED.read_text())
+    shipped[record["environment"]["gpu"]] = found
+    SHIPPED.write_text(json.dumps(shipped, indent=1, sort_keys=True) + "\n")
+    _measured._table.cache_clear()
+    return len(found)
 
 
 def section():
@@ -160,7 +246,18 @@ def main(argv=None):
     parser.add_argument("file", nargs="?", type=Path, default=RESULTS / "cpu.json", help="the JSON to print")
     parser.add_argument("--readme", action="store_true", help="rewrite the section of README.md")
     parser.add_argument("--check", action="store_true", help="exit code 1 if README.md does not show the present results")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the roofline of a device.py run")
+    parser.add_argument("--write-table", action="store_true", help="take over its per-layer table")
     options = parser.parse_args(argv)
+    if options.plot or options.write_table:
+        record = load(options.file)
+        if options.plot:
+            import roofline_plot
+
+            roofline_plot.draw(record, options.plot)
+        if options.write_table:
+            print(f"{write_table(record)} layers of {record['environment']['gpu']} are in {SHIPPED.name}")
+        return 0
     readme = ROOT / "README.md"
     if not (options.readme or options.check):
         print(markdown(load(options.file)))

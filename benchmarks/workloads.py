@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
@@ -28,13 +28,17 @@ class Workload:
     skip: dict = field(default_factory=dict)  # implementation -> why it does not take part
 
 
+def random(device, seed):
+    return torch.Generator(device).manual_seed(seed)
+
+
 def features(batch, device, seed, *, width=512, dtype=torch.float32):
     """Positive features in CLASSES overlapping clusters, and labels."""
-    gen = torch.Generator().manual_seed(seed)
-    labels = torch.randint(CLASSES, (batch,), generator=gen)
-    centres = torch.randn(CLASSES, width, generator=gen)
-    values = torch.nn.functional.softplus(centres[labels] + torch.randn(batch, width, generator=gen))
-    return values.to(dtype).to(device), labels.to(device)
+    gen = random(device, seed)
+    labels = torch.randint(CLASSES, (batch,), generator=gen, device=device)
+    centres = torch.randn(CLASSES, width, generator=gen, device=device)
+    values = torch.nn.functional.softplus(centres[labels] + torch.randn(batch, width, generator=gen, device=device))
+    return values.to(dtype), labels
 
 
 def nt_xent(batch, device, seed, **kind):
@@ -50,25 +54,25 @@ def mi_ue(batch, device, seed, *, zeta, **kind):
 
 
 def projected_step(batch, device, seed, *, side=32):
-    gen = torch.Generator().manual_seed(seed)
-    image, grad, delta = (torch.rand(batch, 3, side, side, generator=gen) for _ in range(3))
-    return ((delta * 2 - 1) * EPS).to(device), (grad - 0.5).to(device), image.to(device), ALPHA, EPS
+    gen = random(device, seed)
+    image, grad, delta = (torch.rand(batch, 3, side, side, generator=gen, device=device) for _ in range(3))
+    return (delta * 2 - 1) * EPS, grad - 0.5, image, ALPHA, EPS
 
 
 def store(batch, device, seed, *, side=32):
-    """(images, delta, index, flip): a store of four batches, of which a random quarter is used."""
-    gen = torch.Generator().manual_seed(seed)
-    images = torch.randint(256, (4 * batch, 3, side, side), generator=gen, dtype=torch.uint8)
-    delta = (torch.rand(images.shape, generator=gen) * 2 - 1) * EPS
-    index = torch.randperm(len(images), generator=gen)[:batch]
-    flip = torch.rand(batch, generator=gen) < 0.5
-    return images.to(device), delta.to(device), index.to(device), flip.to(device)
+    """(images, delta, index, flip): a store of four batches, of which a random quarter is used; a large batch is the whole store."""
+    gen = random(device, seed)
+    images = torch.randint(256, ((4 if batch <= 8192 else 1) * batch, 3, side, side), generator=gen, dtype=torch.uint8, device=device)
+    delta = (torch.rand(images.shape, generator=gen, device=device) * 2 - 1) * EPS
+    index = torch.randperm(len(images), generator=gen, device=device)[:batch]
+    flip = torch.rand(batch, generator=gen, device=device) < 0.5
+    return images, delta, index, flip
 
 
 def projected_step_(batch, device, seed, *, dtype=torch.float32, side=32):
     images, delta, index, flip = store(batch, device, seed, side=side)
-    grad = torch.randn(batch, *images.shape[1:], generator=torch.Generator().manual_seed(seed + 1))
-    grad = grad.to(dtype).to(device).contiguous(memory_format=torch.channels_last)
+    grad = torch.randn(batch, *images.shape[1:], generator=random(device, seed + 1), device=device)
+    grad = grad.to(dtype).contiguous(memory_format=torch.channels_last)
     return delta, index, grad, images, flip, ALPHA, EPS, None
 
 
@@ -78,23 +82,23 @@ def perturbed_input(batch, device, seed, *, dtype=torch.float32, channels_last=T
 
 
 def values(gen, device, *shape):
-    x = torch.randn(shape, generator=gen).to(device)
+    x = torch.randn(shape, generator=gen, device=device)
     return x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
 
 
 def bits(gen, device, count):
-    return torch.randint(256, (mask_bytes(count),), generator=gen, dtype=torch.uint8).to(device)
+    return torch.randint(256, (mask_bytes(count),), generator=gen, dtype=torch.uint8, device=device)
 
 
 def conv_epilogue_(batch, device, seed, *, channels=64, side=32, masked=True):
-    gen = torch.Generator().manual_seed(seed)
+    gen = random(device, seed)
     shape = batch, channels, side, side
     mask = torch.zeros(mask_bytes(math.prod(shape)), dtype=torch.uint8, device=device) if masked else None
     return values(gen, device, *shape), values(gen, device, channels), values(gen, device, *shape), True, mask
 
 
 def conv_grad_epilogue_(batch, device, seed, *, channels=64, side=32):
-    gen = torch.Generator().manual_seed(seed)
+    gen = random(device, seed)
     shape = batch, channels, side, side
     return values(gen, device, *shape), values(gen, device, *shape), bits(gen, device, math.prod(shape))
 
@@ -103,13 +107,13 @@ CONVOLUTION = [1, 1], [1, 1], [1, 1], 1  # 3x3: stride, padding, dilation, group
 
 
 def conv_forward(batch, device, seed, *, channels=64, side=32):
-    gen = torch.Generator().manual_seed(seed)
+    gen = random(device, seed)
     weight = values(gen, device, channels, channels, 3, 3) / (9 * channels) ** 0.5
     return values(gen, device, batch, channels, side, side), weight, values(gen, device, channels), None, *CONVOLUTION, True, True
 
 
 def conv_input_grad(batch, device, seed, *, channels=64, side=32):
-    gen = torch.Generator().manual_seed(seed)
+    gen = random(device, seed)
     shape = batch, channels, side, side
     grad, weight = values(gen, device, *shape), values(gen, device, channels, channels, 3, 3) / (9 * channels) ** 0.5
     return grad, weight, None, bits(gen, device, math.prod(shape)), list(shape), *CONVOLUTION
@@ -117,7 +121,7 @@ def conv_input_grad(batch, device, seed, *, channels=64, side=32):
 
 def conv_input_grad_step_(batch, device, seed, *, channels=64, side=32):
     images, delta, index, flip = store(batch, device, seed, side=side)
-    gen = torch.Generator().manual_seed(seed + 1)
+    gen = random(device, seed + 1)
     grad, weight = values(gen, device, batch, channels, side, side), values(gen, device, channels, 3, 3, 3)
     return delta, index, grad, weight, images, flip, *CONVOLUTION, ALPHA, EPS, None
 
@@ -181,18 +185,22 @@ def cpu(quick=False):
 
 
 def gpu_loss(quick=False):
-    for batch in (512,) if quick else (512, 2048, 8192, 50_000):
-        for dtype in (torch.float32, torch.bfloat16):
+    """What matters most comes first: a run that is out of time leaves out the rest."""
+    half = torch.bfloat16
+    for zeta in (0.1, 0.0):
+        yield Workload(f"mi_ue_value_and_grad B=512 D=512 zeta={zeta:g} bfloat16", "mi_ue_value_and_grad", 512,
+                       partial(mi_ue, zeta=zeta, dtype=half), memory=True)  # fmt: skip
+    for batch in (512,) if quick else (512, 8192, 50_000, 2048):
+        for dtype in (half, torch.float32):
             yield _nt_xent_workload(batch, dtype=dtype)
     yield Workload("intra_class_distance B=512 D=512", "intra_class_distance", 512, intra_class_distance)
-    for zeta in (0.1, 0.0):
-        yield Workload(f"mi_ue_value_and_grad B=512 D=512 zeta={zeta:g}", "mi_ue_value_and_grad", 512, partial(mi_ue, zeta=zeta))
 
 
 def gpu_pixels(quick=False):
-    for batch in (512,) if quick else (512, 8192):
-        for dtype in (torch.float32, torch.bfloat16):
-            yield from _pixel_workloads(batch, dtype)
+    for batch in (512,) if quick else (50_000, 512):
+        for dtype in (torch.bfloat16, torch.float32):
+            for workload in _pixel_workloads(batch, dtype):
+                yield workload if batch == 512 else replace(workload, skip={"compiled": "compiled at B=512 only"})
 
 
 PUBLIC = {  # the public call with the arguments of `Impl.fn`

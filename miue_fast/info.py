@@ -24,7 +24,7 @@ def matrix():
 def markdown():
     """The op x backend table of the README: the dtypes each implementation takes, and where that backend has really run."""
     backends = ("reference", "cpu", "triton", "cuda")
-    short = {"float64": "f64", "float32": "f32", "float16": "f16", "bfloat16": "bf16", "int8": "int8"}
+    short = {"float64": "f64", "float32": "f32", "float16": "f16", "bfloat16": "bf16", "float8_e4m3fn": "e4m3", "int8": "int8"}
     lines = ["| op | " + " | ".join(backends) + " |", "|---" * (len(backends) + 1) + "|"]
     for name, op in OPS.items():
         taken = {impl.backend: {str(d)[6:] for d in impl.dtypes} for impl in op.impls}

@@ -10,55 +10,26 @@ from pathlib import Path
 
 import pytest
 import torch
+from _schema import check_schema
 
 from miue_fast._registry import OPS
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 import bench  # noqa: E402
+import fp8_study  # noqa: E402
 import measure  # noqa: E402
 import pgd_step  # noqa: E402
 import report  # noqa: E402
 import workloads  # noqa: E402
 from baselines import strong  # noqa: E402
 
-ROW = {"workload", "op", "implementation", "role", "reason", "error_of_allowed", "median_s", "p10_s", "p90_s", "samples", "rate",
-       "extra_bytes", "extra_bytes_reason"}  # fmt: skip
 SMALL = list(workloads.cpu(quick=True))
 
 
 def script(name, *words):
     env = os.environ | {"TRITON_INTERPRET": "0"}
     return subprocess.run([sys.executable, BENCHMARKS / name, *map(str, words)], capture_output=True, text=True, timeout=240, env=env)
-
-
-def check_schema(record):
-    """Every row has either numbers or the reason for their absence; every number is possible; no path, no host name."""
-    assert record["format"] == report.FORMAT and record["kind"] in ("cpu", "device")
-    assert {"cpu", "threads", "torch", "triton", "build_flags", "cpu_level", "commit", "load_before"} <= record["environment"].keys()
-    for row in record["rows"]:
-        assert row.keys() == ROW, row
-        assert row["op"] in OPS and row["role"] in ("ours", "reference", "eager", "strong")
-        if row["reason"]:
-            assert row["median_s"] is row["rate"] is row["extra_bytes"] is None and row["samples"] == 0, row
-        else:
-            assert 0 < row["p10_s"] <= row["median_s"] <= row["p90_s"] and row["samples"] > 0, row
-            assert 0 <= row["error_of_allowed"] <= 1, row
-            assert row["extra_bytes"] is None or row["extra_bytes"] >= 0, row
-            assert (row["extra_bytes"] is None) == (row["extra_bytes_reason"] is not None), row
-    for row in record.get("pgd_step", {"rows": []})["rows"]:
-        assert row.keys() == ROW | {"agreement"} and row["role"] in ("ours", "eager", "strong")
-        assert row["reason"] or 0 < row["p10_s"] <= row["median_s"] <= row["p90_s"], row
-        assert row["agreement"] is None or row["agreement"] >= 0.999, row
-    for row in record["overhead"]:
-        assert row["op"] in OPS and (row["overhead_s"] is None) == (row["reason"] is not None)
-    for target in record["targets"]:
-        assert (target["met"] is None) == (target["measured"] is None)
-        if target["met"] is not None:
-            speed = target["kind"] in ("speed", "smaller")
-            assert target["met"] == (target["measured"] >= target["needed"] if speed else target["measured"] < target["needed"])
-    text = json.dumps(record)
-    assert not any(word in text for word in ("/home", "/root", "/work", "/tmp", "\\\\Users", os.uname().nodename)), "a path or host name"
 
 
 RESULTS = sorted((BENCHMARKS / "results").glob("*.json"))
@@ -78,7 +49,39 @@ def test_committed_victims(path):
     assert not any(word in path.read_text() for word in ("/home", "/root", "/work", "/tmp", os.uname().nodename)), "a path or host name"
 
 
-@pytest.mark.parametrize("path", [p for p in RESULTS if p not in VICTIMS], ids=lambda p: p.name)
+def check_study(record):
+    assert record["format"] == report.FORMAT and record["kind"] == "fp8" and record["environment"]["threads"]
+    seeds, forms = sorted({row["seed"] for row in record["victims"]}), list(fp8_study.FORMS)
+    wanted = [(seed, epoch) for seed in seeds for epoch in range(1, record["source"]["epochs"] + 1)]
+    assert [(row["seed"], row["epoch"]) for row in record["signs"]] == wanted
+    for row in record["signs"]:
+        assert all(0 <= row[form]["of_magnitude"] <= row[form]["flipped"] <= 1 for form in forms[1:]), "large gradients flip last"
+    assert [(row["seed"], row["poison"]) for row in record["deltas"]] == [(seed, form) for seed in seeds for form in forms[1:]]
+    assert [(row["seed"], row["poison"]) for row in record["victims"]] == [(seed, form) for seed in seeds for form in ("none", *forms)]
+    assert all(0 <= row["same_sign_of_delta"] <= 1 for row in record["deltas"])
+    assert all(0 <= row[part] <= 1 for row in record["victims"] for part in ("train", "test"))
+    assert not any(word in json.dumps(record) for word in ("/home", "/root", "/work", "/tmp", os.uname().nodename)), "a path or host name"
+
+
+def test_committed_fp8_study():
+    record = report.load(fp8_study.RESULT)
+    check_study(record)
+    assert not record["quick"] and record["data"] == "shapes" and record["environment"]["threads"] == 1
+    page = fp8_study.NOTES.read_text()
+    assert fp8_study.with_tables(page, record) == page, "run `python benchmarks/fp8_study.py --notes`"
+
+
+def test_quick_fp8_study(tmp_path):
+    done = script("fp8_study.py", "--quick", "--out", tmp_path / "fp8.json")
+    assert done.returncode == 0, done.stderr
+    record = report.load(tmp_path / "fp8.json")
+    check_study(record)
+    assert record["quick"] and fp8_study.markdown(record) in done.stdout
+    # gradients near zero flip, and more of them in the coarser form
+    assert all(0 < row["bfloat16"]["flipped"] < row["fp8"]["flipped"] < 0.5 for row in record["signs"])
+
+
+@pytest.mark.parametrize("path", [p for p in RESULTS if p not in VICTIMS and p != fp8_study.RESULT], ids=lambda p: p.name)
 def test_committed_results(path):
     record = report.load(path)
     check_schema(record)
@@ -107,19 +110,6 @@ def test_only_some_ops(tmp_path):
     done = script("bench.py", "--quick", "--ops", "projected_step", "--out", tmp_path / "some.json")
     assert done.returncode == 0, done.stderr
     assert {r["op"] for r in report.load(tmp_path / "some.json")["rows"]} == {"projected_step"}
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here: run benchmarks/device.py itself")
-def test_device_without_a_gpu(tmp_path):
-    done = script("device.py", "--quick", "--out", tmp_path / "device.json")
-    assert done.returncode == 0, done.stderr
-    record = report.load(tmp_path / "device.json")
-    check_schema(record)
-    assert {r["reason"] for r in record["rows"] + record["ceilings"]} == {"no CUDA device"}
-    assert {p["op"] for p in record["parity"]} == set(OPS)
-    assert all(p["outcome"].startswith("not run: ") for p in record["parity"])
-    assert not script("device.py", "--stages", "ceilings").returncode
-    assert not (BENCHMARKS / "results" / "device.json").exists(), "written without a GPU"
 
 
 @pytest.mark.parametrize("workload", SMALL, ids=lambda w: w.name)

@@ -55,6 +55,15 @@ def test_opcheck(op, impl, device):
         torch.library.opcheck(getattr(torch.ops.miue_fast, op.name).default, (*args, impl.backend), test_utils=utils)
 
 
+@pytest.mark.parametrize("op, impl, device", cases_of("conv_forward", "conv_input_grad", dtypes=False))
+def test_opcheck_in_e4m3(op, impl, device):
+    """Without test_schema, which multiplies its arguments: PyTorch has no product of e4m3 values."""
+    if reason := op.why_not(impl, device, torch.float8_e4m3fn):
+        pytest.skip(reason)
+    args = next(iter(op.samples(device, torch.float8_e4m3fn)))
+    torch.library.opcheck(getattr(torch.ops.miue_fast, op.name).default, (*args, impl.backend), test_utils=ALL[1:])
+
+
 def test_opcheck_of_the_backward():
     args = torch.randn(5, 3), torch.tensor(2.0), torch.randn(5, 3)  # none requires a gradient: the second derivative is refused
     torch.library.opcheck(torch.ops.miue_fast.scaled_gradient.default, args)

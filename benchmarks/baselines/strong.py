@@ -221,6 +221,13 @@ def _lazy(path):
 _loss_autograd = functools.partial(_autograd, _nt_xent_loss)
 _loss_compiled = functools.partial(_autograd, _lazy(_nt_xent_loss))
 _distance_autograd = functools.partial(_autograd, _distance_loss)
+CAPTURABLE = {  # what reads nothing back to the host: timed as a CUDA graph on a GPU, as such a user would run it
+    "nt_xent": ("matmul, autograd", "matmul, autograd, compiled", "closed form, compiled"),
+    "intra_class_distance": ("cdist, autograd",),
+    "mi_ue_value_and_grad": ("autograd", "closed form and cdist"),
+    "projected_step": ("in place", "compiled"),
+    "projected_step_": ("in place", "compiled"),
+}
 COMPILED = "compiled"  # in the name of every path that needs torch.compile
 PATHS = {
     "nt_xent": {
@@ -238,6 +245,7 @@ PATHS = {
     "mi_ue_value_and_grad": {
         "autograd": _mi_ue(_loss_autograd, _distance_autograd),
         "closed form": _mi_ue(_nt_xent_in_place, _distance_per_class),
+        "closed form and cdist": _mi_ue(_nt_xent_backward_form, _distance_autograd),
         "closed form, compiled": _mi_ue(_lazy(_nt_xent_backward_form), _distance_padded),
     },
     "projected_step": {"in place": _step, "compiled": _lazy(_step)},

@@ -156,6 +156,7 @@ class FrozenNet:
         self.back(d_features, lambda rows, slope: out.append(slope))
         return torch.cat(out) if len(out) != 1 else out[0]
 
+
 def device_of(model):
     return next(iter([*model.parameters(), *model.buffers()]), torch.empty(0)).device
 

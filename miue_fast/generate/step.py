@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 from .. import _checks
+from .._registry import OPS
 from ..frozen import AutogradNet, FrozenNet, freeze
 from ..ops import conv_input_grad_step_, mi_ue_value_and_grad, perturbed_input, projected_step_
 
@@ -18,9 +19,17 @@ class Descent:
 
     def __init__(self, net, images, delta, options):
         self.net, self.images, self.delta, self.options = net, images, delta, options
+        self.captured = images.is_cuda and net.fused and self._has_kernels()
         self.graphs, self.pool = {}, None
         channels = images.shape[1]
         self.mean, self.std = (v * channels if v and len(v) == 1 else v for v in (net.mean, net.std))
+
+    def _has_kernels(self):
+        """Whether every op of the step has one: the reference waits for the device, which a capture cannot."""
+        wide = torch.float32 if self.net.dtype is torch.float16 else self.net.dtype
+        used = ("perturbed_input", self.net.dtype), ("mi_ue_value_and_grad", wide), ("projected_step_", self.delta.dtype)
+        device = self.images.device.type
+        return all(OPS[op].choose(self.options.backend, device, dtype).backend != "reference" for op, dtype in used)
 
     def __call__(self, labels, index, flip, alpha):
         """options.steps steps on rows `index`. labels, index, flip: [B] in one order.
@@ -29,7 +38,7 @@ class Descent:
         """
         bad = torch.zeros(2, dtype=torch.int64, device=self.images.device)
         steps = self.options.steps
-        if not self.images.is_cuda or not self.net.fused:
+        if not self.captured:
             for _ in range(steps):
                 loss = self._step(labels, index, flip, alpha, bad)
             return loss, bad
@@ -63,6 +72,7 @@ class Descent:
             except torch.OutOfMemoryError:
                 pass  # handled below, where the exception no longer holds the memory
             del graph
+            self.net.tapes = None
             self.net.chunk.halve(min(self.net.chunk.size, len(inputs[1])))
 
     def _step(self, labels, index, flip, alpha, bad):

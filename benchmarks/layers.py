@@ -1,0 +1,223 @@
+"""Every distinct convolution of the frozen CIFAR ResNet-18 on a GPU in bf16, with the epilogue it really has, forward and input gradient.
+
+cudnn: the convolution alone, in the setting `generate` runs in (deterministic); "cudnn, any": with cuDNN's own search and no such limit.
+cuda: that convolution and this library's epilogue kernel. triton: one kernel. For the stem also the input gradient with the projected
+step: triton in one kernel, "triton, two steps" and cuda through memory. Each is timed as a CUDA graph over operands larger than the L2.
+"""
+
+import contextlib
+import math
+import time
+
+import measure
+import roofline
+import torch
+import workloads
+
+from miue_fast import _measured
+from miue_fast._registry import OPS
+from miue_fast.reference.conv_epilogue import mask_bytes
+from miue_fast.reference.convolution import convolve, convolve_back
+
+BATCHES = (512, 2048)
+PASSES = {"forward": "conv_forward", "input gradient": "conv_input_grad", "step": "conv_input_grad_step_"}
+OURS = ("cuda", "triton")  # what `auto` chooses from
+LIBRARY = ("cudnn", "cudnn, any")
+MOST_SETS = 16
+
+
+def distinct():
+    """[(Row, how often it occurs)], in the network's order."""
+    found = {}
+    for row in roofline.rows():
+        found.setdefault(row.key, [row, 0])[1] += 1
+    return [tuple(entry) for entry in found.values()]
+
+
+def passes(row):
+    return [p for p in PASSES if p != "step" or row.key[0] == 3]
+
+
+def implementations(name):
+    return (*OURS, "triton, two steps") if name == "step" else (*LIBRARY, *OURS)
+
+
+def blanks(quick, reason=None):
+    """A row for everything that is to be timed; what matters most comes first."""
+    for batch in BATCHES[:1] if quick else BATCHES:
+        for row, count in distinct():
+            for name in passes(row):
+                moved = batch * _bytes(row, name)
+                for implementation in implementations(name):
+                    yield {"layer": row.layer, "layers": count, "key": list(row.key), "batch": batch, "pass": name,
+                           "table_key": table_key(row.key, name), "implementation": implementation, "reason": reason,
+                           "error_of_allowed": None, "median_s": None, "p10_s": None, "p90_s": None, "samples": 0,
+                           "flop": row.flop * batch, "bytes": moved, "of_ceiling": None}  # fmt: skip
+
+
+def _bytes(row, name):
+    """Per image. The step reads an image in bytes and moves delta in float32 instead of writing a gradient in bf16."""
+    c, _, _, _, h, w = row.key[:6]
+    return row.forward if name == "forward" else row.backward + (c * h * w * (1 + 8 - 2) if name == "step" else 0)
+
+
+def identity(row):
+    return row["layer"], row["batch"], row["pass"], row["implementation"]
+
+
+def table_key(key, name):
+    c, k, r, stride, h, w = key[:6]
+    return _measured.key(PASSES[name], torch.empty(k, c, r, r, dtype=torch.bfloat16, device="meta"), (1, c, h, w), [stride, stride])
+
+
+def operands(key, name, batch, seed):
+    """The arguments of `Impl.fn`."""
+    c, k, r, stride, h, w, relu, residual, masked, second = key
+    gen, device = workloads.random(measure.GPU, seed), measure.GPU
+
+    def make(channels, height, width):
+        values = torch.randn(batch, height, width, channels, generator=gen, device=device, dtype=torch.bfloat16)
+        return values.permute(0, 3, 1, 2)
+
+    weight = torch.randn(k, r, r, c, generator=workloads.random(device, 0), device=device).permute(0, 3, 1, 2) / (c * r * r) ** 0.5
+    weight, conv = weight.bfloat16(), ([stride] * 2, [r // 2] * 2, [1, 1], 1)
+    p, q = -(-h // stride), -(-w // stride)
+    if name == "forward":
+        bias = torch.randn(k, generator=gen, device=device)
+        return make(c, h, w), weight, bias, make(k, p, q) if residual else None, *conv, relu, relu
+    if name == "input gradient":
+        mask = torch.randint(256, (mask_bytes(batch * c * h * w),), generator=gen, device=device, dtype=torch.uint8) if masked else None
+        return make(k, p, q), weight, make(c, h, w) if second else None, mask, [batch, c, h, w], *conv
+    images, delta, index, flip = workloads.store(batch, device, seed, side=h)
+    count = torch.zeros(1, dtype=torch.int64, device=device)
+    return delta, index, make(k, p, q), weight, images, flip, *conv, workloads.ALPHA, workloads.EPS, count
+
+
+@contextlib.contextmanager
+def cudnn(*, search):
+    """search: whatever is fastest; else what `generate` allows."""
+    before = torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark
+    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = not search, search
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = before
+
+
+def function(implementation, name):
+    """The implementation with the arguments of `operands`."""
+    if implementation in LIBRARY:
+        if name == "forward":
+            return lambda x, weight, bias, residual, stride, padding, dilation, groups, relu, want_mask: convolve(
+                x, weight, stride, padding, dilation, groups)  # fmt: skip
+        return lambda grad, weight, addend, mask, size, *conv: convolve_back(grad, weight, size, *conv)
+    kernel = {op: {i.backend: i.fn for i in OPS[op].impls}[implementation.split(",")[0]] for op in (*PASSES.values(), "projected_step_")}
+    if implementation != "triton, two steps":
+        return kernel[PASSES[name]]
+
+    def two_steps(delta, index, grad, weight, images, flip, stride, padding, dilation, groups, alpha, eps, nonfinite):
+        size = [len(grad), *images.shape[1:]]
+        slope = kernel["conv_input_grad"](grad, weight, None, None, size, stride, padding, dilation, groups)
+        kernel["projected_step_"](delta, index, slope, images, flip, alpha, eps, nonfinite)
+
+    return two_steps
+
+
+def check(number, emit):
+    """Triton's kernels of one distinct layer against float64, at the smaller batch: in a process of its own, which may crash. It also
+    leaves the compiled kernels in Triton's cache for the timing."""
+    row, _ = distinct()[number]
+    for name in passes(row):
+        reason = _gate(operands(row.key, name, BATCHES[0], 1), name, "triton")[1]
+        emit({"layer": row.layer, "pass": name, "reason": reason})
+
+
+def _gate(args, name, implementation, known=None):
+    """(error as a fraction of what is allowed, None), or (None, why it is not timed)."""
+    op = OPS[PASSES[name]]
+    want, plain = known or (measure.truth(op, args), measure.results(op, op.reference.fn, args))
+    try:
+        return measure.gate(op, args, want, plain, function(implementation, name), exact=False), None
+    except measure.WrongResult as error:
+        return None, f"refused: {error}"
+    except RuntimeError as error:
+        return None, f"failed: {measure.first_line(error)}"
+
+
+def run(quick, deadline, emit, refused):
+    """refused: {layer/pass: why} of Triton kernels that `check` found wrong, or that crashed there."""
+    rows = list(blanks(quick))
+    groups = {}
+    for row in rows:
+        groups.setdefault((row["layer"], row["batch"], row["pass"]), []).append(row)
+    for (layer, batch, name), group in groups.items():
+        for row in group:
+            if row["implementation"].startswith("triton"):
+                row["reason"] = refused.get(f"{layer}/{name}")
+        if time.monotonic() > deadline:
+            for row in group:
+                row["reason"] = row["reason"] or measure.LATE
+        elif any(not row["reason"] for row in group):
+            _time(group, tuple(group[0]["key"]), batch, name, quick)
+        for row in group:
+            emit(row)
+        measure.free()
+
+
+def _time(group, key, batch, name, quick):
+    op = OPS[PASSES[name]]
+    sets = [operands(key, name, batch, 1)]
+    known = measure.truth(op, sets[0]), measure.results(op, op.reference.fn, sets[0])
+    with cudnn(search=False):
+        for row in group:
+            if not row["reason"] and row["implementation"] not in LIBRARY:
+                row["error_of_allowed"], row["reason"] = _gate(sets[0], name, row["implementation"], known)
+    del known
+    copies = min(MOST_SETS, math.ceil(3 * measure.l2_bytes() / group[0]["bytes"]))
+    sets += [operands(key, name, batch, seed) for seed in range(2, copies + 1)]
+    calls = {}
+    for row in group:
+        if row["reason"]:
+            continue
+        own, fn = [measure.fresh(op, args) for args in sets], function(row["implementation"], name)
+        with cudnn(search=row["implementation"] == "cudnn, any"):
+            try:
+                fn(*own[0])
+                calls[row["implementation"]] = measure.captured(lambda fn=fn, own=own: [fn(*args) for args in own])
+            except RuntimeError as error:
+                row["reason"] = f"failed: {measure.first_line(error)}"
+    timed = measure.interleaved(calls, measure.gpu_clock, 0.03 if quick else 0.1, 40)
+    for row in group:
+        if row["implementation"] in timed:
+            row |= measure.spread([sample / len(sets) for sample in timed[row["implementation"]]])
+
+
+def with_ceilings(rows, ceilings):
+    """of_ceiling: the floor of each row from this run's own ceilings, as a fraction of its time."""
+    rate = {c["name"].split()[1] if c["name"].startswith("GEMM") else c["name"]: c["rate"] for c in ceilings}
+    for row in rows:
+        if row["median_s"] and rate.get("bf16") and rate.get("copy"):
+            row["of_ceiling"] = roofline.floor(row["flop"], row["bytes"], rate["bf16"], rate["copy"]) / row["median_s"]
+    return rows
+
+
+def fastest(rows):
+    """One row per distinct convolution: what the faster backend takes at B = 512, for docs/roofline.md. Seconds, or None."""
+    for row, count in distinct():
+        out = {"layer": row.layer, "key": list(row.key), "layers": count}
+        for name, field in (("forward", "forward"), ("input gradient", "backward")):
+            mine = [r for r in rows if r["key"] == out["key"] and r["batch"] == BATCHES[0] and r["pass"] == name and r["median_s"]
+                    and r["implementation"] in OURS]  # fmt: skip
+            best = min(mine, key=lambda r: r["median_s"], default=None)
+            out |= {f"{field}_s": best and best["median_s"], field: best and best["implementation"]}
+        yield out
+
+
+def table(rows):
+    """{key of miue_fast/_measured.py: "triton" or "cuda"}: who needs less time for all layers of that shape together at B = 512."""
+    found = {}
+    for row in rows:
+        if row["batch"] == BATCHES[0] and row["implementation"] in OURS:
+            sums = found.setdefault(row["table_key"], dict.fromkeys(OURS, 0.0))
+            sums[row["implementation"]] += row["layers"] * (row["median_s"] or math.inf)
+    return {key: min(sums, key=sums.get) for key, sums in sorted(found.items()) if min(sums.values()) < math.inf}

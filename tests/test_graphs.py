@@ -1,0 +1,294 @@
+"""The poison step as a CUDA graph wants it, as far as a CPU can show: the graph path is the plain loop, and a step never waits."""
+
+import contextlib
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from miue_fast import freeze, models
+from miue_fast.generate import Options
+from miue_fast.generate.step import Descent
+from miue_fast.reference import perturbed_input as reference_input
+from miue_fast.reference.projected_step import load_images
+
+CLASSES = 4
+
+
+@pytest.fixture
+def case():
+    """A frozen network, and images with labels and flips."""
+    torch.manual_seed(3)
+    model = models.build("small_resnet", CLASSES, width=16, size=16)
+    images = torch.randint(256, (24, 3, 16, 16), dtype=torch.uint8)
+    model(images / 255)  # running statistics
+    return model.eval(), images, torch.arange(24) % CLASSES, torch.rand(24) < 0.5
+
+
+class Graph:
+    """torch.cuda.CUDAGraph in its effects: capturing computes nothing, replaying repeats what was captured, on the same memory."""
+
+    descent = None  # whose steps are captured
+    made = 0
+
+    def __init__(self):
+        Graph.made += 1
+
+    def pool(self):
+        return "pool"
+
+    @contextlib.contextmanager
+    def capture(self, pool=None):
+        stores, real = (self.descent.delta, *self.watched), Descent._step
+        before, calls = [store.clone() for store in stores], []
+
+        def record(descent, *args):
+            loss = real(descent, *args)
+            calls.append((args, loss))
+            return loss
+
+        Descent._step = record
+        try:
+            yield
+        finally:
+            Descent._step = real
+            for store, value in zip(stores, before):
+                store.copy_(value)
+        ((self.args, self.loss),) = calls
+
+    def replay(self):
+        self.loss.copy_(Descent._step(self.descent, *self.args))
+
+    watched = ()
+
+
+def on_graphs(monkeypatch, net, images, options):
+    """A Descent that takes the CUDA path."""
+    descent = Descent(net, images, torch.zeros(images.shape), options)
+    descent.captured = True
+    monkeypatch.setattr(Graph, "descent", descent)
+    monkeypatch.setattr(Graph, "made", 0)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    real = Descent._capture
+
+    def capture(self, inputs, alpha):
+        Graph.watched = [inputs[3]]
+        return real(self, inputs, alpha)
+
+    monkeypatch.setattr(Descent, "_capture", capture)
+    monkeypatch.setattr(torch.cuda, "graph", Graph.capture)
+    return descent
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_the_graph_path_is_the_plain_loop(case, steps, monkeypatch):
+    """Two batch sizes, with and without flips, two step sizes, new weights in between."""
+    model, images, labels, flip = case
+    net, options = freeze(model), Options(steps=steps)
+    plain, graphs = Descent(net, images, torch.zeros(images.shape), options), on_graphs(monkeypatch, net, images, options)
+    assert not plain.captured
+    calls = [(slice(0, 12), flip, 0.01), (slice(12, 24), flip, 0.01), (slice(3, 24), flip, 0.01), (slice(0, 12), None, 0.01),
+             (slice(4, 16), flip, 0.02), (slice(0, 12), flip, 0.02)]  # fmt: skip
+    for k, (rows, mirror, alpha) in enumerate(calls):
+        index = torch.arange(24)[rows]
+        args = labels[index], index, mirror if mirror is None else mirror[rows], alpha
+        if k == 4:
+            with torch.no_grad():
+                model.conv1.weight.mul_(0.9)
+            net.refold()
+        (one, bad), (other, other_bad) = plain(*args), graphs(*args)
+        assert torch.equal(plain.delta, graphs.delta) and torch.equal(one, other) and torch.equal(bad, other_bad), k
+    assert Graph.made == 4, "one capture per batch size, kind of flip and step size"
+
+
+def test_not_a_number_is_counted_in_a_replay(case, monkeypatch):
+    model, images, labels, flip = case
+    with torch.no_grad():
+        model.conv1.weight.fill_(torch.nan)
+    graphs = on_graphs(monkeypatch, freeze(model), images, Options(steps=3))
+    for _ in range(2):
+        _, bad = graphs(labels, torch.arange(24), flip, 0.01)
+        assert bad.tolist() == [3, 3 * images.numel()]
+
+
+def test_out_of_memory_in_a_capture_halves_the_launch_and_captures_anew(case, monkeypatch):
+    model, images, labels, flip = case
+    net = freeze(model, chunk=24)
+    net.chunk.least = 2
+    plain, graphs = (Descent(net, images, torch.zeros(images.shape), Options(steps=2)) for _ in range(2))
+    graphs = on_graphs(monkeypatch, net, images, Options(steps=2))
+    plain(labels, torch.arange(24), flip, 0.01)
+    real, failing = net._forward, []
+
+    def forward(x, tape):
+        if failing and len(x) > 12:
+            raise torch.OutOfMemoryError
+        return real(x, tape)
+
+    monkeypatch.setattr(net, "_forward", forward)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: bool(failing))
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    inner = Graph.capture
+
+    @contextlib.contextmanager
+    def capture(self, pool=None):
+        failing.append(self)
+        try:
+            with inner(self, pool):
+                yield
+        finally:
+            failing.clear()
+
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, pool: quiet(capture(graph, pool)))
+    graphs(labels, torch.arange(24), flip, 0.01)
+    assert net.chunk.size == 12 and Graph.made == 2
+    assert torch.equal(plain.delta, graphs.delta)
+
+
+@contextlib.contextmanager
+def quiet(capture):
+    """The fake has no step to keep where the capture failed."""
+    try:
+        with capture:
+            yield
+    except ValueError as error:
+        raise error.__context__ or error from None
+
+
+class OneDevice(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        places = {t.device.type for t in (*args, *(kwargs or {}).values(), out) if isinstance(t, torch.Tensor)}
+        assert len(places) < 2, f"{func}: {places}"
+        return out
+
+
+class NoUploads(TorchFunctionMode):
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        assert func not in (torch.tensor, torch.as_tensor, torch.from_numpy), f"{func}: cpu data"
+        return func(*args, **(kwargs or {}))
+
+
+@contextlib.contextmanager
+def no_host_data():
+    """Refuses what moves data between host and device. The device is "meta", whose tensors raise by themselves where a value is read."""
+    with OneDevice(), NoUploads():
+        yield
+
+
+def there(tensor):
+    """Its like on a device without values."""
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("store", ["float32", "int8"])
+@pytest.mark.parametrize("chunk", [None, 8])
+def test_a_step_never_waits_for_the_device(case, dtype, store, chunk):
+    """Nothing is read back and nothing is uploaded, so that a step can be captured. (Of the ops only what is before their kernels.)"""
+    model, images, labels, flip = case
+    net = freeze(model, dtype=getattr(torch, dtype), chunk=chunk)
+    assert net.stem is not None
+    run(net, images, labels, flip, Options(dtype=dtype, delta_dtype=store), chunk)
+
+
+def test_an_fp8_step_never_waits_either(case):
+    model, images, labels, flip = case
+    run(freeze(model, fp8=True), images, labels, flip, Options(dtype="bfloat16", fp8=True), None)
+
+
+class Pooled(torch.nn.Module):
+    """Every other kind of layer, and an input that two of them read."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.other = torch.nn.Conv2d(3, 16, 3, 1, 1), torch.nn.Conv2d(3, 16, 3, 1, 1)
+        self.norm, self.pool, self.mean = torch.nn.BatchNorm2d(32), torch.nn.MaxPool2d(3, 2, 1), torch.nn.AvgPool2d(2)
+        self.fc = torch.nn.Linear(32 * 16, 24)
+        self.avgpool = torch.nn.ReLU()
+
+    def forward(self, x):
+        x = (x - 0.4) / 0.2
+        y = torch.cat([self.conv(x), torch.relu(self.other(x))], 1)
+        y = self.mean(self.pool(torch.relu(self.norm(y))))
+        return self.avgpool(self.fc((y + y.mean((2, 3), keepdim=True)).flatten(1)))
+
+
+def test_no_other_layer_waits_either(case):
+    _, images, labels, flip = case
+    net = freeze(Pooled().eval())
+    assert net.fused and net.stem is None and net.scale is not None
+    run(net, images, labels, flip, Options(), None)
+
+
+def run(net, images, labels, flip, options, chunk):
+    net.chunk.size, net.chunk.least = chunk or 2**62, 2
+    with no_host_data():
+        net.device = torch.device("meta")
+        for holder in (net, *net.plan.layers):
+            for name, value in vars(holder).items():
+                if isinstance(value, torch.Tensor):
+                    setattr(holder, name, there(value))
+        for layer in net.plan.layers:
+            if hasattr(layer, "module"):
+                layer.module = None  # a step must not look at the model's own weights
+        images, labels, flip = map(there, (images, labels, flip))
+        delta = torch.empty(images.shape, dtype=getattr(torch, options.delta_dtype), device="meta")
+        descent = Descent.__new__(Descent)
+        descent.net, descent.images, descent.delta, descent.options = net, images, delta, options
+        descent.mean, descent.std = (v * 3 if v and len(v) == 1 else v for v in (net.mean, net.std))
+        loss = descent._step(labels, torch.empty(24, dtype=torch.int64, device="meta"), flip, 0.01,
+                             torch.zeros(2, dtype=torch.int64, device="meta"))  # fmt: skip
+    assert loss.device.type == "meta"
+
+
+def test_a_wait_is_noticed():
+    with no_host_data(), pytest.raises(RuntimeError, match=r"item|meta"):
+        bool(torch.zeros(2, device="meta").isfinite().all())
+    with no_host_data(), pytest.raises(AssertionError, match="cpu"):
+        torch.tensor([1.0, 2.0], device="meta")
+    with no_host_data(), pytest.raises(AssertionError, match="cpu"):
+        torch.zeros(2).to("meta")
+
+
+def test_the_reference_is_never_captured(case):
+    model, images, _, _ = case
+    net = freeze(model)
+    for backend, kernels in (("auto", True), ("reference", False)):
+        assert Descent(net, images, torch.zeros(images.shape), replace(Options(), backend=backend))._has_kernels() is kernels
+
+
+def test_refolding_keeps_every_tensor(case):
+    """A captured graph holds their addresses."""
+    nets = [freeze(case[0], dtype=torch.bfloat16), freeze(Pooled().eval())]
+    for net in nets:
+
+        def tensors(net=net):
+            holders = (net, *net.plan.layers)
+            return {(k, name): t.data_ptr() for k, h in enumerate(holders) for name, t in vars(h).items() if isinstance(t, torch.Tensor)}
+
+        before = tensors()
+        net.refold()
+        assert before and tensors() == before
+
+
+def test_bytes_become_fractions_by_a_true_division():
+    """CUDA divides by a number as a product with its reciprocal, which rounds otherwise; by a tensor on the device it divides."""
+    seen = []
+
+    class Divisors(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if "div" in str(func):
+                seen.append(args[1])
+            return func(*args, **(kwargs or {}))
+
+    images = torch.empty(2, 3, 4, 4, dtype=torch.uint8, device="meta")
+    with Divisors():
+        load_images(images, None, None)
+        reference_input.perturbed_input(images, None, None, None, [0.5] * 3, [0.25] * 3, 0.0, torch.float32, True)
+    assert len(seen) == 2 and all(isinstance(divisor, torch.Tensor) and divisor.device.type == "meta" for divisor in seen)
+    every = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16)
+    assert torch.equal(load_images(every, None, None), every.float() / 255)
