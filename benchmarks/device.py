@@ -7,8 +7,9 @@ Each stage runs in a process of its own and has a share of the time; parity runs
 late says so in its own rows, and the command goes on. Without a GPU it runs to its end and says per row why it has no number.
 The step and the epoch run with the per-layer table that the layers stage of the same run measured.
 
-On a lent machine (no network; the package is built there): `python3 -m pip install -q --no-build-isolation --no-deps -e . &&
-python3 benchmarks/device.py --out $OUT/device.json`; then here `python benchmarks/report.py FILE --write-table --plot PNG`.
+On a machine without network, where a command may take ten minutes and the package is built first: `python3 -m pip install -q
+--no-build-isolation --no-deps -e . && python3 benchmarks/device.py --minutes 7 --out $OUT/device.json`; the stages that were late:
+`--stages step epoch`. Then here: `python benchmarks/report.py FILE --write-table --plot PNG` and `python benchmarks/roofline.py`.
 """
 
 import argparse
@@ -263,7 +264,7 @@ def main(argv=None):
         if out:
             report.save(record, out)
         scratch.cleanup()
-    print(report.markdown(record))
+    print(report.markdown(record), report.closing(record, wrong(record)), sep="\n\n")
     return 1 if wrong(record) else 0
 
 

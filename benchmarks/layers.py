@@ -6,6 +6,7 @@ step: triton in one kernel, "triton, two steps" and cuda through memory. Each is
 """
 
 import contextlib
+import functools
 import math
 import time
 
@@ -26,6 +27,7 @@ LIBRARY = ("cudnn", "cudnn, any")
 MOST_SETS = 16
 
 
+@functools.cache
 def distinct():
     """[(Row, how often it occurs)], in the network's order."""
     found = {}

@@ -165,6 +165,25 @@ def _environment(env):
     return ", ".join(parts) + (" with changes" if env["uncommitted_changes"] else "") + f"; load before the run {env['load_before']}"
 
 
+def _parity(rows):
+    failed = [f"{p['op']}, {p['implementation']}, {p['dtype']}: {p['outcome']}" for p in rows if p["outcome"].startswith("failed")]
+    passed = sum(p["outcome"].startswith(("same bits", "right")) for p in rows)
+    return (
+        f"Parity on this device: {passed} of {len(rows)} cases right"
+        + (f"; {len(failed)} failed: {'; '.join(failed)}" if failed else "")
+        + "."
+    )
+
+
+def closing(record, wrong):
+    """The end of a run's output, for who sees only that: targets, and what failed."""
+    lines = [f"{row.get('workload') or row.get('layer') or row.get('op') or row.get('name')}, {row.get('implementation', '')} "
+             f"{row.get('pass') or row.get('dtype') or ''}: {row.get('reason') or row.get('outcome')}" for row in wrong]  # fmt: skip
+    parts = [_parity(record["parity"])] if record["parity"] else []
+    parts += [table(("target", "needed", "measured", ""), _targets(record["targets"]))] if record["targets"] else []
+    return "\n\n".join([*parts, f"{len(wrong)} rows of this library failed or were refused.", *lines])
+
+
 def markdown(record, *, details=True):
     """The record as Markdown; without `details` what the README shows."""
     parts = [_environment(record["environment"]) + (". Quick run: sizes too small to mean anything." if record["quick"] else "")]
@@ -177,7 +196,8 @@ def markdown(record, *, details=True):
         parts.append(table(("ceiling", "measured", "why not"), rows))
     if record.get("layer_times"):
         head = ("convolution", "shape", "B", "pass", *LAYER_COLUMNS, "of the ceiling", "why not")
-        parts.append("Medians; cudnn: the convolution without its epilogue.\n\n" + table(head, _layers(record["layer_times"])))
+        shown = [row for row in record["layer_times"] if details or row["batch"] == 512]
+        parts.append("Medians; cudnn: the convolution without its epilogue.\n\n" + table(head, _layers(shown)))
     step = record.get("pgd_step", {"rows": []})
     rows = record["rows"] + step["rows"]
     if rows:
@@ -201,7 +221,9 @@ def markdown(record, *, details=True):
         timed = [(o["op"], *(seconds(o[k]) if o[k] is not None else "-" for k in ("public_s", "kernel_s", "overhead_s")), o["reason"] or "")
                  for o in record["overhead"]]  # fmt: skip
         parts.append(table(("op on tiny inputs", "public call", "kernel", "overhead", "why not"), timed))
-    if record.get("parity"):
+    if record.get("parity") and not details:
+        parts.append(_parity(record["parity"]))
+    if record.get("parity") and details:
         rows = [(p["op"], p["implementation"], p["dtype"], p["samples"], p["outcome"]) for p in record["parity"]]
         parts.append(table(("parity", "implementation", "dtype", "samples", "outcome"), rows))
     return "\n\n".join(parts)

@@ -139,21 +139,21 @@ def _convolution_workloads(batch, channels, side):
         yield Workload(f"{name} {shape}", name, batch, partial(make, channels=channels, side=side), flops=flops, moved=moved)
 
 
-def _loss_skips(batch):
+def _loss_skips(batch, dense):
     """Dense B x B paths stop where their temporaries would take gigabytes, the B x B x D one long before."""
     skip = {}
     if batch > 512:
         skip["eager"] = f"one of its B x B x D temporaries would take {batch * batch * 512 * 4 / 2**30:,.0f} GiB"
-    if batch > 2048:
-        dense = ("matmul, autograd", "matmul, autograd, compiled", "closed form", "closed form, compiled")
-        skip |= {name: f"keeps several B x B matrices of {batch * batch * 4 / 2**30:,.2f} GiB" for name in dense}
+    if batch > dense:
+        paths = ("matmul, autograd", "matmul, autograd, compiled", "closed form", "closed form, compiled")
+        skip |= {name: f"keeps several B x B matrices of {batch * batch * 4 / 2**30:,.2f} GiB" for name in paths}
     return skip
 
 
-def _nt_xent_workload(batch, *, dtype=torch.float32, width=512, memory=True):
+def _nt_xent_workload(batch, *, dtype=torch.float32, width=512, memory=True, dense=2048):
     suffix = "" if dtype == torch.float32 else f" {str(dtype)[6:]}"
     return Workload(f"nt_xent B={batch} D={width}{suffix}", "nt_xent", batch, partial(nt_xent, dtype=dtype, width=width),
-                    flops=4 * batch * batch * width, memory=memory, skip=_loss_skips(batch))  # fmt: skip
+                    flops=4 * batch * batch * width, memory=memory, skip=_loss_skips(batch, dense))  # fmt: skip
 
 
 def _pixel_workloads(batch, dtype, side=32):
@@ -192,7 +192,7 @@ def gpu_loss(quick=False):
                        partial(mi_ue, zeta=zeta, dtype=half), memory=True)  # fmt: skip
     for batch in (512,) if quick else (512, 8192, 50_000, 2048):
         for dtype in (half, torch.float32):
-            yield _nt_xent_workload(batch, dtype=dtype)
+            yield _nt_xent_workload(batch, dtype=dtype, dense=8192)
     yield Workload("intra_class_distance B=512 D=512", "intra_class_distance", 512, intra_class_distance)
 
 
