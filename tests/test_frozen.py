@@ -397,17 +397,20 @@ def test_refold_takes_over_new_weights_in_place(name, fp8):
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_chunks_are_bitwise_the_whole_batch(name):
+def test_chunks_are_the_whole_batch(name):
+    """Up to rounding: MKL and oneDNN may take another algorithm for another number of rows (on AVX2 they do)."""
     model, feature, size = built(name)
-    model.float()
-    images = images_of(size, 43).float()
-    whole = freeze(model, feature, chunk=100)
+    model.double()
+    images = images_of(size, 43).double()
+    whole = freeze(model, feature, dtype=torch.float64, chunk=100)
     f = whole.forward(images)
     g = whole.input_grad(torch.ones_like(f))
     for chunk in (2, 9, 16, 31):
-        net = freeze(model, feature, chunk=chunk)
-        assert torch.equal(net.forward(images), f) and len(net.tapes) > 1
-        assert torch.equal(net.input_grad(torch.ones_like(f)), g)
+        net = freeze(model, feature, dtype=torch.float64, chunk=chunk)
+        net.chunk.size, net.chunk.least = chunk, 2
+        torch.testing.assert_close(net.forward(images), f, rtol=1e-11, atol=1e-12)
+        assert len(net.tapes) == -(-43 // chunk) - (43 % chunk == 1)
+        torch.testing.assert_close(net.input_grad(torch.ones_like(f)), g, rtol=1e-10, atol=1e-11)
 
 
 def test_bits_are_kept_and_not_activations():

@@ -166,6 +166,63 @@ def test_out_of_memory_halves_the_network_chunk_only(case, limit, with_graph, ca
     assert all("network_chunk is now" in r.message for r in caplog.records if "memory" in r.message) and "memory" in caplog.text
 
 
+class Refusing(torch.autograd.Function):
+    """The identity; its gradient runs out of memory above `limit` images."""
+
+    @staticmethod
+    def forward(ctx, x, limit):
+        ctx.limit = limit
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        if len(grad) > ctx.limit:
+            raise torch.OutOfMemoryError("CUDA out of memory (simulated)")
+        return grad, None
+
+
+class LimitedBackward(Tiny):
+    limit = 10**9
+
+    def forward(self, x):
+        return super().forward(Refusing.apply(x, self.limit) if torch.is_grad_enabled() else x)
+
+
+@pytest.mark.parametrize("limit", [13, 3])
+def test_out_of_memory_in_the_backward_of_autograd(case, limit, caplog):
+    """The graph of the whole batch is given up, and no row is stepped twice."""
+    model, images, labels = case
+    run = {"steps": 3, "alpha": ALPHA, "eps": EPS, "fused": False}
+    full = perturb(model, images, labels, torch.zeros(images.shape), **run)
+    small = LimitedBackward()
+    small.load_state_dict(model.state_dict())
+    small.limit = limit
+    with caplog.at_level(logging.WARNING, "miue_fast"):
+        part = perturb(small, images, labels, torch.zeros(images.shape), **run)
+    assert torch.equal(full, part) and "network_chunk is now" in caplog.text
+
+
+@pytest.mark.parametrize("chunk, limit", [(24, 13), (24, 7), (11, 6)])
+def test_out_of_memory_in_the_backward_of_a_frozen_network(case, chunk, limit, monkeypatch, caplog):
+    """The chunk is computed anew in smaller launches, from rows that no step has changed yet."""
+    model, images, labels = case
+    net = freeze(model.eval())
+    net.chunk.size, net.chunk.least = chunk, 2
+    run = {"steps": 3, "alpha": ALPHA, "eps": EPS}
+    full = perturb(net, images, labels, torch.zeros(images.shape), **run)
+    real = net._backward
+
+    def backward(grad, *rest):
+        if len(grad) > limit:
+            raise torch.OutOfMemoryError("CUDA out of memory (simulated)")
+        return real(grad, *rest)
+
+    monkeypatch.setattr(net, "_backward", backward)
+    with caplog.at_level(logging.WARNING, "miue_fast"):
+        part = perturb(net, images, labels, torch.zeros(images.shape), **run)
+    assert torch.equal(full, part) and "network_chunk is now" in caplog.text and net.chunk.size <= limit
+
+
 def test_out_of_memory_at_the_end_is_one_clear_error(case):
     from miue_fast import BackendError
 

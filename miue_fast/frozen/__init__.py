@@ -24,7 +24,7 @@ def freeze(model, feature="avgpool", *, dtype=None, chunk=None, fused=True, fp8=
         feature: name of the layer whose flattened output [B, D] is the features; what comes after it is not computed.
         dtype: compute type: float32 (None), bfloat16, float16 (float64 on the CPU). Weights are folded in float64 and rounded once.
         chunk: images per launch, >= 2 (None: 64 on a CPU, the whole batch on a GPU; a CPU takes at least four per thread). The results do
-            not depend on it (bitwise on a CPU).
+            not depend on it, up to rounding.
         fused: False takes PyTorch's autograd at once.
         fp8: every convolution but the first multiplies e4m3 values, quantised per tensor (weights; input and gradient of each launch, so
             that results depend on `chunk`); bfloat16 in between: dtype None or bfloat16. Triton, compute capability >= 8.9; on a CPU it

@@ -5,16 +5,16 @@ import contextlib
 import torch
 
 from .._checks import describe, fail
-from .net import NHWC, Chunks, check_images, device_of
+from .net import NHWC, Chunks, Frozen, check_images, device_of
 
 
-class AutogradNet:
+class AutogradNet(Frozen):
     """What `freeze` gives for a network that is not lowered: same calls, same results, PyTorch's speed and memory.
 
     A batch of one launch keeps its graph; a larger one is computed twice, without a graph and then launch by launch with one.
     """
 
-    fused, mean, std, stem = False, None, None, None
+    fused = False
 
     def __init__(self, model, feature, reason, *, dtype, chunk, channels_last):
         self.model, self.feature, self.reason, self.dtype = model, feature, reason, dtype
@@ -38,19 +38,25 @@ class AutogradNet:
             features.append(f.detach())
             graphs.append((x, f) if graph else None)
 
-        self.chunk.each(count, work)
-        self.pending = count, load, graphs[0]
+        self.chunk.each(slice(0, count), work)
+        self.pending, self.count = (load, graphs[0]), count
         return features[0] if len(features) == 1 else torch.cat(features)
 
     def back(self, d_features, take, *, stem=False):
-        count, load, graph = self.pending
-        self.pending = None
+        rows, (load, graph) = slice(0, self.count), self.pending
+        self.pending = self.count = None
 
-        def work(rows):
-            x, f = graph or (x := load(rows).requires_grad_(), self._features(x, True))
-            take(rows, torch.autograd.grad(f, x, d_features[rows].to(f.dtype))[0])
+        def work(part):
+            x = load(part).requires_grad_()
+            push(part, x, self._features(x, True))
 
-        self.chunk.each(count, work)
+        def push(part, x, features):
+            take(part, torch.autograd.grad(features, x, d_features[part].to(features.dtype))[0])
+
+        if graph and self.chunk.attempt(rows, lambda part: push(part, *graph)):
+            return
+        graph = None  # its memory is needed: everything is computed anew, in smaller launches
+        self.chunk.each(rows, work)
 
     def _features(self, x, graph):
         """Eval mode, frozen parameters, the layer's output through a hook; modes and requires_grad are put back."""
@@ -83,14 +89,3 @@ class AutogradNet:
         images = check_images(images, self.device, None)
         wide = images.to(torch.float64 if self.dtype == torch.float64 else torch.float32)
         return self.run(len(images), lambda rows: wide[rows].detach().clone(memory_format=self.layout))
-
-    __call__ = forward
-
-    def input_grad(self, d_features):
-        if self.pending is None:
-            fail("input_grad", "d_features", "a forward before each input_grad", "none since the last one")
-        if d_features.dim() != 2 or len(d_features) != self.pending[0] or d_features.device != self.device:
-            fail("input_grad", "d_features", f"[{self.pending[0]}, D] on {self.device}, like the features", list(d_features.shape))
-        out = []
-        self.back(d_features, lambda rows, slope: out.append(slope))
-        return torch.cat(out) if len(out) != 1 else out[0]

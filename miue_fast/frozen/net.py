@@ -11,14 +11,15 @@ from .layers import NHWC, Conv, Gradients, Tape, _keep, scale_and_shift, wide
 from .lower import consumers
 
 log = logging.getLogger("miue_fast")
-CPU_CHUNK = 64  # images per launch on a CPU: the activations of a layer then stay in its caches; measured in docs/performance-notes.md
+CPU_CHUNK = 64  # images per launch on a CPU: bounds the activations; 16 to 256 take the same time (docs/performance-notes.md)
 
 
 class Chunks:
     """How many images enter the network at once. Running out of memory halves this and never the contrastive batch.
 
     Never fewer than `least`: PyTorch gives one image, and a strided input gradient of fewer than three images per thread, to other
-    algorithms on the CPU, which round differently. From `least` on the result is bitwise that of the whole batch there.
+    algorithms on the CPU, which round differently. From `least` on the result is that of the whole batch up to rounding: bitwise where
+    the libraries take one algorithm for all batch sizes (seen with AVX-512; with AVX2, MKL and oneDNN do not).
     """
 
     def __init__(self, size, least=2):
@@ -32,32 +33,61 @@ class Chunks:
             torch.cuda.empty_cache()
         log.warning("out of memory: network_chunk is now %d (the contrastive batch and the objective do not change)", self.size)
 
-    def each(self, count, work):
-        """work(rows) over 0..count, in order, each row once. A short tail joins the launch before it."""
-        start = 0
-        while start < count:
+    def each(self, rows, work):
+        """work(part) over `rows`, in order, each row once. A short tail joins the launch before it."""
+        start = rows.start
+        while start < rows.stop:
             stop = start + self.size
-            rows = slice(start, count if stop + self.least > count else stop)
-            try:
-                work(rows)
-                start = rows.stop
-                continue
-            except torch.OutOfMemoryError:
-                if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
-                    raise  # memory cannot be given back here: whoever captures halves, and captures anew
-            # handled here, where the exception no longer holds the memory
-            self.halve(rows.stop - rows.start)
+            part = slice(start, rows.stop if stop + self.least > rows.stop else stop)
+            if self.attempt(part, work):
+                start = part.stop
+
+    def attempt(self, part, work):
+        """Whether work(part) found the memory it needs; else launches are half as large from now on."""
+        try:
+            work(part)
+            return True
+        except torch.OutOfMemoryError:
+            if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+                raise  # memory cannot be given back here: whoever captures halves, and captures anew
+        # handled here, where the exception no longer holds the memory
+        self.halve(part.stop - part.start)
+        return False
 
 
-class FrozenNet:
+class Frozen:
+    """What both forms share. A subclass has `run(count, load) -> features` and `back(d_features, take)`, in launches of `chunk`."""
+
+    mean = std = stem = None
+    count = None  # images of the last `run`, until its `back`
+
+    def normalisation(self, channels):
+        """(mean, std) of the input, lists of `channels` numbers; (None, None) where the network does it itself."""
+        return tuple(v * channels if v and len(v) == 1 else v for v in (self.mean, self.std))
+
+    def input_grad(self, d_features):
+        """d loss / d images [B, C, H, W] (compute dtype) for the images of the last `forward`; one call per forward. Errors: ValueError."""
+        if self.count is None:
+            fail("input_grad", "d_features", "a forward before each input_grad", "none since the last one")
+        if d_features.dim() != 2 or len(d_features) != self.count or d_features.device != self.device:
+            fail("input_grad", "d_features", f"[{self.count}, D] on {self.device}, like the features", list(d_features.shape))
+        out = []
+        self.back(d_features, lambda rows, slope: out.append(slope))
+        return torch.cat(out) if len(out) != 1 else out[0]
+
+    def __call__(self, images):
+        return self.forward(images)
+
+
+class FrozenNet(Frozen):
     """`forward(images) -> features` and `input_grad(d_features) -> d_images` of a frozen eval-mode network. Made by `freeze`.
 
     Attributes:
         plan: the fused layers. mean, std: the input normalisation that was found at the network's start (lists of C numbers), or None.
         dtype: compute type. chunk: images per launch. fused: True. reason: None. fp8: whether the convolutions multiply in e4m3.
 
-    Between the two calls only ReLU bits, pool positions and shapes are kept. Deterministic on one machine and thread count; on the
-    CPU bitwise the same for every chunk size (it is at least four images per thread there); not with fp8, whose scales are a launch's.
+    Between the two calls only ReLU bits, pool positions and shapes are kept. Deterministic on one machine and thread count. The chunk
+    size changes roundings at most (see `Chunks`), and with fp8, whose scales are a launch's, the values.
     """
 
     fused, reason = True, None
@@ -75,38 +105,51 @@ class FrozenNet:
         for layer in plan.layers:
             if fp8 and isinstance(layer, Conv) and layer.inputs[0] != 0:  # pixels, and the step on them, keep their precision
                 layer.fp8 = True
-        self.tapes, self.mean, self.std, self.scale = None, None, None, None
+        self.tapes, self.load, self.scale = None, None, None
         self.refold()
 
     def refold(self):
         """Takes over the model's present weights and running statistics, in place and without tracing again."""
         if self.plan.norms:
             scale, shift = scale_and_shift(self.plan.norms, self.channels or 1, self.device)
+            if not (scale != 0).all() or not scale.isfinite().all():
+                fail("freeze", "model", "an input normalisation with finite scales other than 0", scale.tolist())
             self.mean, self.std = (-shift / scale).tolist(), (1 / scale).tolist()
             _keep(self, "scale", scale)
         for layer in self.plan.layers:
             layer.refold(self.dtype, **({"input_scale": self.scale} if layer is self.stem else {}))
-        self.tapes = None
+        self.tapes = self.load = self.count = None
 
     @torch.no_grad()
     def run(self, count, load):
         """Features [count, D]. `load(rows)` gives normalised images of those rows: [b, C, H, W], channels-last, self.dtype."""
-        self.tapes, features = [], []
+        self.tapes, self.load, self.count, features = [], load, count, []
 
         def work(rows):
             tape = Tape()
             features.append(self._forward(load(rows), tape))
             self.tapes.append((rows, tape))
 
-        self.chunk.each(count, work)
+        self.chunk.each(slice(0, count), work)
         return features[0] if len(features) == 1 else torch.cat(features)
 
     @torch.no_grad()
     def back(self, d_features, take, *, stem=False):
-        """Calls take(rows, gradient) for each chunk of the last `run`. With `stem`: the gradient of the first convolution's result."""
-        tapes, self.tapes = self.tapes, None
+        """Calls take(rows, gradient) for each chunk of the last `run`. With `stem`: the gradient of the first convolution's result.
+
+        A chunk that runs out of memory is computed anew from its images, in smaller launches.
+        """
+        tapes, load = self.tapes, self.load
+        self.tapes = self.load = self.count = None
+
+        def anew(part):
+            tape = Tape()
+            self._forward(load(part), tape)
+            take(part, self._backward(d_features[part], tape, stem))
+
         for rows, tape in tapes:
-            take(rows, self._backward(d_features[rows], tape, stem))
+            if not self.chunk.attempt(rows, lambda part, tape=tape: take(part, self._backward(d_features[part], tape, stem))):
+                self.chunk.each(rows, anew)
 
     def _forward(self, x, tape):
         values = {0: x}
@@ -138,23 +181,10 @@ class FrozenNet:
             return self.run(len(images), lambda rows: images[rows].to(self.dtype, memory_format=NHWC))
         if self.dtype != torch.float64:
             images = images.to(torch.float32).contiguous()
-            mean, std = ([v[0]] * images.shape[1] if len(v) == 1 else v for v in (self.mean, self.std))
+            mean, std = self.normalisation(images.shape[1])
             return self.run(len(images), lambda rows: perturbed_input(images[rows], mean=mean, std=std, dtype=self.dtype))
         mean, scale = (v[:, None, None] for v in (torch.tensor(self.mean, dtype=torch.float64), self.scale))
         return self.run(len(images), lambda rows: ((images[rows].double() - mean) * scale).contiguous(memory_format=NHWC))
-
-    __call__ = forward
-
-    def input_grad(self, d_features):
-        """d loss / d images [B, C, H, W] (channels-last, compute dtype) for the images of the last `forward`; one call per forward."""
-        if self.tapes is None:
-            fail("input_grad", "d_features", "a forward before each input_grad", "none since the last one")
-        count = self.tapes[-1][0].stop if self.tapes else 0
-        if d_features.dim() != 2 or len(d_features) != count or d_features.device != self.device:
-            fail("input_grad", "d_features", f"[{count}, D] on {self.device}, like the features", list(d_features.shape))
-        out = []
-        self.back(d_features, lambda rows, slope: out.append(slope))
-        return torch.cat(out) if len(out) != 1 else out[0]
 
 
 def device_of(model):

@@ -13,16 +13,14 @@ class Descent:
     """Projected sign steps on rows of a poison store, one contrastive batch after the other. Never waits for the device.
 
     net: from `freeze`. images, delta: the stores [N, C, H, W]; delta is changed in place. options: of the loss and the step.
-    On CUDA a step of a fused network is captured in a CUDA graph once per batch size and step size, and replayed; a batch's first step
-    then runs as it is, on the graph's own inputs.
+    On CUDA a step of a fused network is captured in a CUDA graph once per batch size, step size and normalisation, and replayed; a
+    batch's first step then runs as it is, on the graph's own inputs.
     """
 
     def __init__(self, net, images, delta, options):
         self.net, self.images, self.delta, self.options = net, images, delta, options
         self.captured = images.is_cuda and net.fused and self._has_kernels()
-        self.graphs, self.pool = {}, None
-        channels = images.shape[1]
-        self.mean, self.std = (v * channels if v and len(v) == 1 else v for v in (net.mean, net.std))
+        self.graphs, self.pool, self.baked = {}, None, None
 
     def _has_kernels(self):
         """Whether every op of the step has one: the reference waits for the device, which a capture cannot."""
@@ -42,15 +40,16 @@ class Descent:
             for _ in range(steps):
                 loss = self._step(labels, index, flip, alpha, bad)
             return loss, bad
-        given, key = (labels, index, flip, bad), (len(index), flip is None, alpha)
+        given, baked = (labels, index, flip, bad), (alpha, self.net.mean, self.net.std)
+        key = len(index), flip is None
+        if baked != self.baked:  # another epoch: these numbers are part of the captured launches
+            self.graphs, self.pool, self.baked = {}, None, baked
         if key in self.graphs:
             graph, inputs, loss = self.graphs[key]
             for static, value in zip(inputs, given):
                 if value is not None:
                     static.copy_(value)
         else:
-            if any(known[-1] != alpha for known in self.graphs):
-                self.graphs, self.pool = {}, None  # another epoch: its step size is part of the captured launches
             inputs = [None if v is None else v.clone() for v in given]
             first = self._step(*inputs[:3], alpha, inputs[3])  # compiles and loads what a capture must not, for these very inputs
             graph, loss = self._capture(inputs, alpha)
@@ -78,12 +77,13 @@ class Descent:
     def _step(self, labels, index, flip, alpha, bad):
         o, net = self.options, self.net
         channels_last = net.fused or net.layout is torch.channels_last
+        mean, std = net.normalisation(self.images.shape[1])
 
         def flips(rows):
             return None if flip is None else flip[rows]
 
         def load(rows):
-            return perturbed_input(self.images, self.delta, index[rows], flips(rows), self.mean, self.std, eps=o.eps,
+            return perturbed_input(self.images, self.delta, index[rows], flips(rows), mean, std, eps=o.eps,
                                    dtype=net.dtype if net.fused else torch.float32, channels_last=channels_last,
                                    backend=o.backend)  # fmt: skip
 
