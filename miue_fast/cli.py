@@ -13,6 +13,8 @@ from ._registry import BackendError
 from .data.export import FORMATS
 from .data.poison import MANIFEST_FILE
 from .evaluate import NOISES, evaluate, figure, poisoned_images
+from .evaluate.defences import NAMES as DEFENCES
+from .evaluate.defences import defence
 from .evaluate.figure import missing as figure_missing
 from .evaluate.victims import RECIPES
 from .generate import PRESETS, Interrupted, Options, generate
@@ -20,6 +22,9 @@ from .generate.checkpoint import NAME as CHECKPOINT
 from .models import NAMES
 
 HELP = {
+    "objective": "what the perturbation lowers: mi-ue, em (error-minimising), tap (targeted adversarial) or random (no training)",
+    "classwise": "one perturbation per class",
+    "target_shift": "of tap: images of class y are pushed towards class y + N",
     "zeta": "weight of the within-class distance term",
     "denominator": "pairs in the denominator of nt_xent: all, or negatives (other classes only)",
     "normalize_dim": "divide the distance term by the feature width",
@@ -117,11 +122,11 @@ def _parser():
     _generate_options(command("generate", _generate, "compute one small perturbation per image, and export the poisoned copy"))
 
     sub = command("export", _export, "write the poisoned images of a poison")
-    sub.add_argument("poison", type=Path, metavar="POISON", help="folder of generate, or a .safetensors, .pt or .npz file")
-    sub.add_argument("--to", type=Path, required=True, metavar="OUT", help="new folder, or file ending in .pt or .npz")
+    sub.add_argument("poison", type=Path, metavar="POISON", help="folder of generate, or a .safetensors, .pt, .npz or .pkl file")
+    sub.add_argument("--to", type=Path, required=True, metavar="OUT", help="new folder, or file ending in .pt, .npz or .pkl")
     _data_options(sub)
     _export_options(sub, "--format", default="png")
-    sub.add_argument("--eps", type=_number, help="clamp a bare .pt or .npz perturbation to this budget; default: as it is")
+    sub.add_argument("--eps", type=_number, help="clamp a bare .pt, .npz or .pkl perturbation to this budget; default: as it is")
     sub.add_argument("--rounding", default="nearest", choices=["nearest", "truncate"], help="to 8 bits; nearest keeps the budget")
     sub.add_argument("--overwrite", action="store_true", default=False, help="replace files of the same names")
 
@@ -136,7 +141,8 @@ def _parser():
     sub.add_argument("--poisoned", type=Path, required=True, metavar="OUT", help="exported folder or .npz, or a poison")
     sub.add_argument("--test", type=Path, required=True, metavar="DIR", help="clean test images of the same classes")
     sub.add_argument("--test-split", default=None, choices=["train", "test"], help="of the --test folder")
-    sub.add_argument("--victim", default="small_resnet", choices=list(RECIPES), help="default: small_resnet")
+    sub.add_argument("--victim", default="small_resnet", choices=list(RECIPES), metavar="NAME",
+                     help=f"{', '.join(RECIPES)}; default: small_resnet")  # fmt: skip
     sub.add_argument("--seeds", type=int, default=1, metavar="N", help="victims per training set; default 1")
     sub.add_argument("--epochs", type=int, default=None, help="default: the victim's own")
     sub.add_argument("--lr", type=_number, default=None, help="default: the victim's own")
@@ -144,6 +150,11 @@ def _parser():
     sub.add_argument("--crop", type=int, default=None, help="padding of the random crop; default: an eighth of the width; 0: flips only")
     sub.add_argument("--eps", type=_number, default=None, help="budget of the random noise; default: the one found in the poisoned images")
     sub.add_argument("--noise", default="sign", choices=NOISES, help="random noise: sign (+-eps, default) or uniform")
+    text = f"what the victim's owner does: {', '.join(DEFENCES)}; options behind colons: jpeg:10, adversarial:4:steps=3; default: none"
+    sub.add_argument("--defence", default="none", metavar="SPEC", help=text)
+    sub.add_argument("--poison-ratio", type=_number, default=1.0, metavar="R", help="share of each class that is poisoned; default 1")
+    sub.add_argument("--unseen", nargs="+", default=None, metavar="CLASS", help="classes that stay clean; test accuracy is given apart")
+    sub.add_argument("--init", type=Path, default=None, metavar="FILE", help="pretrained weights (.safetensors or .pt) to start from")
     sub.add_argument("--device", default=None, help=HELP["device"])
     sub.add_argument("--json", type=Path, default=None, metavar="FILE", help="write the table with all seeds, options and versions")
     sub.add_argument("--figure", type=Path, default=None, metavar="FILE", help="draw images, perturbations and curves (needs matplotlib)")
@@ -169,7 +180,7 @@ def _data_options(sub):
 
 
 def _export_options(sub, flag, default):
-    sub.add_argument(flag, default=default, choices=[*FORMATS, "pt", "npz"], help="jpeg needs --allow-lossy")
+    sub.add_argument(flag, default=default, choices=[*FORMATS, "pt", "npz", "pickle"], help="jpeg needs --allow-lossy; pickle: int8 levels")
     sub.add_argument("--allow-lossy", action="store_true", default=False, help="export JPEG although it breaks the budget")
 
 
@@ -178,7 +189,7 @@ def _generate_options(sub):
     sub.add_argument("--out", type=Path, required=True, metavar="OUT", help="folder for the poison, its log and checkpoint, and the export")
     sub.add_argument("--preset", default="paper", choices=list(PRESETS), help="default: paper")
     sub.add_argument("--model", default="resnet18", choices=list(NAMES), help="source model; default: resnet18")
-    sub.add_argument("--feature", default="avgpool", metavar="LAYER", help="its feature layer; default: avgpool")
+    sub.add_argument("--feature", default=None, metavar="LAYER", help="its feature layer; default: the one its classifier reads")
     _export_options(sub, "--export", default=None)
     sub.add_argument("--overwrite", action="store_true", default=False, help="start again, replacing what is in OUT")
     sub.add_argument("--no-resume", dest="resume", action="store_false", default=True, help="refuse OUT if it has a checkpoint")
@@ -229,7 +240,8 @@ def _generate(args):
                       overwrite=args.overwrite, progress=not args.quiet, tensorboard=args.tensorboard, **options)  # fmt: skip
     print(f"poison of {len(dataset)} images, budget {255 * result.options.eps:.3g}/255: {args.out}")
     if args.export:
-        target = {"pt": args.out / "poison.pt", "npz": args.out / "poisoned.npz"}.get(args.export, images)
+        files = {"pt": "poison.pt", "npz": "poisoned.npz", "pickle": "poison.pkl"}
+        target = args.out / files[args.export] if args.export in files else images
         _write(dataset, result.delta, target, args.export, result.options.eps, args.allow_lossy, "nearest", overwrite=True)
     return code
 
@@ -237,6 +249,8 @@ def _generate(args):
 def _write(dataset, delta, target, form, eps, allow_lossy, rounding, overwrite):
     if form == "pt":
         data.export_pt(dataset, delta, target, overwrite=overwrite)
+    elif form == "pickle":
+        data.export_pickle(dataset, delta, target, eps=eps, overwrite=overwrite)
     elif form == "npz":
         data.export_npz(dataset, delta, target, eps=eps, rounding=rounding, overwrite=overwrite)
     else:
@@ -270,12 +284,13 @@ def _evaluate(args):
         data.check_writable(target.parent)
     if args.figure and figure_missing():
         raise BackendError(figure_missing())
+    defence(args.defence)  # a wrong text is told before the images are read
     clean = _load(args)
     test = data.load(args.test, size=args.size or clean.images.shape[-1], split=args.test_split)
     code = _unreadable(clean, test)
     clean, poisoned = poisoned_images(clean, args.poisoned, size=args.size)
     copy = data.Dataset(poisoned, clean.labels, clean.classes, clean.names)
-    names = ("victim", "epochs", "seeds", "lr", "batch", "crop", "eps", "noise", "device")
+    names = ("victim", "epochs", "seeds", "lr", "batch", "crop", "eps", "noise", "device", "defence", "poison_ratio", "unseen", "init")
     table = evaluate(clean, copy, test, progress=not args.quiet, **{name: getattr(args, name) for name in names})
     print(table)
     if args.json:

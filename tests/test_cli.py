@@ -219,7 +219,7 @@ def test_every_option_reaches_generate(monkeypatch, root, tmp_path):
         zeta=0.5, denominator="negatives", normalize_dim=False, temperature=0.25, eps=4 / 255, alpha_0=1 / 255, alpha_K=0.5 / 255, steps=3,
         epochs=4, batch=20, train_batch=10, lr=0.02, momentum=0.8, weight_decay=0.0, seed=11, flip=0.0, random_start=True, width=3,
         network_chunk=7, device="cpu", dtype="bfloat16", delta_dtype="float16", channels_last=False, backend="reference",
-        fused=False, fp8=True,
+        fused=False, fp8=True, objective="tap", classwise=True, target_shift=3,
     )  # fmt: skip
     words = []
     for field in fields(Options):

@@ -59,7 +59,7 @@ def test_rows_share_weights_order_crops_and_flips(shapes):
 def test_budget_of_the_noise_is_the_one_found_in_the_poison(shapes, monkeypatch):
     seen = []
     monkeypatch.setattr(
-        sys.modules["miue_fast.evaluate"], "train", lambda plan, images, *rest, **kw: seen.append(images) or Run(0, [0.5], [0.5])
+        sys.modules["miue_fast.evaluate"], "run_cell", lambda images, *rest, **kw: seen.append(images) or Run(0, [0.5], [0.5])
     )
     table = evaluate(shapes[0], torch.full(shapes[0].images.shape, -5 / 255), shapes[1], **FAST)
     change = (seen[2].int() - shapes[0].images.int()).abs()

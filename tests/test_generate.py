@@ -126,6 +126,11 @@ def test_same_run_same_bits(images, tmp_path):
     assert [row["train_loss"] for row in a.history] == [row["train_loss"] for row in b.history]
 
 
+def test_a_named_model_has_its_own_feature_layer(images):
+    """mlp2 has no `avgpool`."""
+    assert run(images, model="mlp2", width=16, epochs=1).delta.any()
+
+
 def test_the_callers_random_state_and_settings_stay(images):
     before = torch.get_rng_state(), torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark
     run(images)
@@ -279,7 +284,7 @@ def test_out_of_memory_in_the_model_step(images):
 
 
 BAD = {
-    "option": ({"epsilon": 1}, "generate: option: expected one of zeta, denominator"),
+    "option": ({"epsilon": 1}, "generate: option: expected one of objective, classwise"),
     "preset": ({"preset": "best"}, "preset: expected one of paper, reference, paper-text"),
     "eps": ({"eps": -1 / 255}, "eps: expected a number in (0, 1]"),
     "eps 8": ({"eps": 8}, "8/255, not 8"),
@@ -301,7 +306,7 @@ BAD = {
     "no such GPU": ({"device": "cuda:99"}, "CUDA devices here"),
     "seed": ({"seed": -1}, "seed: expected"),
     "boolean": ({"random_start": 1}, "random_start: expected True or False"),
-    "model": ({"model": "resnet50"}, "model: expected resnet18, small_resnet, an nn.Module or a callable"),
+    "model": ({"model": "resnet5"}, "model: expected resnet18, small_resnet, resnet50"),
     "not a model": ({"model": 3}, "model: expected a name, an nn.Module"),
     "feature": ({"feature": "pool"}, "feature: expected a layer of the model (conv1, bn1"),
     "unused layer": ({"model": lambda c: Unused(c), "feature": "extra"}, "'extra', which ran 0 times"),

@@ -274,7 +274,7 @@ def run(net, images, labels, flip, options, chunk):
         images, labels, flip = map(there, (images, labels, flip))
         delta = torch.empty(images.shape, dtype=getattr(torch, options.delta_dtype), device="meta")
         descent = Descent.__new__(Descent)
-        descent.net, descent.images, descent.delta, descent.options = net, images, delta, options
+        descent.net, descent.images, descent.delta, descent.options, descent.classes = net, images, delta, options, None
         loss = descent._step(labels, torch.empty(24, dtype=torch.int64, device="meta"), flip, 0.01,
                              torch.zeros(2, dtype=torch.int64, device="meta"))  # fmt: skip
     assert loss.device.type == "meta"

@@ -34,7 +34,7 @@ def block(after):
 
 def test_the_commands_run(photos):
     lines = [shlex.split(line, comments=True) for line in block("## The commands").splitlines() if line.startswith("miue-fast")]
-    assert [line[1] for line in lines] == ["generate", "verify", "evaluate", "export"]
+    assert [line[1] for line in lines] == ["generate", "verify", "evaluate", "evaluate", "export"]
     for line in lines:
         quick = {"generate": QUICK, "evaluate": "--seeds 1 --epochs 1 --quiet"}.get(line[1], "")
         assert cli.main(line[1:] + quick.split()) == 0, line

@@ -5,17 +5,21 @@ from tqdm import tqdm
 
 from .. import data
 from .._checks import fail
+from .cell import pretrain, run_cell
+from .defences import Defence
+from .defences import defence as make_defence
 from .figure import figure
 from .poisoned import poisoned_images
+from .start import class_numbers, poisoned_rows, read_state
 from .table import Table
-from .victims import Run, padding, recipe, train
+from .victims import Run, padding, recipe
 
-__all__ = ["Run", "Table", "evaluate", "figure", "poisoned_images"]
+__all__ = ["Defence", "Run", "Table", "evaluate", "figure", "poisoned_images", "pretrain", "run_cell"]
 NOISES = ("sign", "uniform")
 
 
 def evaluate(clean, poisoned, test, *, victim="small_resnet", epochs=None, seeds=1, lr=None, batch=None, crop=None, eps=None, noise="sign",
-             size=None, device=None, progress=True):  # fmt: skip
+             size=None, device=None, progress=True, defence="none", poison_ratio=1.0, unseen=None, init=None, curve=True):  # fmt: skip
     """Trains one victim per training set and seed and returns a Table of train and clean-test accuracies.
 
     Args:
@@ -23,18 +27,28 @@ def evaluate(clean, poisoned, test, *, victim="small_resnet", epochs=None, seeds
         poisoned: an exported folder or .npz of images, a poison (folder, .safetensors, .pt, .npz) that is applied to `clean`,
             a Dataset, or a perturbation: float [N, C, H, W], [0, 1] scale.
         test: clean test images of the same classes, as for `clean`.
-        victim: "small_resnet", "resnet18", or a callable (number of classes -> module on [0, 1] images) with epochs and lr.
-        epochs, lr, batch: None takes the victim's own (`victims.RECIPES`; resnet18: 200, 0.5, 128). SGD with momentum 0.9, weight
-            decay 1e-4, cosine to 1e-6, random crop and flip, no input normalisation.
+        victim: a name of `models.build`, or a callable (number of classes -> module on [0, 1] images) with epochs and lr.
+        epochs, lr, batch: None takes the victim's own (`victims.RECIPES`; resnet18: 200, 0.5, 128, SGD with momentum 0.9, weight
+            decay 1e-4, cosine to 1e-6). Random crop and flip, no input normalisation.
         crop: zero padding of the random crop in pixels; None: an eighth of the width (4 at 32, the standard); 0: flips only.
         seeds: how many (0, 1, ...), or the seeds. With one seed the three rows share weights, order, crops and flips.
         eps: budget of the random-noise row, [0, 1] scale; None: the largest change found in the poisoned images.
         noise: "sign" (every value -eps or +eps: the whole budget) or "uniform" (from -eps to eps), rounded and clamped to 8 bits.
         size: images are resized to it when they are loaded; None: they must agree.
+        defence: what the victim's owner does, as text (`miue_fast.evaluate.defences`): "jpeg:10", "cutmix", "adversarial:4"... In every
+            row alike; adversarial training also gives the accuracy on attacked test images.
+        poison_ratio: share of each class that is poisoned (or noisy), drawn with the victim's seed; the rest stays clean.
+        unseen: names or indices of classes that stay clean; the test accuracy is given apart for them and for the others.
+        init: pretrained weights (see `pretrain`): every victim starts from them. None: from the seed.
+        curve: False takes the test accuracy after the last epoch only, which saves time.
 
     Deterministic on the CPU for given seeds, versions and thread count. Errors: ValueError, OSError.
     """
-    plan = recipe(victim, epochs, lr, batch, crop)
+    defence = make_defence(defence)
+    plan = recipe(victim, epochs, lr, batch, crop, adversarial=defence.attack is not None)
+    if not 0 < poison_ratio <= 1:
+        fail("evaluate", "poison_ratio", "a number in (0, 1]", poison_ratio)
+    init = read_state(init) if init is not None else None
     seeds = list(range(seeds)) if isinstance(seeds, int) else [int(seed) for seed in seeds]
     if not seeds:
         fail("evaluate", "seeds", "at least one", seeds)
@@ -45,22 +59,28 @@ def evaluate(clean, poisoned, test, *, victim="small_resnet", epochs=None, seeds
     clean, test = _dataset(clean, size), _dataset(test, size)
     clean, images = poisoned_images(clean, poisoned, size=size)
     _check(clean, test)
+    defence.check(clean.images.shape[1:], len(clean.classes))
+    apart = class_numbers(unseen, clean.classes)
     if eps is None:
         eps = int((images.to(torch.int16) - clean.images).abs().amax()) / 255
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    labels, test_images, test_labels = clean.labels.to(device), test.images.to(device), test.labels.to(device)
+    test_images = test.images.contiguous()
     rows = {"clean": [], "poisoned": [], "random noise": []}
     with tqdm(total=len(rows) * len(seeds) * plan.epochs, unit="epoch", disable=not progress, dynamic_ncols=True, leave=False) as bar:
 
         def tick(run):
-            bar.set_postfix(train=f"{100 * run.train:.0f}%", test=f"{100 * run.test:.0f}%", refresh=False)
+            known = {"train": run.train, **({"test": run.test} if run.test_curve else {})}
+            bar.set_postfix({name: f"{100 * value:.0f}%" for name, value in known.items()}, refresh=False)
             bar.update()
 
         for seed in seeds:
             noisy = data.apply_poison(clean.images, data.random_noise(clean, eps, seed, kind=noise), eps)
+            chosen = poisoned_rows(clean.labels, poison_ratio, apart, seed)[:, None, None, None]
             for name, used in zip(rows, (clean.images, images, noisy)):
                 bar.set_description(f"{name}, seed {seed}", refresh=False)
-                run = train(plan, used.to(device), labels, test_images, test_labels, len(clean.classes), seed, on_epoch=tick)
+                used = torch.where(chosen, used, clean.images).contiguous()
+                run = run_cell(used, clean.labels, test_images, test.labels, len(clean.classes), victim=victim, defence=defence, seed=seed,
+                               epochs=plan.epochs, lr=plan.lr, batch=plan.batch, crop=plan.crop, init=init, unseen=apart, curve=curve,
+                               device=device, on_epoch=tick)  # fmt: skip
                 rows[name].append(run)
     options = {
         "victim": victim if isinstance(victim, str) else getattr(victim, "__name__", type(victim).__name__),
@@ -68,6 +88,8 @@ def evaluate(clean, poisoned, test, *, victim="small_resnet", epochs=None, seeds
         "lr": plan.lr,
         "batch": plan.batch,
         "crop": padding(plan.crop, clean.images),
+        "optimizer": plan.optimizer,
+        "schedule": plan.schedule,
         "momentum": plan.momentum,
         "weight_decay": plan.weight_decay,
         "seeds": seeds,
@@ -76,6 +98,11 @@ def evaluate(clean, poisoned, test, *, victim="small_resnet", epochs=None, seeds
         "classes": len(clean.classes),
         "train_images": len(clean.images),
         "test_images": len(test.images),
+        "defence": defence.spec,
+        "defended_test": defence.tests,
+        "poison_ratio": poison_ratio,
+        "unseen": [clean.classes[number] for number in apart],
+        "pretrained": init is not None,
     }
     return Table(rows, options)
 

@@ -74,14 +74,15 @@ def _images(part, clean, poisoned, chosen):
 
 def _curves(part, table):
     axes = part.subplots(2, 1, sharex=True)
-    epochs = range(1, table.options["epochs"] + 1)
+    epochs = table.options["epochs"]
     for axis, title, kind in zip(axes, ("accuracy on its own training images", "accuracy on clean test images"), ("train", "test")):
         for name, runs in table.rows.items():
             curves = 100 * torch.tensor([getattr(run, f"{kind}_curve") for run in runs])
             mean = curves.mean(0)
-            axis.plot(epochs, mean, color=COLOURS[name], linewidth=1.8, label=f"{name} ({mean[-1]:.0f} %)", marker="o", markersize=2.5)
+            at = range(epochs - len(mean) + 1, epochs + 1)  # without test curves there is the last epoch only
+            axis.plot(at, mean, color=COLOURS[name], linewidth=1.8, label=f"{name} ({mean[-1]:.0f} %)", marker="o", markersize=2.5)
             if len(runs) > 1:
-                axis.fill_between(epochs, curves.amin(0), curves.amax(0), color=COLOURS[name], alpha=0.18, linewidth=0)
+                axis.fill_between(at, curves.amin(0), curves.amax(0), color=COLOURS[name], alpha=0.18, linewidth=0)
         axis.axhline(100 / table.options["classes"], color="grey", linewidth=0.9, linestyle=":")
         axis.set(ylim=(0, 102), ylabel="%")
         axis.set_title(title, fontsize=9, loc="left")

@@ -10,6 +10,8 @@ from .. import __version__
 from .._environment import cpu_level
 from .victims import Run
 
+COLUMNS = {"train": "train accuracy", "test": "clean test accuracy", "robust": "robust test accuracy",
+           "test_poisoned": "test, poisoned classes", "test_unseen": "test, unseen classes"}  # fmt: skip
 WIDTH = 31  # of "100.0 +- 10.0 (100.0 to 100.0)" and a space
 
 
@@ -36,19 +38,40 @@ class Table:
 
     def __str__(self):
         seeds, crop = len(self.options["seeds"]), self.options["crop"]
+        shown = self._measured()
         lines = [
             f"victim {self.options['victim']}, {self.options['epochs']} epochs, {seeds} seed{'s' if seeds > 1 else ''}, "
             f"augmentation: {f'crop({crop}) and ' if crop else ''}flip",
             f"{self.options['train_images']} training and {self.options['test_images']} clean test images; "
             f"random noise: {self.options['noise']}, +-{self.options['eps'] * 255:.3g}/255",
+            *self._setting(),
             "",
-            f"{'trained on':<14}{'train accuracy':>{WIDTH}}{'clean test accuracy':>{WIDTH}}",
+            f"{'trained on':<14}" + "".join(f"{COLUMNS[key]:>{WIDTH}}" for key in shown),
         ]
         for name, runs in self.rows.items():
-            lines.append(f"{name:<14}{_cell([run.train for run in runs]):>{WIDTH}}{_cell([run.test for run in runs]):>{WIDTH}}")
+            cells = [_cell([getattr(run, key) for run in runs]) for key in shown]
+            lines.append(f"{name:<14}" + "".join(f"{cell:>{WIDTH}}" for cell in cells))
         if seeds > 1:
             lines += ["", "percent, mean +- standard deviation over the seeds (smallest to largest)"]
         return "\n".join(lines)
+
+    def _measured(self):
+        """The columns that every run has."""
+        return [key for key in COLUMNS if all(getattr(run, key) is not None for runs in self.rows.values() for run in runs)]
+
+    def _setting(self):
+        """One line about what is not the standard setting, or none."""
+        given = self.options
+        parts = []
+        if given.get("defence", "none") != "none":
+            parts.append(f"defence: {given['defence']}{' (test images too)' if given['defended_test'] else ''}")
+        if given.get("poison_ratio", 1) != 1:
+            parts.append(f"poisoned share: {100 * given['poison_ratio']:g} %")
+        if given.get("unseen"):
+            parts.append(f"classes without poison: {', '.join(given['unseen'])}")
+        if given.get("pretrained"):
+            parts.append("fine-tuned from given weights")
+        return ["; ".join(parts)] if parts else []
 
     def to_dict(self):
         """Plain numbers for JSON: options, environment, and per row the summaries, the single seeds and their curves."""
@@ -57,16 +80,19 @@ class Table:
             "environment": environment(),
             "rows": {
                 name: {
-                    "train": _summary([run.train for run in runs]),
-                    "test": _summary([run.test for run in runs]),
-                    "runs": [
-                        {"seed": run.seed, "seconds": round(run.seconds, 2), "train_curve": run.train_curve, "test_curve": run.test_curve}
-                        for run in runs
-                    ],
+                    **{key: _summary([getattr(run, key) for run in runs]) for key in self._measured()},
+                    "runs": [_plain(run) for run in runs],
                 }
                 for name, runs in self.rows.items()
             },
         }
+
+
+def _plain(run):
+    """A Run for JSON, without its model and what was not measured."""
+    optional = {key: getattr(run, key) for key in ("robust", "test_poisoned", "test_unseen") if getattr(run, key) is not None}
+    curves = {"train_curve": run.train_curve, "test_curve": run.test_curve}
+    return {"seed": run.seed, "seconds": round(run.seconds, 2), **curves, **optional}
 
 
 def _cell(values):

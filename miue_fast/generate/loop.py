@@ -19,6 +19,7 @@ from ..frozen import find_layer, freeze
 from ..ops import projected_step_
 from . import batches, checkpoint
 from .network import channels_last
+from .objectives import default_layer, on_logits, trains_on_delta
 from .options import Options, choose
 from .step import Descent, check_finite, check_labels
 from .train import optimizer as make_optimizer
@@ -42,7 +43,7 @@ class Result:
     options: Options
 
 
-def generate(data, out=None, *, preset="paper", model="resnet18", feature="avgpool", device=None, resume=True, overwrite=False,
+def generate(data, out=None, *, preset="paper", model="resnet18", feature=None, device=None, resume=True, overwrite=False,
              progress=True, tensorboard=False, **options):  # fmt: skip
     """One perturbation per image such that a network trained on image + perturbation does not generalise (MI-UE, ICLR 2026).
 
@@ -50,9 +51,10 @@ def generate(data, out=None, *, preset="paper", model="resnet18", feature="avgpo
         data: a `Dataset`, or what `data.load` of this package takes (a folder, an .npz file, (images, labels)).
         out: folder for poison.safetensors, manifest.json, metrics.csv and the checkpoint; None writes nothing.
         preset: "paper", "reference" or "paper-text"; **options change single fields of `Options`.
-        model: "resnet18", "small_resnet", an nn.Module (trained in place), or a callable: number of classes -> nn.Module.
+        model: a name of `models.NAMES`, an nn.Module (trained in place), or a callable: number of classes -> nn.Module.
             It takes images [B, C, H, W] on the [0, 1] scale and normalises them itself.
-        feature: name of the layer whose flattened output is the features.
+        feature: name of the layer whose flattened output is the features; None: `models.FEATURE` of a named model, else "avgpool". For
+            the objectives em and tap: the layer that gives the logits; None: "fc", or the last nn.Linear of a model of your own.
         resume: go on from the checkpoint in `out`, if there is one; False refuses a folder that has one.
         overwrite: start again, replacing what an earlier run left in `out`.
         tensorboard: also write event files to out/tensorboard.
@@ -68,13 +70,17 @@ def generate(data, out=None, *, preset="paper", model="resnet18", feature="avgpo
         _checks.fail("generate", "tensorboard", "an output folder to write to", "out=None")
     dataset = data if isinstance(data, datasets.Dataset) else datasets.load(data)
     check_labels("generate", dataset.labels, len(dataset.images), torch.device("cpu"))
+    if options.objective == "random":
+        return _random(dataset, options, keep)
     device = torch.device(options.device)
     with _settings(device), _board(keep, tensorboard) as board:
         torch.manual_seed(batches.derive(options.seed, 0, "network"))
-        network = _network(model, feature, dataset, options).to(device)
+        network = _network(model, dataset, options).to(device)
+        feature = feature or default_layer(options.objective, model if isinstance(model, str) else network)
+        find_layer("generate", network, feature)
         network, layout = _in_layout(network, options, dataset, device)
         options = replace(options, channels_last=layout)
-        _probe(network, feature, dataset, device)
+        _probe(network, feature, dataset, device, logits_wanted=on_logits(options.objective))
         run = _Run(network, feature, dataset, options, keep, _name(model))
         if keep and keep.exists() and not overwrite:
             run.resume()
@@ -86,12 +92,13 @@ class _Run:
         self.network, self.feature, self.dataset, self.options, self.keep, self.name = network, feature, dataset, options, keep, name
         device = torch.device(options.device)
         self.images, self.labels = dataset.images.contiguous().to(device), dataset.labels.to(device)
-        self.delta = torch.zeros(self.images.shape, dtype=getattr(torch, options.delta_dtype), device=device)
+        rows = len(dataset.classes) if options.classwise else len(self.images)
+        self.delta = torch.zeros((rows, *self.images.shape[1:]), dtype=getattr(torch, options.delta_dtype), device=device)
         self.optimizer = make_optimizer(network, options)
         network.eval()
         net = freeze(network, feature, dtype=getattr(torch, options.dtype), chunk=options.network_chunk, fused=options.fused,
                      fp8=options.fp8, channels_last=options.channels_last, backend=options.backend)  # fmt: skip
-        self.descend = Descent(net, self.images, self.delta, options)
+        self.descend = Descent(net, self.images, self.delta, options, len(dataset.classes))
         self.history = []
         self.fingerprint = dataset.fingerprint if keep else None
 
@@ -135,7 +142,8 @@ class _Run:
     def _epoch(self, epoch, tick):
         o, start = self.options, time.perf_counter()
         torch.manual_seed(batches.derive(o.seed, epoch, "dropout"))
-        train_loss, accuracy = train_epoch(self.network, self.optimizer, self.images, self.labels, self.delta, epoch=epoch, options=o,
+        train_loss, accuracy = train_epoch(self.network, self.optimizer, self.images, self.labels,
+                                           self.delta if trains_on_delta(o.objective) else None, epoch=epoch, options=o,
                                            tick=tick)  # fmt: skip
         middle = time.perf_counter()
         poison_loss = self._poison_step(epoch, tick)
@@ -171,6 +179,8 @@ class _Run:
             rows = slice(start, start + o.batch)
             noise = torch.rand(self.delta[rows].shape, generator=g) * 2 - 1
             self.delta[rows] = (noise * 127).round().to(torch.int8) if o.delta_dtype == "int8" else noise * o.eps
+            if o.classwise:  # no image of its own to stay within
+                continue
             still = torch.zeros(noise.shape, device=self.delta.device)
             projected_step_(self.delta[rows], None, still, self.images[rows], alpha=0.0, eps=o.eps, backend=o.backend)
 
@@ -180,6 +190,8 @@ class _Run:
         if self.delta.dtype == torch.int8:
             delta *= o.eps / 127
         delta = delta.clamp_(-o.eps, o.eps).cpu()
+        if o.classwise:
+            delta = delta[self.dataset.labels]
         untouched = int((~delta.flatten(1).any(1)).sum())
         if untouched:
             log.warning("%d of %d images got no perturbation: the source network has a zero gradient there", untouched, len(delta))
@@ -212,6 +224,17 @@ class _Run:
         return f"interrupted: epoch {epoch} of {self.options.epochs} is saved in {self.keep}; the same command goes on from there"
 
 
+def _random(dataset, options, keep):
+    """Signs of a generator of the seed, one set per image, or per class; no network, no checkpoint."""
+    rows = dataset.select([int((dataset.labels == k).nonzero()[0]) for k in dataset.labels.unique()]) if options.classwise else dataset
+    delta = datasets.random_noise(rows, options.eps, options.seed, kind="sign")
+    if options.classwise:
+        delta = delta[dataset.labels.unique(return_inverse=True)[1]]
+    if keep:
+        datasets.save_poison(keep.parent, delta, dataset, options.as_dict())
+    return Result(delta, dataset, [], options)
+
+
 def _open_folder(folder, resume, overwrite):
     """The checkpoint's path in a folder that can be written. Refuses to replace anything unless asked."""
     datasets.check_writable(folder)
@@ -225,7 +248,7 @@ def _open_folder(folder, resume, overwrite):
     return path
 
 
-def _network(model, feature, dataset, options):
+def _network(model, dataset, options):
     classes, (channels, height, width) = len(dataset.classes), dataset.images.shape[1:]
     if isinstance(model, str):
         if model not in models.NAMES:
@@ -235,7 +258,6 @@ def _network(model, feature, dataset, options):
         model = model(classes) if callable(model) else model
         if not isinstance(model, nn.Module):
             _checks.fail("generate", "model", "a name, an nn.Module or a callable that returns one", type(model).__name__)
-    find_layer("generate", model, feature)
     for name, value in model.state_dict().items():
         if not isinstance(value, torch.Tensor):
             _checks.fail("generate", "model", "a state_dict of tensors", f"{name}: {type(value).__name__}")
@@ -265,7 +287,7 @@ def _in_layout(network, options, dataset, device):
     return network, wanted
 
 
-def _probe(network, feature, dataset, device):
+def _probe(network, feature, dataset, device, logits_wanted):
     """Two images through the network: what cannot work is said before the work starts."""
     x = dataset.images[:2].to(device) / 255
     classes = len(dataset.classes)
@@ -273,11 +295,13 @@ def _probe(network, feature, dataset, device):
     with torch.no_grad():
         try:
             logits = network(x)
-            freeze(network, feature, fused=False).forward(x)
+            outputs = freeze(network, feature, fused=False).forward(x)
         except RuntimeError as error:
             _checks.fail("generate", "model", f"a network for images {list(x.shape[1:])}", f"an error: {str(error).splitlines()[0]}")
     if not isinstance(logits, torch.Tensor) or logits.dim() != 2 or logits.shape[1] < classes:
         _checks.fail("generate", "model", f"logits [2, {classes}]", _checks.describe(logits))
+    if logits_wanted and (outputs.shape != logits.shape or not torch.allclose(outputs, logits.to(outputs.dtype), rtol=1e-3, atol=1e-4)):
+        _checks.fail("generate", "feature", "the layer that gives the logits", f"{feature!r} ({_checks.describe(outputs)})")
 
 
 @contextlib.contextmanager

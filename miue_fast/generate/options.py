@@ -7,6 +7,7 @@ import torch
 
 from .. import _checks
 from .._registry import BACKENDS
+from .objectives import OBJECTIVES
 
 _COMPUTE = ("float32", "bfloat16", "float16")
 _STORES = ("float32", "float16", "int8")
@@ -16,6 +17,9 @@ _STORES = ("float32", "float16", "int8")
 class Options:
     """algorithm.md 2. Sizes are on the [0, 1] image scale (8/255, not 8). Errors: ValueError on creation, one line each."""
 
+    objective: str = "mi-ue"  # what the poison step lowers: mi-ue, em, tap or random; see objectives.py
+    classwise: bool = False  # one perturbation per class, from the sum of its images' gradients, instead of one per image
+    target_shift: int = 1  # of tap: images of class y are pushed towards class y + target_shift
     zeta: float = 0.1  # weight of the within-class distance
     denominator: str = "all"  # of nt_xent: "all" pairs, or "negatives" (cross-class pairs only)
     normalize_dim: bool = True  # 1/D inside the distance term
@@ -46,7 +50,7 @@ class Options:
     backend: str = "auto"  # of the ops
 
     def __post_init__(self):
-        for name in ("steps", "epochs", "batch", "train_batch", "seed"):
+        for name in ("steps", "epochs", "batch", "train_batch", "seed", "target_shift"):
             self._whole(name, {"seed": 0, "batch": 2, "train_batch": 2}.get(name, 1))
         for name, least in (("network_chunk", 2), ("width", 1)):
             if getattr(self, name) is not None:
@@ -61,16 +65,18 @@ class Options:
         if self.alpha_0 == 0 == self.last_alpha:
             _checks.fail("option", "alpha_0 and alpha_K", "one of them > 0 (nothing would be learnt)", "0 and 0")
         _checks.denominator("option", self.denominator)
-        for name, known in (("dtype", _COMPUTE), ("delta_dtype", _STORES), ("backend", BACKENDS)):
+        for name, known in (("objective", OBJECTIVES), ("dtype", _COMPUTE), ("delta_dtype", _STORES), ("backend", BACKENDS)):
             if isinstance(getattr(self, name), torch.dtype):
                 object.__setattr__(self, name, str(getattr(self, name))[6:])
             if getattr(self, name) not in known:
                 _checks.fail("option", name, f"one of {', '.join(known)}", repr(getattr(self, name)))
-        for name in ("normalize_dim", "random_start", "channels_last", "fused", "fp8"):
+        for name in ("classwise", "normalize_dim", "random_start", "channels_last", "fused", "fp8"):
             if not isinstance(getattr(self, name), bool) and (name, self.channels_last) != ("channels_last", None):
                 _checks.fail("option", name, "True or False", repr(getattr(self, name)))
         if self.fp8 and self.dtype != "bfloat16":
             _checks.fail("option", "fp8", "False without dtype bfloat16", f"True with {self.dtype}")
+        if self.classwise and self.delta_dtype == "int8":
+            _checks.fail("option", "delta_dtype", "float32 or float16 with classwise", repr(self.delta_dtype))
         self._device()
 
     def _whole(self, name, least):

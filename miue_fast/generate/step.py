@@ -6,26 +6,36 @@ from torch import nn
 from .. import _checks
 from .._registry import OPS
 from ..frozen import AutogradNet, FrozenNet, freeze
-from ..ops import conv_input_grad_step_, mi_ue_value_and_grad, perturbed_input, projected_step_
+from ..ops import conv_input_grad_step_, perturbed_input, projected_step_
+from .objectives import on_logits, value_and_grad
+
+
+def network_input(images, delta, labels, index, flip, mean=None, std=None, *, classwise, **rest):
+    """`perturbed_input` of rows `index`; with `classwise`, delta has one row per class and `labels` [B] choose it."""
+    if classwise and delta is not None:
+        images, delta, index = images[index], delta[labels], None
+    return perturbed_input(images, delta, index, flip, mean, std, **rest)
 
 
 class Descent:
     """Projected sign steps on rows of a poison store, one contrastive batch after the other. Never waits for the device.
 
-    net: from `freeze`. images, delta: the stores [N, C, H, W]; delta is changed in place. options: of the loss and the step.
+    net: from `freeze`, up to the outputs that the objective looks at. images: the store [N, C, H, W]; delta: like it, or [classes, C, H,
+    W] with options.classwise; changed in place. options: of the loss and the step. classes: how many, for options.objective "tap".
     On CUDA a step of a fused network is captured in a CUDA graph once per batch size, step size and normalisation, and replayed; a
     batch's first step then runs as it is, on the graph's own inputs.
     """
 
-    def __init__(self, net, images, delta, options):
-        self.net, self.images, self.delta, self.options = net, images, delta, options
+    def __init__(self, net, images, delta, options, classes=None):
+        self.net, self.images, self.delta, self.options, self.classes = net, images, delta, options, classes
         self.captured = images.is_cuda and net.fused and self._has_kernels()
         self.graphs, self.pool, self.baked = {}, None, None
 
     def _has_kernels(self):
         """Whether every op of the step has one: the reference waits for the device, which a capture cannot."""
         wide = torch.float32 if self.net.dtype is torch.float16 else self.net.dtype
-        used = ("perturbed_input", self.net.dtype), ("mi_ue_value_and_grad", wide), ("projected_step_", self.delta.dtype)
+        used = [("perturbed_input", self.net.dtype), ("projected_step_", self.delta.dtype)]
+        used += [] if on_logits(self.options.objective) else [("mi_ue_value_and_grad", wide)]
         device = self.images.device.type
         return all(OPS[op].choose(self.options.backend, device, dtype).backend != "reference" for op, dtype in used)
 
@@ -83,11 +93,14 @@ class Descent:
             return None if flip is None else flip[rows]
 
         def load(rows):
-            return perturbed_input(self.images, self.delta, index[rows], flips(rows), mean, std, eps=o.eps,
-                                   dtype=net.dtype if net.fused else torch.float32, channels_last=channels_last,
-                                   backend=o.backend)  # fmt: skip
+            return network_input(self.images, self.delta, labels[rows], index[rows], flips(rows), mean, std, eps=o.eps,
+                                 dtype=net.dtype if net.fused else torch.float32, channels_last=channels_last,
+                                 backend=o.backend, classwise=o.classwise)  # fmt: skip
 
         def take(rows, grad):
+            if o.classwise:
+                sums.add_((members[:, rows] @ grad.flatten(1).float()).view_as(sums))
+                return
             rest = {"alpha": alpha, "eps": o.eps, "nonfinite": bad[1:], "backend": o.backend}
             if net.stem is None:
                 projected_step_(self.delta, index[rows], grad, self.images, flips(rows), **rest)
@@ -97,12 +110,18 @@ class Descent:
 
         features = net.run(len(index), load)
         half = features.dtype is torch.float16
-        loss, grad = mi_ue_value_and_grad(features.float() if half else features, labels, o.temperature, o.zeta,
-                                          denominator=o.denominator, normalize_dim=o.normalize_dim, backend=o.backend)  # fmt: skip
+        loss, grad = value_and_grad(features.float() if half else features, labels, self.classes, o)
         bad[0] += ~loss.isfinite()
         if half:  # only signs count: a power of two lifts the gradient out of half precision's underflow
             grad = torch.ldexp(grad, -torch.frexp(grad.abs().amax()).exponent)
-        net.back(grad.to(features.dtype), take, stem=net.stem is not None)
+        if not o.classwise:
+            net.back(grad.to(features.dtype), take, stem=net.stem is not None)
+            return loss
+        sums = torch.zeros_like(self.delta, dtype=torch.float32)
+        members = (torch.arange(len(sums), device=labels.device)[:, None] == labels).float()
+        net.back(grad.to(features.dtype), take)
+        bad[1:] += (~sums.isfinite()).sum()
+        self.delta.sub_((alpha * sums.sign_()).to(self.delta.dtype)).clamp_(-o.eps, o.eps)
         return loss
 
 

@@ -4,9 +4,9 @@ import torch
 import torch.nn.functional as F
 
 from .._registry import BackendError
-from ..ops import perturbed_input
 from . import batches
 from .network import autocast
+from .step import network_input
 
 _HALF_SCALE = 128.0  # keeps the gradients of a float16 network out of underflow; a power of two, taken out again before the update
 
@@ -17,7 +17,10 @@ def optimizer(model, options):
 
 
 def train_epoch(model, optimizer, images, labels, delta, *, epoch, options, tick):
-    """Returns (mean loss, accuracy in percent). `tick(images done)` is called after each batch. Waits for the device once, at the end."""
+    """One epoch on images + delta (delta None: on the images). Returns (mean loss, accuracy in percent).
+
+    `tick(images done)` is called after each batch. Waits for the device once, at the end.
+    """
     o, device, count = options, images.device, len(images)
     dtype = getattr(torch, o.dtype)
     scale = _HALF_SCALE if dtype is torch.float16 else 1.0
@@ -30,7 +33,8 @@ def train_epoch(model, optimizer, images, labels, delta, *, epoch, options, tick
     try:
         for part in slices:
             index = order[part]
-            x = perturbed_input(images, delta, index, flips[part], eps=o.eps, channels_last=o.channels_last, backend=o.backend)
+            x = network_input(images, delta, labels[index], index, flips[part], eps=o.eps, channels_last=o.channels_last,
+                              backend=o.backend, classwise=o.classwise)  # fmt: skip
             with autocast(device, dtype):
                 logits = model(x)
             loss = F.cross_entropy(logits.float(), labels[index])

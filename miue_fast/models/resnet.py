@@ -1,26 +1,33 @@
-"""Residual networks in CIFAR form: a 3x3 stride-1 stem, no max-pool."""
+"""Residual networks (He et al. 2016) in CIFAR form: a 3x3 stride-1 stem, no max-pool."""
 
-import torch
 import torch.nn.functional as F
 from torch import nn
 
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet; one grey channel takes their means
+from .base import Network
+
+
+def _shortcut(inner, outer, stride):
+    """Of a block that changes the shape: how many pixels are picked before its 1x1 convolution, the convolution and its norm.
+
+    oneDNN (issue 6035) writes past its buffer in the weight gradient of a strided 1x1 with few channels, channels-last: there the
+    pixels are picked first.
+    """
+    pick = stride if inner < 16 else 1
+    return pick, nn.Conv2d(inner, outer, 1, stride // pick, bias=False), nn.BatchNorm2d(outer)
 
 
 class BasicBlock(nn.Module):
-    def __init__(self, inner, outer, stride):
+    expansion = 1
+
+    def __init__(self, inner, width, stride):
         super().__init__()
-        self.conv1 = nn.Conv2d(inner, outer, 3, stride, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(outer)
-        self.conv2 = nn.Conv2d(outer, outer, 3, 1, 1, bias=False)
-        self.bn2 = nn.BatchNorm2d(outer)
+        self.conv1 = nn.Conv2d(inner, width, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, width, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(width)
         self.pick = 1
-        if stride != 1 or inner != outer:
-            # oneDNN (issue 6035) writes past its buffer in the weight gradient of a strided 1x1 with few channels, channels-last:
-            # there the pixels are picked first.
-            self.pick = stride if inner < 16 else 1
-            self.conv3 = nn.Conv2d(inner, outer, 1, stride // self.pick, bias=False)
-            self.bn3 = nn.BatchNorm2d(outer)
+        if stride != 1 or inner != width:
+            self.pick, self.conv3, self.bn3 = _shortcut(inner, width, stride)
 
     def forward(self, x):
         y = F.relu(self.bn1(self.conv1(x)), inplace=True)
@@ -30,31 +37,51 @@ class BasicBlock(nn.Module):
         return F.relu(y.add_(x), inplace=True)
 
 
-class ResNet(nn.Module):
-    """Images [B, channels, H, W] on the [0, 1] scale -> logits [B, classes]. `avgpool` gives the features [B, D, 1, 1], after ReLU."""
+class Bottleneck(nn.Module):
+    """1x1, 3x3 (which carries the stride), 1x1 to four times the width."""
 
-    def __init__(self, widths, blocks, num_classes, normalize, channels):
+    expansion = 4
+
+    def __init__(self, inner, width, stride):
         super().__init__()
-        self.normalize = normalize
-        mean, std = torch.tensor(MEAN)[:, None, None], torch.tensor(STD)[:, None, None]
-        self.register_buffer("mean", mean if channels == 3 else mean.mean(0, keepdim=True), persistent=False)
-        self.register_buffer("inv_std", 1 / (std if channels == 3 else std.mean(0, keepdim=True)), persistent=False)
+        outer = width * self.expansion
+        self.conv1 = nn.Conv2d(inner, width, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, width, 3, stride, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.conv3 = nn.Conv2d(width, outer, 1, bias=False)
+        self.bn3 = nn.BatchNorm2d(outer)
+        self.pick = 1
+        if stride != 1 or inner != outer:
+            self.pick, self.conv4, self.bn4 = _shortcut(inner, outer, stride)
+
+    def forward(self, x):
+        y = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        y = F.relu(self.bn2(self.conv2(y)), inplace=True)
+        y = self.bn3(self.conv3(y))
+        if hasattr(self, "conv4"):
+            x = self.bn4(self.conv4(x[:, :, :: self.pick, :: self.pick]))
+        return F.relu(y.add_(x), inplace=True)
+
+
+class ResNet(Network):
+    """`avgpool` gives the features [B, D, 1, 1], after ReLU. widths: one per stage; blocks: per stage, or one number for all."""
+
+    def __init__(self, widths, blocks, num_classes, normalize, channels, block=BasicBlock):
+        super().__init__(normalize, channels)
         self.conv1 = nn.Conv2d(channels, widths[0], 3, 1, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(widths[0])
         layers, inner = [], widths[0]
-        for stage, outer in enumerate(widths):
-            for block in range(blocks):
-                layers.append(BasicBlock(inner, outer, 2 if stage and not block else 1))
-                inner = outer
+        counts = [blocks] * len(widths) if isinstance(blocks, int) else blocks
+        for stage, (width, count) in enumerate(zip(widths, counts)):
+            for number in range(count):
+                layers.append(block(inner, width, 2 if stage and not number else 1))
+                inner = width * block.expansion
         self.layers = nn.Sequential(*layers)
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.fc = nn.Linear(inner, num_classes)
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        self.kaiming()
 
     def forward(self, x):
-        if self.normalize:
-            x = (x - self.mean) * self.inv_std
-        x = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        x = F.relu(self.bn1(self.conv1(self.normalized(x))), inplace=True)
         return self.fc(self.avgpool(self.layers(x)).flatten(1))
