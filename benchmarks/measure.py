@@ -269,14 +269,14 @@ def cpu_extra_bytes(workload, name):
     fn = next(c.fn for c in candidates(workload, "cpu", args, False) if c.name == name)
     fn(*small)
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew at the present size
-    before = _status("VmHWM")
+    before = status("VmHWM")
     kept = fn(*args)
-    grown = _status("VmHWM") - before
+    grown = status("VmHWM") - before
     del kept
     return grown
 
 
-def _status(field):
+def status(field):
     return next(int(line.split()[1]) for line in _lines("/proc/self/status") if line.startswith(field)) * 1024
 
 

@@ -238,9 +238,9 @@ def memory(name, batch):
     path = paths(c, True)[name][1] if name != "cpu" else Ours(c.model)
     path.network(small.images / 255, torch.randn(16, 512))
     Path("/proc/self/clear_refs").write_text("5")
-    before = measure._status("VmHWM")
+    before = measure.status("VmHWM")
     started = time.perf_counter()
     kept = path.network(x, d)
-    taken, grown = time.perf_counter() - started, measure._status("VmHWM") - before
+    taken, grown = time.perf_counter() - started, measure.status("VmHWM") - before
     del kept
     return grown, taken

@@ -5,7 +5,8 @@ import contextlib
 import torch
 
 from .._checks import describe, fail
-from .net import NHWC, Chunks, Frozen, check_images, device_of
+from .layers import device_of
+from .net import NHWC, Chunks, Frozen, check_images
 
 
 class AutogradNet(Frozen):

@@ -12,13 +12,17 @@ import torch.nn.functional as F
 from .._checks import fail
 from ..ops import conv_epilogue_, conv_forward, conv_grad_epilogue_, conv_input_grad
 from ..ops.conv_epilogue import mask_bytes
-from ..ops.convolution import quantised
+from ..ops.convolution import out_size, quantised
 
 NHWC = torch.channels_last
 
 
 def wide(dtype):
     return torch.promote_types(dtype, torch.float32)
+
+
+def device_of(model):
+    return next(iter([*model.parameters(), *model.buffers()]), torch.empty(0)).device
 
 
 @dataclass
@@ -148,7 +152,7 @@ class Conv(Layer):
         tape.sizes[self.inputs[0]] = x.shape
         x, scale = self._operand(x)
         rest = {"scale": scale, "backend": backend, **self.geometry}
-        if residual is not None and not self._fits(tape, x, residual):  # a sum that broadcasts
+        if residual is not None and list(residual.shape) != out_size(x.shape, self.weight, **self.geometry):  # a sum that broadcasts
             y, _ = conv_forward(x, self.weight, self.bias, relu=False, want_mask=False, **rest)
             tape.kept[self.out] = y.shape
             tape.sizes[self.inputs[1]] = residual.shape
@@ -158,12 +162,6 @@ class Conv(Layer):
         if self.relu:
             tape.masks[self.out] = mask
         return y
-
-    def _fits(self, tape, x, residual):
-        g = self.geometry
-        size = [(n + 2 * p - d * (r - 1) - 1) // s + 1 for n, r, s, p, d in
-                zip(x.shape[2:], self.weight.shape[2:], g["stride"], g["padding"], g["dilation"])]  # fmt: skip
-        return list(residual.shape) == [len(x), len(self.weight), *size]
 
     def backward(self, tape, grad, owned, gradients):
         whole = grad

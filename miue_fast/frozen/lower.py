@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from .._checks import fail
-from .layers import Add, Affine, AvgPool, Concat, Conv, Flatten, Layer, Linear, MaxPool
+from .layers import Add, Affine, AvgPool, Concat, Conv, Flatten, Layer, Linear, MaxPool, device_of
 
 
 class NotLowered(Exception):
@@ -126,7 +126,7 @@ class _Reader:
         self.model, self.constants = model, constants
         self.modules = dict(model.named_modules())
         self.env, self.layers, self.values = {}, [], 0
-        self.device = next(iter([*model.parameters(), *model.buffers()]), torch.empty(0)).device
+        self.device = device_of(model)
 
     def read(self, node):
         if node.op == "placeholder":

@@ -7,7 +7,7 @@ import torch
 from .._checks import describe, fail
 from .._registry import BackendError
 from ..ops import perturbed_input
-from .layers import NHWC, Conv, Gradients, Tape, _keep, scale_and_shift, wide
+from .layers import NHWC, Conv, Gradients, Tape, _keep, device_of, scale_and_shift, wide
 from .lower import consumers
 
 log = logging.getLogger("miue_fast")
@@ -185,10 +185,6 @@ class FrozenNet(Frozen):
             return self.run(len(images), lambda rows: perturbed_input(images[rows], mean=mean, std=std, dtype=self.dtype))
         mean, scale = (v[:, None, None] for v in (torch.tensor(self.mean, dtype=torch.float64), self.scale))
         return self.run(len(images), lambda rows: ((images[rows].double() - mean) * scale).contiguous(memory_format=NHWC))
-
-
-def device_of(model):
-    return next(iter([*model.parameters(), *model.buffers()]), torch.empty(0)).device
 
 
 def check_images(images, device, channels):

@@ -103,6 +103,10 @@ def check_mask(op, mask, count, device):
     expected = mask_bytes(count)
     if mask.dtype != torch.uint8 or mask.shape != (expected,) or mask.device != device or not mask.is_contiguous():
         _checks.fail(op, "mask", f"a contiguous uint8 tensor [{expected}] on {device}", _checks.describe(mask))
+    if mask.storage_offset() % 8:
+        _checks.fail(
+            op, "mask", "memory that starts at a multiple of 8 bytes (a tensor of its own does)", f"offset {mask.storage_offset()}"
+        )
 
 
 def check_bias(op, bias, channels, like):

@@ -9,7 +9,7 @@ import torch
 
 from .. import _checks, _native, _triton
 from .._measured import faster
-from .._registry import DOUBLES, FLOATS, Impl, define
+from .._registry import DOUBLES, FLOATS, Impl, define, log
 from ..reference.conv_epilogue import conv_epilogue_, mask_bytes
 from ..reference.convolution import FP8, result_dtype
 from ..reference.convolution import conv_forward as reference
@@ -39,6 +39,8 @@ ODD = [  # what the library takes and the Triton kernels refuse
 def why_not_triton(weight, size, stride, padding, dilation, groups):
     """Why the Triton convolutions do not take this layer, or None."""
     (k, c, r, s), (_, _, h, w) = weight.shape, size
+    if not c:
+        return "no channels"
     if groups != 1 or list(dilation) != [1, 1]:
         return "groups or dilation"
     if (r, s) not in ((1, 1), (3, 3)) or list(padding) != [r // 2, s // 2]:
@@ -151,14 +153,15 @@ def _impls(name, device_fn, on_cpu=DOUBLES, on_triton=FLOATS | {FP8}):
     ]
 
 
-def _out_size(size, weight, stride, padding, dilation):
+def out_size(size, weight, stride, padding, dilation, groups=1):
+    """[B, K, P, Q] of a convolution of [B, C, H, W]."""
     (b, _, h, w), (k, _, r, s) = size, weight.shape
     return [b, k, (h + 2 * padding[0] - dilation[0] * (r - 1) - 1) // stride[0] + 1,
             (w + 2 * padding[1] - dilation[1] * (s - 1) - 1) // stride[1] + 1]  # fmt: skip
 
 
 def _fake(x, weight, bias, residual, stride, padding, dilation, groups, relu, want_mask, scale, backend):
-    y = x.new_empty(_out_size(x.shape, weight, stride, padding, dilation), dtype=result_dtype(x)).contiguous(memory_format=NHWC)
+    y = x.new_empty(out_size(x.shape, weight, stride, padding, dilation), dtype=result_dtype(x)).contiguous(memory_format=NHWC)
     return y, torch.empty(mask_bytes(y.numel()) if want_mask else 0, dtype=torch.uint8, device=x.device)
 
 
@@ -166,12 +169,21 @@ def _fake_grad(grad, weight, addend, mask, size, stride, padding, dilation, grou
     return grad.new_empty(size, dtype=result_dtype(grad)).contiguous(memory_format=NHWC)
 
 
+_told = set()  # ops whose way to the reference was logged
+
+
 def _route(op, weight, size, *conv):
-    triton = why_not_triton(weight, size, *conv) is None and _triton.missing() is None
-    if weight.dtype == FP8:
-        return "triton" if triton else "reference"
-    wanted = faster(op, weight, size, conv[0]) if triton else "cuda"
-    return wanted if wanted == "triton" or _native.cuda_missing() is None else "triton" if triton else "reference"
+    """The backend that "auto" takes on a GPU."""
+    no_triton = why_not_triton(weight, size, *conv) or _triton.missing()
+    no_cuda = "does not take e4m3" if weight.dtype == FP8 else _native.cuda_missing()
+    if no_triton and no_cuda:
+        if op not in _told:
+            _told.add(op)
+            log.warning("%s on cuda runs in plain PyTorch (triton: %s; cuda: %s)", op, no_triton, no_cuda)
+        return "reference"
+    if no_triton or no_cuda:
+        return "cuda" if no_triton else "triton"
+    return faster(op, weight, size, conv[0])
 
 
 define(
@@ -224,7 +236,7 @@ def _conv(op, weight, size, stride, padding, dilation, groups):
     conv = _pair(op, "stride", stride, 1), _pair(op, "padding", padding, 0), _pair(op, "dilation", dilation, 1)
     if not isinstance(groups, int) or groups < 1 or weight.shape[0] % groups or weight.shape[1] * groups != size[1]:
         _checks.fail(op, "weight", f"[K, {size[1]} / groups, R, S] with K a multiple of groups", f"{list(weight.shape)}, groups {groups}")
-    out = _out_size(size, weight, *conv)
+    out = out_size(size, weight, *conv)
     if min(out[2:]) < 1:
         _checks.fail(op, "weight", f"a kernel that fits into {list(size[2:])} with padding {conv[1]}", list(weight.shape))
     return (*conv, groups), out

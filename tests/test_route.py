@@ -1,0 +1,73 @@
+"""Which backend `auto` takes for a convolution on a GPU, from what the machine has and what was measured."""
+
+import logging
+
+import pytest
+import torch
+
+from miue_fast._registry import OPS
+from miue_fast.ops import conv_epilogue_, convolution
+from miue_fast.ops.convolution import FP8
+
+SIZE, CONV = [2, 32, 8, 8], ([1, 1], [1, 1], [1, 1], 1)
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """set(triton=reason, cuda=reason, measured=backend) makes a machine."""
+
+    def make(triton=None, cuda=None, measured="cuda"):
+        monkeypatch.setattr(convolution._triton, "missing", lambda: triton)
+        monkeypatch.setattr(convolution._native, "cuda_missing", lambda: cuda)
+        monkeypatch.setattr(convolution, "faster", lambda *args: measured)
+        monkeypatch.setattr(convolution, "_told", set())
+
+    return make
+
+
+def weight(k=32, c=32, r=3, dtype=torch.bfloat16):
+    return torch.zeros(k, c, r, r, dtype=dtype)
+
+
+@pytest.mark.parametrize(
+    "have, layer, expected",
+    [
+        ({}, weight(), "cuda"),
+        ({"measured": "triton"}, weight(), "triton"),
+        ({"measured": "triton"}, weight(k=20), "cuda"),  # Triton has no kernel for it
+        ({"triton": "not installed", "measured": "triton"}, weight(), "cuda"),
+        ({"cuda": "not built"}, weight(), "triton"),
+        ({"cuda": "not built"}, weight(k=20), "reference"),
+        ({}, weight(dtype=torch.float32).to(FP8), "triton"),
+        ({"triton": "not installed"}, weight(dtype=torch.float32).to(FP8), "reference"),
+        ({}, weight(c=0), "cuda"),
+    ],
+)
+def test_route(machine, have, layer, expected, caplog):
+    machine(**have)
+    with caplog.at_level(logging.WARNING, "miue_fast"):
+        for _ in range(2):
+            assert convolution._route("conv_forward", layer, SIZE, *CONV) == expected
+    assert len(caplog.records) == (expected == "reference"), "said once"
+    assert "runs in plain PyTorch" in caplog.text or expected != "reference"
+
+
+def test_each_schema_hands_over_its_own_arguments(monkeypatch):
+    """x, weight, ... -> (weight, size of x, stride, padding, dilation, groups)"""
+    seen = []
+    monkeypatch.setattr(convolution, "_route", lambda op, weight, size, *conv: seen.append((op, weight, list(size), *conv)))
+    w, x = weight(), torch.zeros(SIZE)
+    OPS["conv_forward"].route(x, w, None, None, [2, 2], [1, 1], [3, 3], 4, True, True, None)
+    OPS["conv_input_grad"].route(x, w, None, None, [2, 5, 7, 9], [2, 2], [1, 1], [3, 3], 4, None)
+    images = torch.zeros(9, 3, 16, 16)
+    OPS["conv_input_grad_step_"].route(images, None, x, w, images, None, [2, 2], [1, 1], [3, 3], 4, 0.1, 0.2, None)
+    sizes = {"conv_forward": SIZE, "conv_input_grad": [2, 5, 7, 9], "conv_input_grad_step_": [2, 3, 16, 16]}
+    assert seen == [(op, w, size, [2, 2], [1, 1], [3, 3], 4) for op, size in sizes.items()]
+
+
+def test_masks_start_at_a_multiple_of_eight():
+    y = torch.ones(4, 16)
+    whole = torch.zeros(16, dtype=torch.uint8)
+    conv_epilogue_(y, mask=whole[8:])
+    with pytest.raises(ValueError, match="mask: expected memory that starts at a multiple of 8 bytes"):
+        conv_epilogue_(y, mask=whole[3:11])
