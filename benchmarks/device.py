@@ -136,7 +136,7 @@ def parity_of(case, emit):
                 if op.exact:
                     _support.assert_same_bits(_support.run(op, impl.fn, args), _support.run(op, op.reference.fn, args))
                 else:
-                    (_support.check_convolutions if op.name in _support.CONVOLUTIONS else _support.check_losses)(op, args, [impl])
+                    _support.checker(op)(op, args, [impl])
         except (RuntimeError, AssertionError) as error:  # BackendError and launch failures among them
             emit({"samples": count, "outcome": f"failed: sample {count + 1}: {measure.first_line(error)}"})
             return

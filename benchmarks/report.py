@@ -9,6 +9,14 @@ import sys
 from pathlib import Path
 
 FORMAT = 1
+COUNTED = (
+    "nt_xent",
+    "mi_ue_value_and_grad",
+    "class_covariance",
+    "conv_forward",
+    "conv_input_grad",
+    "conv_input_grad_step_",
+)  # in FLOP, not bytes
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 SHIPPED = ROOT / "miue_fast" / "measured_convolutions.json"
@@ -82,7 +90,7 @@ def _rate(r):
         return "-"
     if r["op"] == "pgd_step":
         return f"{r['rate']:.3g} image-steps/s"
-    return f"{r['rate'] / 1e9:.3g} {'GFLOP/s' if r['op'] in ('nt_xent', 'mi_ue_value_and_grad') else 'GB/s'}"
+    return f"{r['rate'] / 1e9:.3g} {'GFLOP/s' if r['op'] in COUNTED else 'GB/s'}"
 
 
 def _all_rows(rows):

@@ -53,6 +53,10 @@ def mi_ue(batch, device, seed, *, zeta, **kind):
     return *features(batch, device, seed, **kind), 0.1, zeta, "all", True
 
 
+def class_covariance(batch, device, seed, **kind):
+    return *features(batch, device, seed, **kind), CLASSES
+
+
 def projected_step(batch, device, seed, *, side=32):
     gen = random(device, seed)
     image, grad, delta = (torch.rand(batch, 3, side, side, generator=gen, device=device) for _ in range(3))
@@ -178,6 +182,9 @@ def cpu(quick=False):
     for zeta in (0.1, 0.0):
         yield Workload(f"mi_ue_value_and_grad B={batch} D={width} zeta={zeta:g}", "mi_ue_value_and_grad", batch,
                        partial(mi_ue, zeta=zeta, width=width), flops=4 * batch * batch * width)  # fmt: skip
+    rows = 48 if quick else 8192
+    yield Workload(f"class_covariance B={rows} D={width} K={CLASSES}", "class_covariance", rows, partial(class_covariance, width=width),
+                   flops=2 * rows * width * width, memory=True)  # fmt: skip
     yield Workload(f"projected_step {batch}x3x{side}x{side}", "projected_step", batch, partial(projected_step, side=side),
                    moved=batch * 3 * side * side * 16)  # fmt: skip
     yield from _pixel_workloads(batch, torch.float32, side)
@@ -206,6 +213,7 @@ def gpu_pixels(quick=False):
 PUBLIC = {  # the public call with the arguments of `Impl.fn`
     "nt_xent": lambda f, y, t, denominator, want_grad: miue_fast.nt_xent(f, y, t, denominator=denominator),
     "intra_class_distance": lambda f, y, normalize, want_grad: miue_fast.intra_class_distance(f, y, normalize_dim=normalize),
+    "class_covariance": lambda f, y, classes: miue_fast.class_covariance(f, y, classes),
     "mi_ue_value_and_grad": lambda f, y, t, zeta, denominator, normalize: miue_fast.mi_ue_value_and_grad(
         f, y, t, zeta, denominator=denominator, normalize_dim=normalize),
     "projected_step": lambda delta, grad, image, alpha, eps: miue_fast.projected_step(delta, grad, image, alpha, eps),
@@ -228,8 +236,9 @@ PUBLIC = {  # the public call with the arguments of `Impl.fn`
 def tiny(op):
     """Inputs so small that a call costs its overhead; the losses without their gradient, as the public call computes them."""
     size = {"nt_xent": partial(nt_xent, width=4), "intra_class_distance": partial(intra_class_distance, width=4),
-            "mi_ue_value_and_grad": partial(mi_ue, zeta=0.1, width=4), "projected_step": partial(projected_step, side=2),
-            "projected_step_": partial(projected_step_, side=2), "perturbed_input": partial(perturbed_input, side=2)}  # fmt: skip
+            "class_covariance": partial(class_covariance, width=4), "mi_ue_value_and_grad": partial(mi_ue, zeta=0.1, width=4),
+            "projected_step": partial(projected_step, side=2), "projected_step_": partial(projected_step_, side=2),
+            "perturbed_input": partial(perturbed_input, side=2)}  # fmt: skip
     size |= {f.__name__: partial(f, channels=16, side=2) for f in (
         conv_epilogue_, conv_grad_epilogue_, conv_forward, conv_input_grad, conv_input_grad_step_)}  # fmt: skip
     args = size[op](2, "cpu", 1)

@@ -19,7 +19,8 @@ T* maybe(const std::vector<float>& values, T* data) {
     return values.empty() ? nullptr : data;
 }
 
-template <class Context, auto nt_xent, auto distance, auto step, auto step_inplace, auto input, auto epilogue, auto grad_epilogue>
+template <class Context, auto nt_xent, auto distance, auto covariance, auto step, auto step_inplace, auto input, auto epilogue,
+          auto grad_epilogue>
 void define_ops(pybind11::module_& m) {
     using P = uintptr_t;
     namespace py = pybind11;
@@ -36,6 +37,11 @@ void define_ops(pybind11::module_& m) {
         distance({at<const void>(features), DType(dtype), row_stride, at<const int64_t>(labels), B, D, normalize_dim, weight,
                   at<const void>(addend_loss), at<const void>(addend_grad), at<void>(loss), at<void>(grad), DType(grad_dtype),
                   at<void>(workspace)}, context);
+    }, release());
+    m.def("class_covariance", [](P features, int dtype, int64_t row_stride, P labels, int64_t B, int64_t D, int64_t K, P counts, P means,
+                                 P covariances, P workspace, Context context) {
+        covariance({at<const void>(features), DType(dtype), row_stride, at<const int64_t>(labels), B, D, K, at<int64_t>(counts),
+                    at<void>(means), at<void>(covariances), at<void>(workspace)}, context);
     }, release());
     m.def("projected_step", [](P out, P delta, P grad, P image, int dtype, int64_t n, double alpha, double eps, Context context) {
         step({at<void>(out), at<const void>(delta), at<const void>(grad), at<const void>(image), DType(dtype), n, alpha, eps}, context);

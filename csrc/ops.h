@@ -47,6 +47,23 @@ struct IntraClassDistanceArgs {
     void* workspace;
 };
 
+// Count, mean and covariance of every class: C = 1/n sum (f - m)(f - m)^T over its rows, 0 for a class without rows.
+//   labels      [B]; a row whose label is outside [0, K) belongs to no class
+//   counts      [K]
+//   means       [K, D], covariances [K, D, D]: contiguous, f32 (f64 for f64 features)
+//   workspace   as above
+struct ClassCovarianceArgs {
+    const void* features;
+    DType dtype;
+    int64_t row_stride;
+    const int64_t* labels;
+    int64_t B, D, K;
+    int64_t* counts;
+    void* means;
+    void* covariances;
+    void* workspace;
+};
+
 // out = clamp(image + clamp(delta - alpha * sign(grad), -eps, eps), 0, 1) - image on n values of one dtype.
 // sign(0) = sign(NaN) = 0. f16 and bf16 compute in f32 and round once.
 struct ProjectedStepArgs {
@@ -124,8 +141,10 @@ struct ConvGradEpilogueArgs {
 
 int64_t nt_xent_workspace_cpu(int64_t B, int64_t D, DType dtype, bool want_grad);
 int64_t intra_class_distance_workspace_cpu(int64_t B, int64_t D, DType dtype, bool want_grad);
+int64_t class_covariance_workspace_cpu(int64_t B, int64_t D, DType dtype, int64_t K);
 void nt_xent_cpu(const NtXentArgs&, int threads);
 void intra_class_distance_cpu(const IntraClassDistanceArgs&, int threads);
+void class_covariance_cpu(const ClassCovarianceArgs&, int threads);
 void projected_step_cpu(const ProjectedStepArgs&, int threads);
 void projected_step_inplace_cpu(const ProjectedStepInplaceArgs&, int threads);
 void perturbed_input_cpu(const PerturbedInputArgs&, int threads);
@@ -138,8 +157,10 @@ void set_cpu_level(const char* name);
 
 int64_t nt_xent_workspace_cuda(int64_t B, int64_t D, DType dtype, bool want_grad);
 int64_t intra_class_distance_workspace_cuda(int64_t B, int64_t D, DType dtype, bool want_grad);
+int64_t class_covariance_workspace_cuda(int64_t B, int64_t D, DType dtype, int64_t K);
 void nt_xent_cuda(const NtXentArgs&, void* stream);
 void intra_class_distance_cuda(const IntraClassDistanceArgs&, void* stream);
+void class_covariance_cuda(const ClassCovarianceArgs&, void* stream);
 void projected_step_cuda(const ProjectedStepArgs&, void* stream);
 void projected_step_inplace_cuda(const ProjectedStepInplaceArgs&, void* stream);
 void perturbed_input_cuda(const PerturbedInputArgs&, void* stream);

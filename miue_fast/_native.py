@@ -75,9 +75,9 @@ def _rows(features):
     return features if features.stride(1) == 1 or features.shape[1] <= 1 else features.contiguous()
 
 
-def _workspace(op, features, want_grad):
+def _workspace(op, features, option):
     module = _cpu if features.device.type == "cpu" else _cuda
-    size = getattr(module, f"{op}_workspace")(*features.shape, _CODES[features.dtype], want_grad)
+    size = getattr(module, f"{op}_workspace")(*features.shape, _CODES[features.dtype], option)
     return torch.empty(size, dtype=torch.uint8, device=features.device)
 
 
@@ -119,6 +119,18 @@ def mi_ue_value_and_grad(features, labels, temperature, zeta, denominator, norma
         return nt_xent(features, labels, temperature, denominator, True)
     similarity = _nt_xent(features, labels, temperature, denominator, True, _accumulated(features.dtype))
     return _distance(features, labels, normalize_dim, True, zeta, similarity)
+
+
+def class_covariance(features, labels, num_classes):
+    features = _rows(features)
+    width = features.shape[1]
+    counts = labels.new_empty(num_classes)
+    means = features.new_empty((num_classes, width), dtype=_accumulated(features.dtype))
+    covariances = means.new_empty((num_classes, width, width))
+    workspace = _workspace("class_covariance", features, num_classes)
+    _call(features.device, "class_covariance", features.data_ptr(), _CODES[features.dtype], features.stride(0), labels.data_ptr(),
+          *features.shape, num_classes, counts.data_ptr(), means.data_ptr(), covariances.data_ptr(), workspace.data_ptr())  # fmt: skip
+    return counts, means, covariances
 
 
 def projected_step(delta, grad, image, alpha, eps):

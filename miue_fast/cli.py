@@ -160,6 +160,16 @@ def _parser():
     sub.add_argument("--figure", type=Path, default=None, metavar="FILE", help="draw images, perturbations and curves (needs matplotlib)")
     sub.add_argument("--quiet", action="store_true", default=False, help="no progress bar")
 
+    sub = command("report", _report, "run what a configuration misses (poisons, victims, defences, analysis) and write one report")
+    sub.add_argument("config", type=Path, metavar="CONFIG", help="JSON, see docs/report.md; or a report.json, which is only written anew")
+    sub.add_argument(
+        "--out", type=Path, required=True, metavar="OUT", help="folder for cells, poisons, report.json, report.md, report.html"
+    )
+    sub.add_argument("--data", type=Path, default=None, metavar="DIR", help="clean images, instead of the configuration's")
+    sub.add_argument("--test", type=Path, default=None, metavar="DIR", help="clean test images, instead of the configuration's")
+    sub.add_argument("--jobs", type=int, default=1, metavar="N", help="processes at once, each with its share of the threads; default 1")
+    sub.add_argument("--quiet", action="store_true", default=False, help="no progress bar")
+
     sub = command("demo", _demo, "the whole story on drawn shapes, in a few minutes on a CPU, without a download")
     sub.add_argument("--out", type=Path, default=Path("demo-output"), metavar="DIR", help="default: demo-output; replaced")
     sub.add_argument("--seed", type=int, default=0, help="default 0")
@@ -308,6 +318,20 @@ def _origin(poisoned):
             _, manifest = data.load_poison(folder)
             return {"options": manifest["options"], "versions": manifest["versions"]}
     return None
+
+
+def _report(args):
+    from . import report
+
+    finished = report.load(args.config)
+    if finished is not None:
+        found, sources = finished, None
+    else:
+        config = report.read(args.config, data=args.data, test=args.test)
+        found, sources = report.run(config, args.out, jobs=args.jobs, progress=not args.quiet)
+    for path in report.render(found, args.out, sources):
+        print(path)
+    return 0
 
 
 def _demo(args):

@@ -12,6 +12,7 @@ from unittest import mock
 import torch
 import triton
 from miue_fast.kernels.triton import (
+    class_covariance,
     conv_epilogue,
     convolution,
     intra_class_distance,
@@ -78,7 +79,7 @@ def recorded(*calls):
 
 def launches():
     """{capability: launches}; convolutions take other tiles where there is no TMA."""
-    same = recorded(losses, pointwise)
+    same = recorded(losses, statistics, pointwise)
     found = {90: same | recorded(convolutions, convolutions_in_fp8)}
     with mock.patch.object(convolution, "_large", lambda like: False):
         return found | {80: same | recorded(convolutions)}
@@ -95,6 +96,12 @@ def losses():
         for width in (70, 512, 2048, 2304):
             intra_class_distance.intra_class_distance(torch.zeros(48, width, dtype=dtype), torch.arange(48) % 3, True, True)
         mi_ue_value_and_grad.mi_ue_value_and_grad(torch.zeros(512, 512, dtype=dtype), torch.arange(512) % 10, 0.1, 0.1, "all", True)
+
+
+def statistics():
+    for dtype in FLOATS:
+        for width in (512, 70):
+            class_covariance.class_covariance(torch.zeros(64, width, dtype=dtype), torch.arange(64) % 10, 10)
 
 
 def pointwise():

@@ -14,6 +14,7 @@ DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
 LOSSES = ("nt_xent", "intra_class_distance", "mi_ue_value_and_grad")
 POINTWISE = ("projected_step", "projected_step_", "perturbed_input", "conv_epilogue_", "conv_grad_epilogue_")
 CONVOLUTIONS = ("conv_forward", "conv_input_grad", "conv_input_grad_step_")
+STATISTICS = ("class_covariance",)
 BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -200,6 +201,26 @@ def check_convolution_step(op, args, impls):
         assert_same_bits([torch.where(decided, got[0], 0)], [torch.where(decided, wanted, 0)])
         assert torch.stack([got[0] == way for way in ways]).any(0).all(), "a value that no step leads to"
         assert_same_bits(got[1:], [] if nonfinite is None else [nonfinite + (~plain.isfinite()).sum()])
+
+
+def check_statistics(op, args, impls):
+    """Counts and symmetry to the bit; means and covariances against the reference in float64.
+
+    A sum of n terms in float64, the oracle's too, is off by n roundings: of the means that error, of the covariances its square.
+    """
+    truth, plain = op.truth(*in_double(args)), op.reference.fn(*args)
+    rounding = len(args[0]) * torch.finfo(torch.float64).eps
+    moved = [rounding * x.double().abs().nan_to_num(0, 0, 0).max() if x.numel() else 0.0 for x in (args[0], truth[2])]
+    for impl in impls:
+        got = run(op, impl.fn, args)
+        assert_same_bits([got[0], got[2]], [plain[0], got[2].mT])
+        assert_close(got[1], plain[1], truth[1], moved[0])
+        assert_close(got[2], plain[2], truth[2], moved[1] + moved[0] ** 2)
+
+
+def checker(op):
+    """The check of an op that is not pointwise: (op, args, impls)."""
+    return check_convolutions if op.name in CONVOLUTIONS else check_statistics if op.name in STATISTICS else check_losses
 
 
 def check_shrinks(op, args, plain, truth):

@@ -19,6 +19,11 @@ def intra_class_distance(backend, batch):
     return 2 * miue_fast.intra_class_distance(batch["features"] * 3, batch["labels"], backend=backend)
 
 
+def class_covariance(backend, batch):
+    counts, means, covariances = miue_fast.class_covariance(batch["features"] * 2, batch["labels"], 4, backend=backend)
+    return counts + 1, means, covariances * 2
+
+
 def mi_ue_value_and_grad(backend, batch):
     return miue_fast.mi_ue_value_and_grad(batch["features"] * 2, batch["labels"], backend=backend)
 
@@ -74,8 +79,9 @@ def conv_input_grad_step_(backend, batch):
     return delta * 1, count
 
 
-CALLS = {f.__name__: f for f in (nt_xent, intra_class_distance, mi_ue_value_and_grad, projected_step, projected_step_, perturbed_input,
-                                 conv_epilogue_, conv_grad_epilogue_, conv_forward, conv_input_grad, conv_input_grad_step_)}  # fmt: skip
+CALLS = {f.__name__: f for f in (nt_xent, intra_class_distance, class_covariance, mi_ue_value_and_grad, projected_step, projected_step_,
+                                 perturbed_input, conv_epilogue_, conv_grad_epilogue_, conv_forward, conv_input_grad,
+                                 conv_input_grad_step_)}  # fmt: skip
 
 
 def make(count, device):
@@ -130,7 +136,9 @@ def test_compiled_equals_eager(op, impl, device):
     assert_compiled_equals_eager(op, impl, device, "aot_eager", [8])
 
 
-@pytest.mark.parametrize("op, impl, device", cases_of("mi_ue_value_and_grad", "projected_step_", "perturbed_input", dtypes=False))
+@pytest.mark.parametrize(
+    "op, impl, device", cases_of("mi_ue_value_and_grad", "class_covariance", "projected_step_", "perturbed_input", dtypes=False)
+)
 def test_dynamic_shapes(op, impl, device):
     assert_compiled_equals_eager(op, impl, device, "aot_eager", [8, 9, 12], dynamic=True)
 

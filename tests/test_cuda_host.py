@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from _support import CONVOLUTIONS, LOSSES, OPS, assert_same_bits, check_convolutions
+from _support import CONVOLUTIONS, LOSSES, OPS, STATISTICS, assert_same_bits, checker
 
 from miue_fast import _native
 from miue_fast.ops.conv_epilogue import activations
@@ -80,8 +80,8 @@ def test_parity(op, dtype):
         got, plain = run(fn, op, args), run(op.reference.fn, op, args)
         if k % 8 == 2:
             assert all(same_bits(a, b) for a, b in zip(got, run(fn, op, args), strict=True)), f"sample {k} does not repeat"
-        if op.name in CONVOLUTIONS:
-            check_convolutions(op, args, [cuda_impl(op)])
+        if op.name in (*CONVOLUTIONS, *STATISTICS):
+            checker(op)(op, args, [cuda_impl(op)])
             continue
         if op.exact:
             assert_same_bits(got, plain)

@@ -7,7 +7,7 @@ import os
 
 import pytest
 import torch
-from _support import BY_NUMPY, DEVICES, LOSSES, OPS, assert_same_bits, available, check_losses, check_shrinks, run
+from _support import BY_NUMPY, DEVICES, LOSSES, OPS, assert_same_bits, available, check_losses, check_shrinks, check_statistics, run
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -98,6 +98,21 @@ def test_losses(name, device):
         args = on(device, (features, labels, *rest))
         plain, truth = check_losses(op, args, available(op, device, features.dtype)[:-1])
         check_shrinks(op, args, plain, truth)
+
+    check()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_class_covariance(device):
+    op = OPS["class_covariance"]
+
+    @FUZZ
+    @given(batches(), st.integers(0, 3))
+    def check(batch, empty):
+        features, labels = batch
+        classes, labels = labels.unique(return_inverse=True)
+        args = on(device, (features, labels, len(classes) + empty))
+        check_statistics(op, args, available(op, device, features.dtype)[:-1])
 
     check()
 

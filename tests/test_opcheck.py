@@ -4,7 +4,7 @@ import inspect
 
 import pytest
 import torch
-from _support import LOSSES, cases_of, clone
+from _support import LOSSES, STATISTICS, cases_of, clone
 
 ALL = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
 
@@ -13,7 +13,7 @@ def variants(op, args):
     """The sample as it is, with every tensor that may have strides permuted in memory, and sliced out of a larger one."""
     yield args
     for position, tensor in enumerate(args):
-        strided = op.name in (*LOSSES, "projected_step") or (op.name == "projected_step_" and position == 2)
+        strided = op.name in (*LOSSES, *STATISTICS, "projected_step") or (op.name == "projected_step_" and position == 2)
         if strided and isinstance(tensor, torch.Tensor) and tensor.dim() > 1:
             permuted = tensor.mT.contiguous().mT
             sliced = torch.stack([tensor, tensor], -1).flatten(-2)[..., ::2]
@@ -23,7 +23,7 @@ def variants(op, args):
 
 def empty(op, args):
     """The sample with a batch of none."""
-    if op.name in LOSSES:
+    if op.name in (*LOSSES, *STATISTICS):
         return args[0][:0], args[1][:0], *args[2:]
     if op.name == "projected_step":
         return *(a[:0] for a in args[:3]), *args[3:]

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from _support import BY_NUMPY, CONVOLUTIONS, LOSSES, OPS, assert_same_bits, cases_of, check_convolutions, check_losses, check_shrinks, run
+from _support import BY_NUMPY, LOSSES, OPS, assert_same_bits, cases_of, check_losses, check_shrinks, checker, run
 
 
 @pytest.mark.parametrize("op, impl, device, dtype", cases_of())
@@ -13,7 +13,7 @@ def test_parity(op, impl, device, dtype):
         if op.exact:
             assert_same_bits(run(op, impl.fn, args), run(op, op.reference.fn, args))
         else:
-            (check_convolutions if op.name in CONVOLUTIONS else check_losses)(op, args, [impl])
+            checker(op)(op, args, [impl])
     assert count
 
 

@@ -5,7 +5,7 @@ import logging
 
 import pytest
 import torch
-from _support import CONVOLUTIONS, LOSSES, OPS, POINTWISE, cases_of
+from _support import CONVOLUTIONS, LOSSES, OPS, POINTWISE, STATISTICS, cases_of
 
 import miue_fast
 from miue_fast import BackendError
@@ -15,7 +15,7 @@ ALL = pytest.mark.parametrize("op", OPS.values(), ids=OPS)
 
 
 def test_the_ops():
-    assert set(OPS) == {*LOSSES, *POINTWISE, *CONVOLUTIONS}
+    assert set(OPS) == {*LOSSES, *POINTWISE, *CONVOLUTIONS, *STATISTICS}
     assert all(op.exact == (name in POINTWISE) for name, op in OPS.items())
     assert all(callable(getattr(miue_fast.ops, name)) for name in OPS)
 

@@ -14,6 +14,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 import _aot
 from _aot import (
     JITFunction,
+    class_covariance,
     conv_epilogue,
     convolution,
     convolutions_in_fp8,
@@ -99,7 +100,7 @@ def test_every_configuration_is_compiled(launches):
             for c in chosen(kernel, "BM", "NB", "HB", "WB", "BK", "num_warps", "num_stages")
         }
         assert found >= set(wanted), kernel
-    for module in (nt_xent, intra_class_distance, perturbed_input, projected_step, conv_epilogue, convolution):
+    for module in (nt_xent, intra_class_distance, class_covariance, perturbed_input, projected_step, conv_epilogue, convolution):
         kernels = {
             value.fn.__name__
             for value in vars(module).values()

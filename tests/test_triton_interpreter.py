@@ -1,7 +1,7 @@
 """The Triton kernels run, in Triton's interpreter on the CPU: the registry's parity and the paths its samples do not reach.
 
-The interpreter is switched on when triton is imported, so one test starts pytest again on this file and on test_parity.py.
-bfloat16 is left to a GPU: the interpreter truncates it where a GPU rounds.
+The interpreter is switched on when triton is imported, so one test starts pytest again on this file, test_parity.py and
+test_class_covariance.py. bfloat16 is left to a GPU: the interpreter truncates it where a GPU rounds.
 """
 
 import os
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from _support import LOSSES, OPS, assert_same_bits, check_convolutions, check_losses, clone, mask_by_numpy, run
+from _support import LOSSES, OPS, assert_same_bits, check_convolutions, check_losses, check_statistics, clone, mask_by_numpy, run
 
 pytest.importorskip("triton")
 HERE = Path(__file__).parent
@@ -30,6 +30,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
             "-W",
             "ignore::RuntimeWarning",
             HERE / "test_parity.py",
+            HERE / "test_class_covariance.py",
             __file__,
         ]
         command += ["-k", "(triton and not bfloat16) or interpreted", "--durations=5"]
@@ -105,6 +106,15 @@ else:
         features, labels = make(9, 5, 2, torch.float32)
         features[3, 2] = torch.nan
         assert impl.fn(features, labels, *args)[0].isnan()
+
+    @HALF_AND_SINGLE
+    def test_interpreted_covariance_tiles(dtype):
+        """Three tiles each way, a class of several steps, an empty one; then no class, no column, no row."""
+        impl = triton_impl("class_covariance")
+        features, labels = make(90, 150, 2, dtype)
+        cases = [(features, 2 * labels, 4), (features[:0], labels[:0], 0), (features[:0], labels[:0], 2), (features[:, :0], labels, 2)]
+        for args in cases:
+            check_statistics(OPS["class_covariance"], args, [impl])
 
     def test_interpreted_one_class_with_negatives():
         loss, grad = nt_xent.nt_xent(torch.rand(6, 5), torch.zeros(6, dtype=torch.int64), 0.1, "negatives", True)

@@ -47,6 +47,19 @@ def mi_ue_value_and_grad(features, labels, temperature, zeta, denominator, norma
     return _value_and_grad(_mi_ue_loss, features, labels, temperature, zeta, denominator, normalize_dim)
 
 
+def class_covariance(features, labels, num_classes):
+    """torch.cov, class by class."""
+    features = features.float()
+    width = features.shape[1]
+    counts = torch.bincount(labels, minlength=num_classes)
+    means, covariances = features.new_zeros(num_classes, width), features.new_zeros(num_classes, width, width)
+    for label in labels.unique():
+        members = features[labels == label]
+        means[label] = members.mean(0)
+        covariances[label] = torch.cov(members.T, correction=0)
+    return counts, means, covariances
+
+
 def pack(y):
     """The ReLU bits of y in memory order; PyTorch has no operator for it. Whole bytes."""
     flat = (~(y <= 0)).permute(0, 2, 3, 1).reshape(-1, 8)

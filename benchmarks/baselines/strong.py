@@ -135,6 +135,36 @@ def _distance_padded(features, labels, normalize_dim):
     return loss, grad.to(features.dtype)
 
 
+def _covariance_per_class(features, labels, num_classes):
+    """One product per class of sorted rows, straight into its place."""
+    f = features.float()[labels.argsort(stable=True)]
+    counts = labels.bincount(minlength=num_classes)
+    means, covariances = f.new_zeros(num_classes, f.shape[1]), f.new_zeros(num_classes, f.shape[1], f.shape[1])
+    for rows, mean, covariance in zip(f.split(counts.tolist()), means, covariances):
+        if len(rows):
+            centred = rows - torch.mean(rows, 0, out=mean)
+            torch.addmm(covariance, centred.T, centred, beta=0, alpha=1 / len(rows), out=covariance)
+    return counts, means, covariances
+
+
+def _covariance_core(f, rows, valid, counts):
+    members = f[rows] * valid[:, :, None]
+    means = members.sum(1) / counts[:, None]
+    centred = (members - means[:, None]) * valid[:, :, None]
+    return means, centred.mT @ centred / counts[:, None, None]
+
+
+def _covariance_padded(core, features, labels, num_classes):
+    """All classes at once, padded to the largest one."""
+    f, counts = features.float(), labels.bincount(minlength=num_classes)
+    order = labels.argsort(stable=True)
+    place = torch.arange(len(f), device=f.device) - (counts.cumsum(0) - counts)[labels[order]]
+    rows = order.new_zeros(num_classes, int(counts.max()))
+    valid = torch.zeros_like(rows, dtype=torch.bool)
+    rows[labels[order], place], valid[labels[order], place] = order, True
+    return counts, *core(f, rows, valid, counts.clamp_min(1))
+
+
 def _autograd(loss, features, labels, *args):
     leaf = features.detach().requires_grad_()
     with torch.enable_grad():
@@ -247,6 +277,11 @@ PATHS = {
         "closed form": _mi_ue(_nt_xent_in_place, _distance_per_class),
         "closed form and cdist": _mi_ue(_nt_xent_backward_form, _distance_autograd),
         "closed form, compiled": _mi_ue(_lazy(_nt_xent_backward_form), _distance_padded),
+    },
+    "class_covariance": {
+        "product per class": _covariance_per_class,
+        "padded classes": functools.partial(_covariance_padded, _covariance_core),
+        "padded classes, compiled": functools.partial(_covariance_padded, _lazy(_covariance_core)),
     },
     "projected_step": {"in place": _step, "compiled": _lazy(_step)},
     "projected_step_": {"in place": _step_in_store, "compiled": _lazy(_step_in_store)},

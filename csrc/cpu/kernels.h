@@ -23,6 +23,15 @@ struct NtXentJob {
     T* similarity;  // kept: [panel][row][row in panel]
 };
 
+// Some classes of a class_covariance call: rows [begin, begin + rows) of the batch sorted by class.
+template <class T>
+struct CovarianceJob {
+    const ClassCovarianceArgs* args;
+    const int64_t *starts, *order;  // class k is rows order[starts[k]] to order[starts[k + 1] - 1]
+    int64_t begin, rows;
+    T* centred;  // [d panel][row - begin][d in panel]
+};
+
 template <class T>
 struct LossKernels {
     int64_t panel;
@@ -45,6 +54,11 @@ struct LossKernels {
                  T* grad);
     // out = addend + weight * values, rounded to `dtype`; addend may be null.
     void (*finish)(void* out, DType dtype, const T* values, const T* addend, T weight, int64_t n);
+
+    // Mean of panel p of class k, and its rows less that mean.
+    void (*centre)(const CovarianceJob<T>&, int64_t k, int64_t p);
+    // Covariance of panels p <= q of class k, stored at both places of the symmetric matrix.
+    void (*covariance)(const CovarianceJob<T>&, int64_t k, int64_t p, int64_t q);
 };
 
 struct Kernels {

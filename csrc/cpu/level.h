@@ -11,12 +11,14 @@ namespace MIUE_LEVEL {
 #include "gemm.h"
 #include "pointwise.h"
 #include "similarity.h"
+#include "covariance.h"
 //
 #include "epilogue.h"
 
 template <class T>
 constexpr LossKernels<T> loss_table() {
-    return {NR<T>, pack<T>, similarity<T>, sums<T>, gradient<T>, BLOCK, convert<T>, distances<T>, sum<T>, pull<T>, finish<T>};
+    return {NR<T>, pack<T>, similarity<T>, sums<T>, gradient<T>, BLOCK, convert<T>, distances<T>, sum<T>, pull<T>, finish<T>,
+            centre<T>, covariance<T>};
 }
 }  // namespace MIUE_LEVEL
 

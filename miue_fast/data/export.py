@@ -1,6 +1,7 @@
-"""Poisoned images out: a folder of the same tree and names, poison.pt, npz."""
+"""Poisoned images out: a folder of the same tree and names, poison.pt, npz, pickle."""
 
 import os
+import pickle
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -12,7 +13,8 @@ from PIL import Image
 from .._checks import describe, fail
 from .atomic import check_writable, sweep, write_file
 from .images import UnreadableError, quiet_decoding, read_image
-from .poison import CHUNK, ROUNDINGS, apply_poison, budget, check_delta
+from .interop import PICKLES
+from .poison import CHUNK, ROUNDINGS, apply_poison, budget, check_delta, quantise
 from .tree import target_names
 
 # Pillow's save options.
@@ -82,10 +84,13 @@ def export_folder(dataset, delta, out, *, eps, image_format="png", allow_lossy=F
 
 
 def export_pt(dataset, delta, path, *, overwrite=False):
-    """Writes `delta` as one bare fp32 tensor [N, C, H, W], [0, 1] scale, order = data-set index: poison.pt for other tools."""
+    """Writes `delta` as one bare fp32 tensor [N, C, H, W], [0, 1] scale, order = data-set index: poison.pt for other tools.
+
+    Float on [0, 1], not rounded: whoever applies it rounds (here to nearest).
+    """
     _check(dataset, delta, 1, "nearest")
     bare = delta.detach().cpu().float().clone(memory_format=torch.contiguous_format)
-    write_file(_new_file(path, ".pt", overwrite), lambda file: torch.save(bare, file))
+    write_file(_new_file(path, (".pt",), overwrite), lambda file: torch.save(bare, file))
 
 
 def export_npz(dataset, delta, path, *, eps, rounding="nearest", overwrite=False):
@@ -97,7 +102,25 @@ def export_npz(dataset, delta, path, *, eps, rounding="nearest", overwrite=False
         "classes": np.array(dataset.classes, dtype=np.str_),
         "names": np.array(dataset.names, dtype=np.str_),
     }
-    write_file(_new_file(path, ".npz", overwrite), lambda file: np.savez_compressed(file, **content))
+    write_file(_new_file(path, (".npz",), overwrite), lambda file: np.savez_compressed(file, **content))
+
+
+def export_pickle(dataset, delta, path, *, eps, layout="nhwc", overwrite=False):
+    """Writes the perturbation as one pickled numpy int8 array, order = data-set index: levels of 1/255, exact.
+
+    The levels are `quantise(delta, eps)`, so delta is rounded to nearest and clamped to eps once, here; `load_poison` and `apply_poison`
+    then give the same images as the other exports. eps: at most 127/255. layout: "nhwc" ([N, H, W, C]) or "nchw".
+    path: ends in .pkl or .pickle. Protocol 4; the same input gives the same bytes (with the same numpy). Errors: ValueError, OSError.
+    """
+    _check(dataset, delta, eps, "nearest")
+    if budget(eps) > 127:
+        fail("export", "eps", "at most 127/255, int8 levels (a bare perturbation needs its budget: --eps)", eps)
+    if layout not in ("nhwc", "nchw"):
+        fail("export", "layout", "'nhwc' or 'nchw'", repr(layout))
+    path = _new_file(path, PICKLES, overwrite)
+    levels = quantise(delta, eps).to(torch.int8)
+    content = (levels.permute(0, 2, 3, 1) if layout == "nhwc" else levels).numpy()
+    write_file(path, lambda file: pickle.dump(content, file, protocol=4))
 
 
 def _check(dataset, delta, eps, rounding):
@@ -109,10 +132,10 @@ def _check(dataset, delta, eps, rounding):
         fail("export", "rounding", " or ".join(map(repr, ROUNDINGS)), repr(rounding))
 
 
-def _new_file(path, suffix, overwrite):
+def _new_file(path, suffixes, overwrite):
     path = Path(path)
-    if path.suffix != suffix:
-        fail("export", "path", f"a file name ending in {suffix}", str(path))
+    if path.suffix not in suffixes:
+        fail("export", "path", f"a file name ending in {' or '.join(suffixes)}", str(path))
     check_writable(path.parent)
     if path.exists() and not overwrite:
         fail("export", "path", "a new file (or overwrite=True)", f"{path}, which exists")

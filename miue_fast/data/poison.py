@@ -15,6 +15,7 @@ import torch
 from .._checks import describe, fail
 from .atomic import check_writable, write_files
 from .images import one_line
+from .interop import PICKLES, channels_first, read_pickle
 from .sources import NPZ_ERRORS
 
 FORMAT = "miue_fast poison 1"
@@ -22,6 +23,8 @@ TENSOR_FILE, MANIFEST_FILE = "poison.safetensors", "manifest.json"
 STORES = {torch.float32: "float32", torch.float16: "float16", torch.int8: "int8"}
 KINDS = {"store": str, "shape": list, "eps": (int, float), "fingerprint": str, "options": dict, "files": dict}
 ROUNDINGS = ("nearest", "truncate")
+BARE = (".pt", ".pth", ".npz", *PICKLES)
+FILES = "a poison folder, .safetensors, .pt, .pth, .npz, .pkl or .pickle file"
 CHUNK = 4096  # images at a time: bounds the temporaries
 PT_ERRORS = (*NPZ_ERRORS, pickle.UnpicklingError)
 
@@ -151,8 +154,10 @@ def _read_manifest(path):
 def load_poison(path, dataset=None):
     """(delta fp32 [N, C, H, W], manifest or None).
 
-    path: the folder of `save_poison` or its poison.safetensors; poison.pt / perturbation.pt (one bare float tensor on the [0, 1] scale,
-    read with weights_only=True); an .npz with `delta`. Bare files may hold [classes, C, H, W], expanded by label if `dataset` is given.
+    path: the folder of `save_poison` or its poison.safetensors; poison.pt / perturbation.pt (one bare float tensor, read with
+    weights_only=True) or an .npz with `delta`: float on [0, 1], rounded to nearest at application; .pkl / .pickle as `read_pickle`
+    takes it: integers are levels of 1/255, exact. Channels may come last where that is unambiguous (last side 1 or 3, second one not).
+    Bare files may hold [classes, C, H, W], expanded by label if `dataset` is given.
     Checked: sha256 of both files of a store (zip checksums of .pt and .npz), format, shape, range and, with `dataset`, the fingerprint
     (bare files carry none). ValueError: one line that says which of them failed.
     """
@@ -160,13 +165,28 @@ def load_poison(path, dataset=None):
     if path.is_dir():
         path = path / TENSOR_FILE
     if not path.is_file():
-        fail("poison", "path", "a poison folder, .safetensors, .pt, .pth or .npz file", f"{path} (no such file)")
+        fail("poison", "path", FILES, f"{path} (no such file)")
     if path.suffix == ".safetensors":
         return _load_store(path, dataset)
-    if path.suffix in (".pt", ".pth", ".npz"):
-        delta = _load_bare(path)
+    if path.suffix in BARE:
+        names = None if dataset is None else dataset.names
+        delta = read_pickle(path, names) if path.suffix in PICKLES else channels_first(_load_bare(path))
+        check_delta(delta)
+        delta = delta.detach().float().contiguous()
         return (delta if dataset is None else _expand(delta, dataset)), None
-    fail("poison", "path", "a poison folder, .safetensors, .pt, .pth or .npz file", str(path))
+    fail("poison", "path", FILES, str(path))
+
+
+def is_poison(path):
+    """True for a file or folder that holds perturbations, as `load_poison` reads them, and not images. A damaged archive does not."""
+    path = Path(path)
+    if path.suffix == ".npz":
+        try:
+            with zipfile.ZipFile(path) as archive:
+                return "delta.npy" in archive.namelist()
+        except NPZ_ERRORS:
+            return False
+    return path.suffix in (".safetensors", *BARE) or (path / TENSOR_FILE).is_file()
 
 
 def _load_store(path, dataset):
@@ -213,8 +233,7 @@ def _load_bare(path):
             delta = torch.load(path, map_location="cpu", weights_only=True)
     except PT_ERRORS as error:
         raise ValueError(f"poison: {path}: expected one bare tensor, got a damaged or foreign file ({one_line(error)})") from error
-    check_delta(delta)
-    return delta.detach().float().contiguous()
+    return delta
 
 
 def _expand(delta, dataset):

@@ -13,7 +13,7 @@ from . import cifar
 from .dataset import Dataset
 from .export import tree_paths
 from .images import UnreadableError, quiet_decoding, read_image
-from .poison import TENSOR_FILE, apply_poison, budget, load_poison
+from .poison import apply_poison, budget, is_poison, load_poison
 from .sources import load
 from .tree import first_per_class, list_tree, target_names
 
@@ -44,7 +44,7 @@ def verify(clean, out, *, eps, per_class=None):
 
     Args:
         clean: a Dataset, or what `load` takes. out: an exported folder, an .npz or (images, labels) of poisoned images, or a poison
-            (folder with poison.safetensors, .pt), whose own values are then held against eps.
+            (whatever `load_poison` reads), whose own values are then held against eps.
         per_class: as in `load`, where `clean` is not a Dataset.
 
     Returns a Report; `ok` is False if anything is missing, too many, changed in size or mode, or over the budget.
@@ -53,7 +53,7 @@ def verify(clean, out, *, eps, per_class=None):
     report = Report()
     levels = budget(eps)
     path = Path(out) if isinstance(out, (str, os.PathLike)) else None
-    if path is not None and (path.suffix in (".pt", ".pth", ".safetensors") or (path / TENSOR_FILE).is_file()):
+    if path is not None and is_poison(path):
         delta, manifest = load_poison(path)
         _verify_poison(report, _dataset(clean, per_class, delta.shape), delta, manifest, eps)
     elif path is not None and path.is_dir() and cifar.find(path) is None:

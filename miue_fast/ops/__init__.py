@@ -1,5 +1,6 @@
 """The public ops. Importing this package registers them all."""
 
+from .class_covariance import class_covariance
 from .conv_epilogue import conv_epilogue_, conv_grad_epilogue_
 from .convolution import conv_forward, conv_input_grad, conv_input_grad_step_
 from .intra_class_distance import intra_class_distance, l2sim
@@ -9,6 +10,7 @@ from .perturbed_input import perturbed_input
 from .projected_step import projected_step, projected_step_
 
 __all__ = [
+    "class_covariance",
     "conv_epilogue_",
     "conv_forward",
     "conv_grad_epilogue_",

@@ -72,6 +72,17 @@ void losses(int64_t B, int64_t D, int classes, DType t) {
     });
 }
 
+void covariances(int64_t B, int64_t D, int classes, DType t) {
+    const auto features = numbers(B * D, t, 0, 1);
+    const auto labels = labels_of(B, classes + 1);  // some are -1: of no class
+    const int64_t K = classes, matrices = K * D * D * 4, means = K * D * 4;
+    twice("class_covariance", 8 * K + matrices + means, [&](char* out) {
+        std::vector<int64_t> space(class_covariance_workspace_cuda(B, D, t, K) / 8 + 1, -1);
+        class_covariance_cuda({features.data(), t, D, labels.data(), B, D, K, reinterpret_cast<int64_t*>(out), out + 8 * K,
+                               out + 8 * K + means, space.data()}, nullptr);
+    });
+}
+
 void pixels(int64_t H, int64_t W, DType store, DType image, DType grad, bool channels_last) {
     const int64_t N = 5, B = 3, C = 3, plane = H * W, count = C * plane;
     const auto images = numbers(N * count, image, 0, image == DType::u8 ? 256 : 1), deltas = numbers(N * count, store, -0.03f, 0.03f);
@@ -123,6 +134,8 @@ void epilogues(int64_t rows, int64_t channels, DType t) {
 int main() {
     losses(70, 40, 9, DType::f32);
     losses(130, 65, 30, DType::bf16);
+    covariances(70, 40, 9, DType::f32);
+    covariances(150, 70, 3, DType::bf16);  // two tiles each way
     pixels(8, 8, DType::f16, DType::u8, DType::bf16, true);
     pixels(40, 40, DType::i8, DType::u8, DType::f32, true);  // two tiles
     pixels(16, 8, DType::f32, DType::f32, DType::f32, false);

@@ -1,0 +1,101 @@
+"""Count, mean and covariance of every class: what the analysis of features sums over a whole data set."""
+
+import torch
+
+from .. import _checks, _native, _triton
+from .._registry import DOUBLES, FLOATS, LIB, Impl, define
+from ..reference.class_covariance import class_covariance as _reference
+
+OP = "class_covariance"
+
+
+def _samples(device, dtype):
+    """One row to several tiles, a class longer than a chain of sums; empty, lone, equal and collapsed classes far from zero; strides."""
+    gen = torch.Generator().manual_seed(7)
+
+    def make(batch, width, classes, *, spread=1.0, shift=0.0, num_classes=None):
+        labels = torch.randint(classes, (batch,), generator=gen)
+        centres = torch.randn(classes, width, generator=gen) + shift
+        features = centres[labels] + spread * torch.randn(batch, width, generator=gen)
+        return features.to(dtype).to(device), labels.to(device), num_classes or classes
+
+    yield make(2, 1, 2)
+    yield make(1, 5, 1)
+    yield make(7, 3, 2, num_classes=5)
+    yield make(33, 17, 4)
+    yield make(40, 36, 3, spread=0.02, shift=100)  # collapsed: the one-pass form has no digit left
+    yield make(20, 6, 2, spread=2e-5, shift=100)  # ... and in float32 the rounding of the mean is as large as the spread
+    features, labels, classes = make(24, 16, 3)
+    features[labels == 1] = features[0].clone()  # no variance at all
+    yield features, labels, classes
+    yield features, torch.where(labels == 2, 7, labels), 8
+    wide, labels, classes = make(20, 32, 3)
+    yield wide[:, ::2], labels, classes
+    yield wide[::2, :9], labels[::2].contiguous(), classes
+    yield make(600, 5, 2)
+    yield make(130, 70, 7)
+
+
+def _checked(fn):
+    """`fn` after a look at the labels, inside the op: torch.compile traces no value."""
+
+    def call(features, labels, num_classes):
+        if labels.numel():
+            low, high = torch.stack(labels.aminmax()).tolist()
+            if low < 0 or high >= num_classes:
+                _checks.fail(OP, "labels", f"values from 0 to {num_classes - 1}", f"{low} to {high}")
+        return fn(features, labels, num_classes)
+
+    return call
+
+
+def _fake(features, labels, num_classes, backend):
+    wide = torch.float64 if features.dtype == torch.float64 else torch.float32
+    width = features.shape[1]
+    sizes = (num_classes, width), (num_classes, width, width)
+    return labels.new_empty(num_classes), *(features.new_empty(size, dtype=wide) for size in sizes)
+
+
+def _no_derivative(ctx, *grads):
+    raise RuntimeError(f"{OP}: not differentiable")
+
+
+define(
+    f"{OP}(Tensor features, Tensor labels, int num_classes, str backend) -> (Tensor, Tensor, Tensor)",
+    reference=_checked(_reference),
+    fake=_fake,
+    samples=_samples,
+    dtypes=DOUBLES,
+    impls=[
+        Impl("triton", _checked(_triton.lazy(OP)), _triton.DEVICES, FLOATS, _triton.missing),
+        Impl("cuda", _checked(_native.class_covariance), frozenset({"cuda"}), FLOATS, _native.cuda_missing),
+        Impl("cpu", _checked(_native.class_covariance), frozenset({"cpu"}), DOUBLES, _native.cpu_missing),
+    ],
+)
+torch.library.register_autograd(f"miue_fast::{OP}", _no_derivative, lib=LIB)
+
+
+def class_covariance(features, labels, num_classes=None, *, backend="auto"):
+    """Count, mean and covariance of the features of every class.
+
+    C_k = 1/n_k sum_{i: y_i = k} (f_i - m_k) (f_i - m_k)^T with the class mean m_k, in two passes: sums of squares less squared means
+    cancel where classes have collapsed, which is where MI-UE ends. Means are summed in float64, products in float32 (float64 for float64).
+
+    Args:
+        features: [B, D] float32, float16, bfloat16 (float64 on the CPU), any strides.
+        labels: [B], any integer dtype, values from 0 to num_classes - 1.
+        num_classes: K, or None for the largest label + 1.
+        backend: "auto", "triton", "cuda", "cpu" or "reference".
+
+    Returns: counts int64 [K], means [K, D] and covariances [K, D, D], float32 (float64 for float64). An empty class has 0 everywhere; NaN
+    features give NaN in their class. A covariance is symmetric to the bit, and 0 where all rows of a class are equal.
+    Memory: K * D^2 values of result; on the CPU O(B * D) besides. Deterministic: the same bits on one machine for any thread count.
+    Not differentiable: a backward raises RuntimeError. On a GPU the check of the labels waits for the device.
+    Errors: ValueError (shape, dtype, device, values of the labels), BackendError (the backend cannot serve this here).
+    """
+    labels = _checks.features_and_labels(OP, features, labels)
+    if num_classes is None:
+        num_classes = int(labels.max()) + 1 if len(labels) else 0
+    if isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 0:
+        _checks.fail(OP, "num_classes", "a whole number from 0, or None", repr(num_classes))
+    return torch.ops.miue_fast.class_covariance(features, labels, num_classes, backend)

@@ -1,0 +1,70 @@
+"""The cells of a report, and what is computed from them: means, spreads, gaps."""
+
+import statistics
+
+
+class Cells:
+    """The cells of a report, by poison, victim and defence."""
+
+    def __init__(self, report):
+        self.report, self.order = report, report["order"]
+        self.found = {}
+        for cell in report["cells"]:
+            self.found.setdefault((cell["poison"], cell["victim"], cell["defence"]), []).append(cell)
+        self.victims = [name for name in report["setting"]["victims"] if any(key[1] == name for key in self.found)]
+        self.main = self.victims[0] if self.victims else None
+
+    def values(self, poison, victim, defence, what="test"):
+        """Percent, one number per seed; empty where there is none."""
+        return [100 * cell[what] for cell in self.found.get((poison, victim, defence), []) if cell[what] is not None]
+
+    def mean(self, *where):
+        values = self.values(*where)
+        return statistics.fmean(values) if values else None
+
+    def defences(self, victim):
+        return list(dict.fromkeys(key[2] for key in self.found if key[1] == victim))
+
+    def jpeg_qualities(self):
+        """Of the main victim's cells, best first."""
+        return sorted((int(name.split("=")[1]) for name in self.defences(self.main) if name.startswith("jpeg:")), reverse=True)
+
+    def analyses(self, poison, victim):
+        """The analysis of the feature layer, one per seed."""
+        cells = self.found.get((poison, victim, "none"), [])
+        return [cell["analysis"]["layers"][-1] for cell in cells if "analysis" in cell]
+
+    def analysed(self, victim, estimator):
+        """{poison: mean sliced MI over the seeds}"""
+        means = {p: [row["mutual_information"][estimator]["value"] for row in self.analyses(p, victim)] for p in self.order}
+        return {poison: statistics.fmean(values) for poison, values in means.items() if values}
+
+
+def spread(values, digits=1):
+    """Mean +- sample standard deviation over the seeds (smallest to largest); one number alone for one seed."""
+    if not values:
+        return ""
+    if len(values) == 1:
+        return f"{values[0]:.{digits}f}"
+    return (f"{statistics.fmean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f} "
+            f"({min(values):.{digits}f} to {max(values):.{digits}f})")  # fmt: skip
+
+
+def losses(cells, ours="mi-ue"):
+    """[(victim, defence, best poison, its mean, ours)] wherever another poison leaves a lower clean-test accuracy than `ours`."""
+    found = []
+    for victim in cells.victims:
+        for name in cells.defences(victim):
+            means = {poison: cells.mean(poison, victim, name) for poison in cells.order if poison != "clean"}
+            means = {poison: value for poison, value in means.items() if value is not None}
+            if ours in means and (best := min(means, key=means.get)) != ours and means[best] < means[ours]:
+                found.append((victim, name, best, means[best], means[ours]))
+    return found
+
+
+def gaps(cells, victim, values):
+    """{poison: (clean MI - its MI, clean accuracy - its accuracy)}"""
+    clean = cells.mean("clean", victim, "none")
+    if "clean" not in values or clean is None:
+        return {}
+    return {p: (values["clean"] - mi, clean - cells.mean(p, victim, "none")) for p, mi in values.items() if p != "clean"}

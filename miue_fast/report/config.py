@@ -1,0 +1,192 @@
+"""The configuration of a report: a JSON file, checked as a whole before anything is trained."""
+
+import json
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+from .. import _checks, models
+from ..analyse import ESTIMATORS
+from ..evaluate.defences import defence
+from ..evaluate.victims import recipe
+from ..generate import PRESETS
+from ..generate.options import choose
+from .paper import PAPER
+
+CLEAN = "clean"  # the row of the images as they are; always there
+_GENERATE = ("preset", "model", "feature")  # what `generate` takes beside its options
+RECIPE = ("epochs", "lr", "batch", "crop")
+_VICTIM = (*RECIPE, "model", "pretrain")
+_PRETRAIN = {"per_class": None, "epochs": None}
+_RUN = {"poisons": None, "victims": None, "defences": ["none"], "seeds": [0]}
+_ANALYSIS = {"victims": [], "seeds": [0], "estimators": ["histogram"], "slices": 200, "points": 2000, "layers": None}
+
+
+@dataclass(frozen=True)
+class Config:
+    """What is poisoned how, and who is trained on it. See docs/report.md for the file; `read` makes one.
+
+    data, test: what `data.load` takes. poisons: name -> options of `generate`, {"path": a poison or poisoned folder} or {"of": another
+    poison, "ratio": the share of its images that keep it}. victims: name -> recipe. runs: blocks of cells, each the product of its
+    poisons, victims, defences and seeds. analysis: which victims' features are analysed, and how.
+    paper: a table of `paper.py` whose numbers are printed beside ours, or None.
+    """
+
+    name: str
+    data: str
+    test: str
+    poisons: dict
+    runs: list
+    victims: dict
+    size: int | None = None
+    per_class: int | None = None
+    test_per_class: int | None = None
+    generation: dict = field(default_factory=dict)
+    analysis: dict = field(default_factory=dict)
+    paper: str | None = None
+
+    def cells(self):
+        """(poison, victim, defence, seed), each once, in the order of the blocks."""
+        found = {}
+        for run in self.runs:
+            for defended in run["defences"]:
+                for poison in [CLEAN, *self.poisons] if run["poisons"] is None else run["poisons"]:
+                    for victim in run["victims"] or self.victims:
+                        found.update({(poison, victim, defence(defended).spec, seed): None for seed in run["seeds"]})
+        return list(found)
+
+    def analysed(self, victim, defended, seed):
+        return defended == "none" and victim in self.analysis["victims"] and seed in self.analysis["seeds"]
+
+
+def load(path):
+    """The content of a report.json, or None if the file is something else."""
+    content = _json(path)
+    return content if isinstance(content, dict) and str(content.get("format", "")).startswith("miue_fast report") else None
+
+
+def _json(path):
+    try:
+        return json.loads(Path(path).read_text())
+    except ValueError as error:
+        raise ValueError(f"report: {path}: expected a JSON file, got: {str(error).splitlines()[0]}") from None
+
+
+def read(path, **changes):
+    """The Config in a JSON file; `changes` (data, test) replace its entries. ValueError: one line that says what is wrong."""
+    content = _json(path)
+    if isinstance(content, dict):
+        content = {**content, **{name: str(value) for name, value in changes.items() if value is not None}}
+    return check(content)
+
+
+def check(content):
+    """A Config from a dict, with the defaults filled in. Errors: ValueError."""
+    names = {entry.name for entry in fields(Config)}
+    _only("the file", content, names)
+    missing = [name for name in ("name", "data", "test", "poisons", "runs", "victims") if name not in content]
+    if missing:
+        _checks.fail("report", "configuration", "the keys name, data, test, poisons, runs and victims", f"none of {', '.join(missing)}")
+    content = {**content, "analysis": {**_ANALYSIS, **_only("analysis", content.get("analysis", {}), _ANALYSIS)}}
+    for key, kind in {"name": str, "data": str, "test": str, "poisons": dict, "runs": list, "victims": dict, "generation": dict}.items():
+        if not isinstance(content.get(key, kind()), kind):
+            _checks.fail("report", key, f"a {kind.__name__}", repr(content[key]))
+    for key in ("size", "per_class", "test_per_class"):
+        if content.get(key) is not None and (not isinstance(content[key], int) or content[key] < 1):
+            _checks.fail("report", key, "a whole number >= 1", repr(content[key]))
+    for name, options in content["poisons"].items():
+        _poison(name, options, content)
+    for name, options in content["victims"].items():
+        _victim(name, options, content.get("per_class"))
+    content["runs"] = [_run(k, block, content) for k, block in enumerate(content["runs"])]
+    _analysis(content)
+    if content.get("paper") not in (None, *PAPER):
+        _checks.fail("report", "paper", f"null or one of {', '.join(PAPER)}", repr(content["paper"]))
+    return Config(**content)
+
+
+def _only(where, given, known):
+    if not isinstance(given, dict):
+        _checks.fail("report", where, "an object", type(given).__name__)
+    for name in given:
+        if name not in known:
+            _checks.fail("report", where, f"the keys {', '.join(sorted(known))}", repr(name))
+    return given
+
+
+def _name(where, name):
+    if not name or not all(letter.isalnum() or letter in "-_." for letter in name) or name.startswith("."):
+        _checks.fail("report", where, "names of letters, digits, - _ .", repr(name))
+
+
+def _poison(name, options, content):
+    _name("poisons", name)
+    if name == CLEAN:
+        _checks.fail("report", "poisons", f"other names than {CLEAN!r}", repr(name))
+    where, poisons = f"poisons.{name}", content["poisons"]
+    if "path" in _only(where, options, options):
+        _only(where, options, ("path",))
+    elif "of" in options:
+        _only(where, options, ("of", "ratio"))
+        if options["of"] not in poisons or "of" in poisons[options["of"]]:
+            whole = [key for key, entry in poisons.items() if "of" not in entry]
+            _checks.fail("report", f"{where}.of", f"one of {', '.join(whole)}", repr(options["of"]))
+        if not isinstance(options.get("ratio"), int | float) or not 0 < options["ratio"] < 1:
+            _checks.fail("report", f"{where}.ratio", "a number between 0 and 1", repr(options.get("ratio")))
+    else:
+        split({**content.get("generation", {}), **options})
+
+
+def _victim(name, options, per_class):
+    _name("victims", name)
+    _only(f"victims.{name}", options, _VICTIM)
+    recipe(options.get("model", name), *(options.get(key) for key in RECIPE))
+    if "pretrain" not in options:
+        return
+    where = f"victims.{name}.pretrain"
+    for key, value in {**_PRETRAIN, **_only(where, options["pretrain"], _PRETRAIN)}.items():
+        if type(value) is not int or value < 1:
+            _checks.fail("report", f"{where}.{key}", "a whole number >= 1", repr(value))
+    if per_class is None:
+        _checks.fail("report", where, "per_class: the images after the first ones of each class are disjoint from them", "no per_class")
+
+
+def split(options):
+    """(arguments of generate, Options) of one poison's entry. Errors: ValueError."""
+    arguments = {name: options[name] for name in _GENERATE if name in options}
+    rest = {name: value for name, value in options.items() if name not in _GENERATE}
+    if arguments.get("model", models.NAMES[0]) not in models.NAMES:
+        _checks.fail("report", "model", f"one of {', '.join(models.NAMES)}", repr(arguments["model"]))
+    return arguments, choose(arguments.get("preset", next(iter(PRESETS))), rest)
+
+
+def _run(number, block, content):
+    where = f"runs[{number}]"
+    block = {**_RUN, **_only(where, block, _RUN)}
+    for key, known in (("poisons", [CLEAN, *content["poisons"]]), ("victims", content["victims"])):
+        if block[key] is not None and (not isinstance(block[key], list) or not set(block[key]) <= set(known)):
+            _checks.fail("report", f"{where}.{key}", f"a list of {', '.join(known)}", repr(block[key]))
+    _seeds(f"{where}.seeds", block["seeds"])
+    if not isinstance(block["defences"], list) or not block["defences"]:
+        _checks.fail("report", f"{where}.defences", "a list of defences", repr(block["defences"]))
+    for text in block["defences"]:
+        defence(text)
+    return block
+
+
+def _seeds(where, seeds):
+    if not isinstance(seeds, list) or not seeds or not all(type(seed) is int and seed >= 0 for seed in seeds):
+        _checks.fail("report", where, "a list of whole numbers >= 0", repr(seeds))
+
+
+def _analysis(content):
+    analysis = content["analysis"]
+    for key, known in (("victims", content["victims"]), ("estimators", ESTIMATORS)):
+        if not isinstance(analysis[key], list) or not set(analysis[key]) <= set(known):
+            _checks.fail("report", f"analysis.{key}", f"a list of {', '.join(known)}", repr(analysis[key]))
+    _seeds("analysis.seeds", analysis["seeds"])
+    for key, least in (("slices", 2), ("points", 20)):
+        if type(analysis[key]) is not int or analysis[key] < least:
+            _checks.fail("report", f"analysis.{key}", f"a whole number >= {least}", repr(analysis[key]))
+    if analysis["layers"] is not None and analysis["layers"] not in analysis["victims"]:
+        _checks.fail("report", "analysis.layers", f"null or one of analysis.victims ({', '.join(analysis['victims'])})",
+                     repr(analysis["layers"]))  # fmt: skip

@@ -1,0 +1,248 @@
+"""From the collected cells to what the report says: headings, sentences, tables and figures, in order; no layout."""
+
+import itertools
+import statistics
+
+from ..analyse import spearman
+from ..evaluate.defences import NAMES
+from .cells import Cells, gaps, losses, spread
+from .paper import ORDER, PAPER, differences
+
+TEXT, TABLE, FIGURE = "text", "table", "figure"
+
+
+def sections(report):
+    """[(heading, [(kind, ...)])]: ("text", str), ("table", header, rows) or ("figure", name)."""
+    cells = Cells(report)
+    parts = [_setting(report, cells), _standard(report, cells), _defences(report, cells), _jpeg(cells), _losses(cells),
+             _information(report, cells), _depth(cells), _layers(cells), _noise(report), _pictures(), _cost(report, cells)]  # fmt: skip
+    return [part for part in parts if part]
+
+
+def _setting(report, cells):
+    s = report["setting"]
+    seeds = sorted({cell["seed"] for cell in report["cells"]})
+    side = " x ".join(map(str, s["image"]))
+    lines = [
+        f"{s['train_images']:,} training and {s['test_images']:,} clean test images of {report['classes']} classes, {side}; "
+        f"{len(report['cells'])} trained victims; seeds {', '.join(map(str, seeds))}. Accuracies in percent, mean ± standard deviation "
+        "over the seeds (smallest to largest). Lower is the better poison."
+    ]
+    machines = sorted({f"{c['device']} ({c['cpu_level']}), {c['threads']} thread{'s' * (c['threads'] > 1)} per run, torch {c['torch']}"
+                       for c in (*report["cells"], *report["poisons"])})  # fmt: skip
+    lines.append("Measured on: " + "; ".join(machines) + ".")
+    if report["paper"]:
+        other = differences(PAPER[report["paper"]], report)
+        lines.append(f"Paper: {PAPER[report['paper']]['setting']}. " + (
+            f"Not the setting of this report ({'; '.join(other)}), so its numbers stand beside ours for orientation only." if other
+            else "This report repeats that setting."))  # fmt: skip
+    rows = [[entry["name"], ", ".join(f"{k} {v}" for k, v in entry["options"].items()) or "made elsewhere"] for entry in report["poisons"]]
+    victims = [
+        [name, ", ".join(f"{k} {v}" for k, v in options.items()) or "the victim's own recipe"] for name, options in s["victims"].items()
+    ]
+    tables = [(TABLE, ["poison", "options (else the preset's)"], rows), (TABLE, ["victim", "recipe"], victims)]
+    return "Setting", [*((TEXT, line) for line in lines), *tables]
+
+
+def _listed(options):
+    return ", ".join(f"{name} {value}" for name, value in options.items())
+
+
+def _standard(report, cells):
+    paper = PAPER[report["paper"]]["standard"] if report["paper"] else {}
+    head = ["trained on", *(f"{victim}: clean test" for victim in cells.victims), *([f"{cells.main}: own images"] if cells.main else [])]
+    rows = []
+    for poison in cells.order:
+        row = [poison, *(spread(cells.values(poison, victim, "none")) for victim in cells.victims),
+               spread(cells.values(poison, cells.main, "none", "train"))]  # fmt: skip
+        rows.append(row + ([f"{paper[poison]:.2f}" if poison in paper else ""] if paper else []))
+    return "Standard training", [(TABLE, head + (["paper (ResNet-18)"] if paper else []), rows)]
+
+
+def _defences(report, cells):
+    blocks = []
+    for victim in cells.victims:
+        names = [name for name in cells.defences(victim) if name != "none" and not name.startswith("jpeg")]
+        if not names:
+            continue
+        rows = []
+        for name in sorted(names, key=lambda text: list(NAMES).index(text.split(":")[0])):
+            rows.append([name, *(spread(cells.values(poison, victim, name)) for poison in cells.order)])
+            if any(cells.values(poison, victim, name, "robust") for poison in cells.order):
+                rows.append([f"{name}: robust accuracy", *(spread(cells.values(poison, victim, name, "robust")) for poison in cells.order)])
+        blocks += [(TEXT, f"Victim {victim}, clean test accuracy by training set:"), (TABLE, ["defence", *cells.order], rows)]
+    if not blocks:
+        return None
+    known = PAPER[report["paper"]]["adversarial"] if report["paper"] else {}
+    if any(name.startswith("adversarial") for victim in cells.victims for name in cells.defences(victim)) and known:
+        told = ", ".join(f"{eps}/255 {value:.2f}" for eps, value in known.items())
+        blocks.append((TEXT, f"Paper, adversarial training (PGD-10, ResNet-18) on MI-UE: {told}."))
+    return "Defences", blocks
+
+
+def _jpeg(cells):
+    qualities = cells.jpeg_qualities()
+    if not qualities:
+        return None
+    rows = [[str(q), *(spread(cells.values(poison, cells.main, f"jpeg:quality={q}")) for poison in cells.order)] for q in qualities]
+    rows.insert(0, ["none", *(spread(cells.values(poison, cells.main, "none")) for poison in cells.order)])
+    return "JPEG quality", [(TEXT, "The training images are compressed once before training; test images are not."),
+                            (TABLE, ["quality", *cells.order], rows), (FIGURE, "jpeg")]  # fmt: skip
+
+
+def _losses(cells):
+    if "mi-ue" not in cells.order:
+        return None
+    count = sum(bool(cells.values("mi-ue", victim, name)) for victim in cells.victims for name in cells.defences(victim))
+    found = losses(cells)
+    text = f"Of {count} victims and defences, another poison leaves a lower mean accuracy than MI-UE in {len(found)}."
+    rows = [[victim, name, best, f"{low:.1f}", f"{ours:.1f}"] for victim, name, best, low, ours in found]
+    table = [(TABLE, ["victim", "defence", "best poison", "its accuracy", "MI-UE"], rows)] if rows else []
+    return "Where MI-UE loses", [(TEXT, text), *table]
+
+
+def ordering(values, what):
+    """In words, whether the paper's order (clean > random > em > mi-ue) holds for `values` {poison: number}."""
+    known = [name for name in ORDER if name in values]
+    if len(known) < 2:
+        return f"{what}: too few of {', '.join(ORDER)} were analysed to speak of an order."
+    found = sorted(known, key=lambda name: -values[name])
+    told = " > ".join(f"{name} {values[name]:.4g}" for name in found)
+    if all(values[a] > values[b] for a, b in itertools.pairwise(known)):
+        return f"{what}: the paper's order ({' > '.join(known)}) holds here: {told}."
+    return f"{what}: the paper's order ({' > '.join(known)}) does **not** hold here: {told}."
+
+
+def _information(report, cells):
+    victims = [victim for victim in cells.victims if any(cells.analyses(poison, victim) for poison in cells.order)]
+    if not victims:
+        return None
+    victim, estimators = victims[0], report["setting"]["analysis"]["estimators"]
+    options = report["setting"]["analysis"]
+    rows = []
+    for poison in cells.order:
+        found = cells.analyses(poison, victim)
+        if found:
+            each = [spread([row["mutual_information"][name]["value"] for row in found], 4) for name in estimators]
+            other = [spread([row["poisoned"][what] for row in found if row["poisoned"][what] is not None], 3)
+                     for what in ("trace", "logdet", "effective_rank")]  # fmt: skip
+            rows.append([poison, *each, *other])
+    told = (
+        f"Sliced I(g(X); g(X')) in nats between features of the clean and of the poisoned training images, g the {victim} trained on that "
+        f"row's images, {options['slices']} slices with one direction for both, {options['points']:,} images at most. In the clean row "
+        "X' = X: its mutual information is infinite, and the number only says how fine the estimator looks. Covariance within a class, of "
+        "the poisoned images' features: trace, log-determinant after Ledoit-Wolf shrinkage, effective rank, means over the classes."
+    )
+    blocks = [(TEXT, told), (TABLE, ["trained on", *estimators, "trace", "log-determinant", "effective rank"], rows)]
+    for estimator in estimators:
+        values = cells.analysed(victim, estimator)
+        blocks.append((TEXT, ordering(values, f"Mutual information ({estimator})")))
+        blocks += [(TEXT, text) for text in [_correlation(cells, victim, values, estimator, report)] if text]
+    for what, name in (("trace", "Covariance (trace)"), ("logdet", "Covariance (log-determinant)")):
+        values = {p: [row["poisoned"][what] for row in cells.analyses(p, victim) if row["poisoned"][what] is not None] for p in cells.order}
+        blocks.append((TEXT, ordering({p: statistics.fmean(v) for p, v in values.items() if v}, name)))
+    if report["paper"]:
+        told = ", ".join(f"{name} {value}" for name, value in PAPER[report["paper"]]["mutual_information"].items())
+        blocks.append((TEXT, f"Paper (histogram estimator): {told}."))
+    return "Mutual information and covariance", [*blocks, (FIGURE, "gap"), (FIGURE, "scatter")]
+
+
+def _correlation(cells, victim, values, estimator, report):
+    pairs = gaps(cells, victim, values)
+    if len(pairs) < 3 or len({m for m, _ in pairs.values()}) < 2 or len({a for _, a in pairs.values()}) < 2:
+        return None
+    found = spearman([m for m, _ in pairs.values()], [a for _, a in pairs.values()])
+    text = (
+        f"MI gap ({estimator}) against accuracy gap over {len(pairs)} poisons: Spearman's rho {found.rho:.2f}, permutation p {found.p:.2f}"
+    )
+    return text + (f" (paper: {PAPER[report['paper']]['spearman']} over its poisons)." if report["paper"] else ".")
+
+
+def _depth(cells):
+    victims = [
+        victim
+        for victim in cells.victims
+        if len(cells.analyses("clean", victim)) and any(cells.analyses(p, victim) for p in cells.order[1:])
+    ]
+    if len(victims) < 2:
+        return None
+    estimator = next(iter(cells.analyses("clean", victims[0])[0]["mutual_information"]))
+    pairs = {victim: gaps(cells, victim, cells.analysed(victim, estimator)) for victim in victims}
+    poisons = [p for p in cells.order[1:] if any(p in pairs[victim] for victim in victims)]
+    rows = [
+        [victim, *(f"{pairs[victim][p][0]:.3f} / {pairs[victim][p][1]:.1f}" if p in pairs[victim] else "" for p in poisons)]
+        for victim in victims
+    ]
+    return "Depth", [
+        (TEXT, f"MI gap ({estimator}, nats) / accuracy gap (points) to the clean row, by kind of network:"),
+        (TABLE, ["victim", *poisons], rows),
+    ]
+
+
+def _layers(cells):
+    """Per layer of the first victim whose layers were analysed; the first seed."""
+    for victim in cells.victims:
+        chosen = {
+            p: next((c["analysis"]["layers"] for c in cells.found.get((p, victim, "none"), []) if "analysis" in c), []) for p in cells.order
+        }
+        if any(len(rows) > 1 for rows in chosen.values()):
+            break
+    else:
+        return None
+    layers = list(dict.fromkeys(row["layer"] for rows in chosen.values() for row in rows))
+    shown = [p for p in cells.order if chosen[p]]
+    estimator = next(iter(chosen[shown[0]][0]["mutual_information"]))
+    lookup = {(p, row["layer"]): row for p in shown for row in chosen[p]}
+    rows = [[layer, *(f"{lookup[p, layer]['mutual_information'][estimator]['value']:.3f} / {lookup[p, layer]['poisoned']['trace']:.3g}"
+                      if (p, layer) in lookup else "" for p in shown)] for layer in layers]  # fmt: skip
+    return "Layers", [
+        (TEXT, f"{victim}, first seed: sliced MI ({estimator}, nats) / trace of the class covariance, layer by layer."),
+        (TABLE, ["layer", *shown], rows),
+    ]
+
+
+def _noise(report):
+    rows = []
+    for entry in report["poisons"]:
+        noise, found = entry["noise"], entry["noise"]["separability"]
+        rows.append(
+            [
+                entry["name"],
+                f"{noise['linf']}/255",
+                f"{noise['l2']:.3f}",
+                f"{100 * found['train']:.1f}",
+                f"{100 * found['test']:.1f}",
+                f"{100 * found['chance']:.1f}",
+            ]
+        )
+    text = ("Linear separability: a linear classifier fitted to the perturbations alone, 70 % of each class; accuracy in percent on both "
+            "parts. L2: mean norm per image on the [0, 1] scale.")  # fmt: skip
+    return "The noise itself", [(TEXT, text), (TABLE, ["poison", "L-inf", "L2", "train", "held out", "chance"], rows)]
+
+
+def _pictures():
+    return "Pictures", [(FIGURE, "noise"), (FIGURE, "images")]
+
+
+def _cost(report, cells):
+    rows = []
+    for entry in report["poisons"]:
+        cost = entry["cost"]
+        rows.append(
+            [
+                entry["name"],
+                *(
+                    [f"{cost['seconds']:.0f}", f"{cost['image_steps_per_s']:,.0f}", f"{cost['peak_memory'] / 2**20:,.0f}"]
+                    if cost
+                    else [""] * 3
+                ),
+            ]
+        )
+    trained = [[name, f"{statistics.median(c['seconds'] for c in report['cells'] if c['victim'] == name and c['defence'] == 'none'):.0f}"]
+               for name in cells.victims if any(c["victim"] == name and c["defence"] == "none" for c in report["cells"])]  # fmt: skip
+    total = sum(cell["all_seconds"] for cell in report["cells"]) + sum(
+        (entry["cost"] or {"seconds": 0})["seconds"] for entry in report["poisons"]
+    )
+    return "Cost", [(TABLE, ["poison", "seconds", "image-steps/s (median of the epochs)", "peak resident MB of its process"], rows),
+                    (TABLE, ["victim", "median seconds of standard training"], trained),
+                    (TEXT, f"All poisons and victims together: {total / 3600:.1f} hours, one after the other.")]  # fmt: skip

@@ -1,0 +1,129 @@
+"""The figures of a report, as PNG bytes; from the collected cells alone, and with images where they are at hand."""
+
+import io
+import statistics
+
+import torch
+
+from ..evaluate.figure import _one_per_class, _shown, missing
+from .cells import Cells, gaps
+
+COLOURS = ("#1b7837", "#3b6fb6", "#b8860b", "#7b3294", "#c51b29", "#008080", "#555555", "#d95f02")
+
+
+def draw(report, sources=None):
+    """{name: PNG bytes} of what can be drawn; {} without matplotlib (`missing` says so). sources: for the pictures of poisons."""
+    if missing():
+        return {}
+    cells = Cells(report)
+    made = {"jpeg": _jpeg(cells), "gap": _gap(report, cells), "scatter": _scatter(report, cells)}
+    if sources is not None and report["poisons"]:
+        made |= {"noise": _noise(report, sources), "images": _images(report, sources)}
+    return {name: figure for name, figure in made.items() if figure}
+
+
+def _figure(width, height):
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), dpi=110, layout="constrained")
+
+
+def _png(canvas):
+    stream = io.BytesIO()
+    canvas.savefig(stream, format="png", metadata={"Software": None})
+    return stream.getvalue()
+
+
+def _colour(cells, poison):
+    return COLOURS[cells.order.index(poison) % len(COLOURS)]
+
+
+def _jpeg(cells):
+    qualities = cells.jpeg_qualities()[::-1]
+    if not qualities:
+        return None
+    canvas = _figure(6.4, 3.8)
+    axis = canvas.subplots()
+    for poison in cells.order:
+        known = [(q, cells.values(poison, cells.main, f"jpeg:quality={q}")) for q in qualities]
+        known = [(q, values) for q, values in known if values]
+        if not known:
+            continue
+        x, means = [q for q, _ in known], [statistics.fmean(values) for _, values in known]
+        axis.plot(x, means, marker="o", markersize=4, color=_colour(cells, poison), label=poison)
+        axis.fill_between(x, [min(v) for _, v in known], [max(v) for _, v in known], color=_colour(cells, poison), alpha=0.18, linewidth=0)
+        if (plain := cells.mean(poison, cells.main, "none")) is not None:
+            axis.axhline(plain, color=_colour(cells, poison), linewidth=0.9, linestyle=":")
+    axis.set(xlabel="JPEG quality of the training images (dotted: not compressed)", ylabel="clean test accuracy, %", ylim=(0, None))
+    axis.legend(frameon=False, fontsize=8)
+    axis.grid(alpha=0.25)
+    return _png(canvas)
+
+
+def _gap(report, cells):
+    estimators = report["setting"]["analysis"]["estimators"]
+    victims = [v for v in cells.victims if any(cells.analyses(p, v) for p in cells.order)]
+    found = {(v, e): gaps(cells, v, cells.analysed(v, e)) for v in victims[:1] for e in estimators}
+    found = {key: pairs for key, pairs in found.items() if pairs}
+    if not found:
+        return None
+    canvas = _figure(3.1 * len(found) + 0.6, 3.2)
+    for axis, ((_, estimator), pairs) in zip(canvas.subplots(1, len(found), squeeze=False)[0], found.items()):
+        for poison, (information, accuracy) in pairs.items():
+            axis.scatter(information, accuracy, color=_colour(cells, poison))
+            axis.annotate(poison, (information, accuracy), textcoords="offset points", xytext=(4, 4), fontsize=8)
+        axis.set(xlabel="MI gap to clean, nats", ylabel="accuracy gap, points")
+        axis.set_title(estimator, fontsize=9)
+        axis.margins(0.25)
+        axis.grid(alpha=0.25)
+    return _png(canvas)
+
+
+def _scatter(report, cells):
+    """Two principal components of the features of poisoned training images, first seed, by class."""
+    chosen = {}
+    for cell in report["cells"]:
+        if cell["victim"] == cells.main and "analysis" in cell:
+            chosen.setdefault(cell["poison"], cell["analysis"])
+    if not chosen:
+        return None
+    canvas = _figure(2.4 * len(chosen), 2.6)
+    for axis, (poison, found) in zip(canvas.subplots(1, len(chosen), squeeze=False)[0], chosen.items()):
+        points = torch.tensor(found["scatter"])
+        axis.scatter(points[:, 0], points[:, 1], c=found["scatter_labels"], cmap="tab10", s=5, linewidths=0)
+        axis.set(xticks=[], yticks=[])
+        axis.set_title(poison, fontsize=9)
+    return _png(canvas)
+
+
+def _grid(rows, titles):
+    canvas = _figure(0.95 * max(map(len, rows.values())) + 1.2, 1.0 * len(rows) + 0.3)
+    for k, (line, (name, pictures)) in enumerate(zip(canvas.subplots(len(rows), len(titles), squeeze=False), rows.items())):
+        for axis, picture, title in zip(line, pictures, titles):
+            axis.imshow(_shown(picture), interpolation="nearest", vmin=0, vmax=1)
+            axis.set(xticks=[], yticks=[])
+            if not k:
+                axis.set_title(title[:10], fontsize=7)
+        line[0].set_ylabel(name, fontsize=8)
+    return _png(canvas)
+
+
+def _chosen(report, sources):
+    rows = _one_per_class(sources.clean.labels, 8)
+    return rows, [sources.clean.classes[int(sources.clean.labels[k])] for k in rows]
+
+
+def _noise(report, sources):
+    """Perturbations alone, each poison's largest change at full contrast."""
+    rows, titles = _chosen(report, sources)
+    pictures = {}
+    for entry in report["poisons"]:
+        clean, images = sources.images(entry["name"])
+        delta = images[rows].float() - clean.images[rows].float()
+        pictures[entry["name"]] = (0.5 + delta / (2 * max(float(delta.abs().max()), 1))).clamp(0, 1)
+    return _grid(pictures, titles)
+
+
+def _images(report, sources):
+    rows, titles = _chosen(report, sources)
+    return _grid({name: sources.images(name)[1][rows].float() / 255 for name in report["order"]}, titles)

@@ -1,0 +1,96 @@
+"""A collected report as report.md (figures beside it) and as one self-contained report.html."""
+
+import base64
+import html
+
+from .. import data
+from .content import FIGURE, TABLE, TEXT, sections
+from .figures import draw, missing
+
+CAPTIONS = {
+    "jpeg": "Clean test accuracy against the JPEG quality of the training images; bands from the smallest to the largest seed.",
+    "gap": "Mutual-information gap against accuracy gap, one point per poison.",
+    "scatter": "Features of poisoned training images on their first two principal components, coloured by class.",
+    "noise": "Perturbations alone, each at full contrast.",
+    "images": "Images as the victims see them.",
+}
+STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:72em;margin:2em auto;padding:0 1em;color:#222}
+table{border-collapse:collapse;margin:1em 0;font-size:13px}td,th{border:1px solid #ccc;padding:.25em .6em;text-align:left}
+th{background:#f3f3f3}img{max-width:100%}figure{margin:1em 0}figcaption{font-size:13px;color:#555}"""
+
+
+def render(report, folder, sources=None):
+    """Writes report.md, its figures and report.html into `folder` (which may hold them already) and returns the paths written.
+
+    report: of `run`, or the content of a report.json. sources: with them the poisons are shown too. Without matplotlib there are no
+    figures, and the report says so. Errors: ValueError, OSError.
+    """
+    if not isinstance(report, dict) or report.get("format") != "miue_fast report 1":
+        raise ValueError("report: expected the content of a report.json of miue_fast, got something else")
+    folder = data.check_writable(folder)
+    figures, parts = draw(report, sources), sections(report)
+    wanted = [block[1] for _, blocks in parts for block in blocks if block[0] == FIGURE]
+    files = {folder / f"{name}.png": figures[name] for name in wanted if name in figures}
+    files[folder / "report.md"] = _markdown(report, parts, figures).encode()
+    files[folder / "report.html"] = _html(report, parts, figures).encode()
+    for path, content in files.items():
+        data.write_file(path, lambda file, content=content: file.write(content))
+    return sorted(files)
+
+
+def _title(report):
+    return f"Evidence: {report['name']}"
+
+
+def _markdown(report, parts, figures):
+    lines = [f"# {_title(report)}", ""]
+    for heading, blocks in parts:
+        kept = [block for block in blocks if block[0] != FIGURE or block[1] in figures]
+        if not kept:
+            continue
+        lines += [f"## {heading}", ""]
+        for kind, *rest in kept:
+            if kind == TEXT:
+                lines += [rest[0], ""]
+            elif kind == TABLE:
+                head, rows = rest
+                lines += [_row(head), "|" + "---|" * len(head), *map(_row, rows), ""]
+            else:
+                lines += [f"![{CAPTIONS[rest[0]]}]({rest[0]}.png)", "", CAPTIONS[rest[0]], ""]
+    if missing():
+        lines += [missing(), ""]
+    return "\n".join(lines)
+
+
+def _row(cells):
+    return "| " + " | ".join(str(cell).replace("|", "\\|") for cell in cells) + " |"
+
+
+def _html(report, parts, figures):
+    body = [f"<h1>{html.escape(_title(report))}</h1>"]
+    for heading, blocks in parts:
+        kept = [block for block in blocks if block[0] != FIGURE or block[1] in figures]
+        if not kept:
+            continue
+        body.append(f"<h2>{html.escape(heading)}</h2>")
+        for kind, *rest in kept:
+            if kind == TEXT:
+                body.append(f"<p>{html.escape(rest[0]).replace('**', '')}</p>")
+            elif kind == TABLE:
+                head, rows = rest
+                body.append("<table><tr>" + "".join(f"<th>{html.escape(str(c))}</th>" for c in head) + "</tr>")
+                body += ["<tr>" + "".join(f"<td>{html.escape(str(c))}</td>" for c in row) + "</tr>" for row in rows]
+                body.append("</table>")
+            else:
+                picture = base64.b64encode(figures[rest[0]]).decode()
+                caption = html.escape(CAPTIONS[rest[0]])
+                body.append(
+                    f'<figure><img alt="{caption}" src="data:image/png;base64,{picture}"><figcaption>{caption}</figcaption></figure>'
+                )
+    if missing():
+        body.append(f"<p>{html.escape(missing())}</p>")
+    return (
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(_title(report))}</title><style>{STYLE}</style>'
+        + "\n".join(body)
+        + "</html>\n"
+    )

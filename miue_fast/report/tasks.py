@@ -1,0 +1,183 @@
+"""What a report is made of: poisons, cells (one victim on one training set) and noise measurements. Each leaves one JSON file."""
+
+import hashlib
+import json
+import resource
+import sys
+import time
+from pathlib import Path
+
+import safetensors.torch
+import torch
+
+from .. import __version__, data, models
+from .._environment import cpu_level
+from ..analyse import analyse_layers, layer_features, linear_separability
+from ..evaluate import poisoned_images, pretrain, run_cell
+from ..evaluate.start import poisoned_rows
+from ..generate import generate
+from .config import CLEAN, RECIPE, split
+
+LEVEL = 255
+
+
+class Sources:
+    """The images of a configuration and where its files lie; every process that works has one."""
+
+    def __init__(self, config, folder):
+        self.config, self.folder = config, Path(folder)
+        self.clean = data.load(config.data, size=config.size, per_class=config.per_class)
+        self.test = data.load(config.test, size=config.size or self.clean.images.shape[-1], per_class=config.test_per_class)
+        self.identity = {"data": self.clean.fingerprint, "test": self.test.fingerprint}
+        self._images = {}
+
+    def poison_key(self, name):
+        """What a poison depends on. A folder or file made elsewhere: its path, for its content is checked when it is read."""
+        entry = self.config.poisons[name]
+        if "path" in entry:
+            return {"poison": name, "data": self.identity["data"], "path": entry["path"]}
+        if "of" in entry:
+            return {"part": self.poison_key(entry["of"]), "ratio": entry["ratio"]}
+        arguments, options = split({**self.config.generation, **entry})
+        return {"poison": name, "data": self.identity["data"], **arguments, **options.as_dict()}
+
+    def poison_folder(self, name):
+        return self.folder / "poisons" / f"{name}-{digest(self.poison_key(name))}"
+
+    def cell_key(self, poison, victim, defence, seed):
+        key = {**self.identity, "poison": None if poison == CLEAN else self.poison_key(poison), "victim": victim,
+               "recipe": self.config.victims[victim], "defence": defence, "seed": seed}  # fmt: skip
+        if self.config.analysed(victim, defence, seed):
+            key["analysis"] = {name: self.config.analysis[name] for name in ("estimators", "slices", "points")}
+            key["analysis"]["layers"] = victim == self.config.analysis["layers"]
+        return key
+
+    def start_path(self, victim):
+        """Of the pretrained weights."""
+        return self.folder / "pretrained" / f"{victim}-{digest({**self.identity, 'recipe': self.config.victims[victim]})}.safetensors"
+
+    def path(self, key):
+        return self.folder / "cells" / f"{digest(key)}.json"
+
+    def images(self, name):
+        """(Dataset, uint8 [N, C, H, W]) of a poison: the clean images it has, and their poisoned forms."""
+        if name not in self._images:
+            entry = self.config.poisons.get(name, {})
+            if name == CLEAN:
+                self._images[name] = self.clean, self.clean.images
+            elif "path" in entry:
+                self._images[name] = poisoned_images(self.clean, entry["path"], size=self.config.size)
+            elif "of" in entry:
+                clean, images = self.images(entry["of"])
+                kept = poisoned_rows(clean.labels, entry["ratio"], (), seed=0)[:, None, None, None]
+                self._images[name] = clean, torch.where(kept, images, clean.images)
+            else:
+                self._images[name] = poisoned_images(self.clean, self.poison_folder(name))
+        return self._images[name]
+
+
+def digest(key):
+    return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def write(path, content):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    data.write_file(path, lambda file: file.write((json.dumps(content, indent=1, allow_nan=False) + "\n").encode()))
+
+
+def peak_memory():
+    """Largest resident memory of this process so far, in bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def circumstances():
+    return {"threads": torch.get_num_threads(), "torch": torch.__version__, "miue_fast": __version__, "cpu_level": cpu_level(),
+            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"}  # fmt: skip
+
+
+def make_poison(sources, name):
+    """Generates one poison (or goes on where an interrupted run stopped) and measures its noise: budget, size, separability."""
+    key, entry = sources.poison_key(name), sources.config.poisons[name]
+    cost = None
+    if not entry.keys() & {"path", "of"}:
+        folder = sources.poison_folder(name)
+        arguments, options = split({**sources.config.generation, **entry})
+        history = generate(sources.clean, folder, progress=False, **arguments, **options.as_dict()).history
+        if history:
+            rates = sorted(row["image_steps_per_s"] for row in history)
+            cost = {"seconds": sum(row["seconds"] for row in history), "image_steps_per_s": rates[len(rates) // 2],
+                    "peak_memory": peak_memory()}  # fmt: skip
+    clean, images = sources.images(name)
+    levels = images.to(torch.int16) - clean.images
+    noise = {"linf": int(levels.abs().amax()), "l2": float((levels.float() / LEVEL).flatten(1).norm(dim=1).mean()),
+             "separability": linear_separability(levels.float(), clean.labels).to_dict()}  # fmt: skip
+    write(sources.path(key), {"kind": "poison", "name": name, "key": key, "cost": cost, "noise": noise, **circumstances()})
+
+
+def make_start(sources, victim):
+    """Trains a victim on clean images of the same classes that no poison holds: those after the first `per_class` ones, by name."""
+    config, options = sources.config, sources.config.victims[victim]
+    more = data.load(config.data, size=config.size, per_class=config.per_class + options["pretrain"]["per_class"])
+    place = {name: row for row, name in enumerate(more.names)}
+    own = {place[name] for name in sources.clean.names}
+    other = more.select([row for row in range(len(more)) if row not in own])
+    options = _recipe(config, victim) | {"epochs": options["pretrain"]["epochs"]}
+    state = pretrain(other.images, other.labels, sources.test.images, sources.test.labels, len(other.classes), seed=1000,
+                     victim=_model(config, victim), **options)  # fmt: skip
+    content = safetensors.torch.save(state)
+    sources.start_path(victim).parent.mkdir(parents=True, exist_ok=True)
+    data.write_file(sources.start_path(victim), lambda file: file.write(content))
+
+
+def _model(config, victim):
+    return config.victims[victim].get("model", victim)
+
+
+def _recipe(config, victim):
+    return {name: value for name, value in config.victims[victim].items() if name in RECIPE}
+
+
+def make_cell(sources, poison, victim, defence, seed):
+    """Trains one victim; where the configuration asks for it, analyses the features it has learnt."""
+    started = time.perf_counter()
+    key, config = sources.cell_key(poison, victim, defence, seed), sources.config
+    clean, images = sources.images(poison)
+    analysed = "analysis" in key
+    init = sources.start_path(victim) if "pretrain" in config.victims[victim] else None
+    run = run_cell(images, clean.labels, sources.test.images, sources.test.labels, len(clean.classes), victim=_model(config, victim),
+                   defence=defence, seed=seed, keep_model=analysed, init=init, **_recipe(config, victim))  # fmt: skip
+    cell = {"kind": "cell", "poison": poison, "victim": victim, "defence": defence, "seed": seed, "key": key, "train": run.train,
+            "test": run.test, "robust": run.robust, "seconds": run.seconds}  # fmt: skip
+    if analysed:
+        cell["analysis"] = _analysis(run.model, victim, clean, images, config)
+    cell["all_seconds"] = time.perf_counter() - started
+    write(sources.path(key), {**cell, **circumstances()})
+
+
+def _analysis(model, victim, clean, images, config):
+    """The layers in order, then the feature layer; and two principal components of its features on the poisoned images."""
+    chosen = torch.linspace(0, len(images) - 1, min(config.analysis["points"], len(images))).round().long()
+    before, after, labels = clean.images[chosen], images[chosen], clean.labels[chosen]
+    feature, estimators, slices = models.FEATURE[_model(config, victim)], config.analysis["estimators"], config.analysis["slices"]
+    rows = []
+    if victim == config.analysis["layers"]:  # the other layers with the first estimator alone
+        rows = analyse_layers(model, before, after, labels, estimators=estimators[:1], slices=slices)
+    rows = [row for row in rows if row.layer != feature]
+    rows += analyse_layers(model, before, after, labels, [feature], estimators=estimators, slices=slices)
+    few = torch.linspace(0, len(after) - 1, min(500, len(after))).round().long()
+    features = layer_features(model, after[few].contiguous(), [feature])[feature].double().cpu()
+    features = features - features.mean(0)
+    axes = torch.linalg.svd(features, full_matrices=False)[2][:2]
+    axes = axes * axes.gather(1, axes.abs().argmax(1, keepdim=True)).sign()  # a component has no sign of its own
+    scatter = [[round(value, 4) for value in point] for point in (features @ axes.T).tolist()]
+    return {
+        "feature": feature,
+        "layers": [_short(row.to_dict()) for row in rows],
+        "scatter": scatter,
+        "scatter_labels": labels[few].tolist(),
+    }
+
+
+def _short(row):
+    """Without the rows of single classes."""
+    return {**row, **{side: {name: value for name, value in row[side].items() if name != "classes"} for side in ("clean", "poisoned")}}

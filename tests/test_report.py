@@ -1,0 +1,317 @@
+"""`miue-fast report`: checked before it starts, keeps finished cells, says what the cells say."""
+
+import base64
+import copy
+import json
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+
+from miue_fast import cli, data, report
+from miue_fast.report import content, figures, pages, tasks
+from miue_fast.report.cells import Cells, losses
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with train.npz and test.npz: shapes of three classes."""
+    folder = tmp_path_factory.mktemp("report")
+    for name, seed in (("train", 1), ("test", 2)):
+        drawn = data.shapes(36, seed=seed, size=16, classes=3)
+        np.savez(folder / f"{name}.npz", images=drawn.images.numpy(), labels=drawn.labels.numpy())
+    return folder
+
+
+def config_of(place, **changes):
+    return {
+        "name": "shapes",
+        "data": str(place / "train.npz"),
+        "test": str(place / "test.npz"),
+        "generation": {"model": "small_resnet", "width": 4, "epochs": 1, "steps": 3, "batch": 18, "alpha_0": 2 / 255, "alpha_K": 2 / 255},
+        "poisons": {"random": {"objective": "random"}, "em": {"objective": "em"}, "mi-ue": {}},
+        "victims": {"small_resnet": {"epochs": 1}, "lenet5": {"epochs": 1}},
+        "runs": [
+            {"victims": ["small_resnet"], "seeds": [0, 1]},
+            {"victims": ["small_resnet"], "poisons": ["clean", "mi-ue"], "defences": ["jpeg:10", "jpeg:50"]},
+            {"victims": ["lenet5"], "poisons": ["clean", "mi-ue", "em"]},
+        ],
+        "analysis": {"victims": ["small_resnet", "lenet5"], "slices": 4, "points": 30, "layers": "small_resnet"},
+        "paper": "CIFAR-10",
+        **changes,
+    }
+
+
+@pytest.fixture(scope="module")
+def finished(place):
+    """(folder, report) of a whole run."""
+    (place / "config.json").write_text(json.dumps(config_of(place)))
+    assert cli.main(["report", str(place / "config.json"), "--out", str(place / "out"), "--quiet"]) == 0
+    return place / "out", json.loads((place / "out" / "report.json").read_text())
+
+
+def test_one_command_makes_everything(finished):
+    found = finished[1]
+    assert {(c["poison"], c["victim"], c["defence"], c["seed"]) for c in found["cells"]} == {
+        *((p, "small_resnet", "none", s) for p in ("clean", "random", "em", "mi-ue") for s in (0, 1)),
+        *((p, "small_resnet", f"jpeg:quality={q}", 0) for p in ("clean", "mi-ue") for q in (10, 50)),
+        *((p, "lenet5", "none", 0) for p in ("clean", "mi-ue", "em")),
+    }
+    assert [entry["name"] for entry in found["poisons"]] == ["random", "em", "mi-ue"]
+    assert all(0 <= c["test"] <= 1 and c["robust"] is None and c["threads"] >= 1 for c in found["cells"])
+    assert all(entry["noise"]["linf"] == (8 if entry["name"] == "random" else 6) for entry in found["poisons"])  # 3 steps of 2 levels
+    assert found["poisons"][0]["cost"] is None and found["poisons"][1]["cost"]["peak_memory"] > 1e7
+    assert not re.search(r"/(home|root|work|tmp)/", json.dumps(found))
+
+
+def test_the_pages(finished):
+    out = finished[0]
+    page, text = (out / "report.html").read_text(), (out / "report.md").read_text()
+    for heading in ("Setting", "Standard training", "JPEG quality", "Mutual information and covariance", "Depth", "Layers", "Cost"):
+        assert f"## {heading}" in text and f"<h2>{heading}</h2>" in page
+    assert "Not the setting of this report (36 training images instead of 50,000; victims small_resnet, lenet5" in text
+    assert not re.search(r'(src|href)="(?!data:)', page), "self-contained"
+    pictures = [base64.b64decode(found) for found in re.findall(r"base64,([A-Za-z0-9+/=]+)", page)]
+    assert len(pictures) == 5 and all(picture.startswith(b"\x89PNG") for picture in pictures)
+    for name in re.findall(r"\]\((\w+\.png)\)", text):
+        assert (out / name).read_bytes() in pictures
+
+
+def test_finished_cells_are_kept(finished, place, monkeypatch, tmp_path):
+    out, found = Path(shutil.copytree(finished[0], tmp_path / "out")), finished[1]
+    before = {path: path.stat().st_mtime_ns for path in (out / "cells").iterdir()}
+    done = []
+    for name in ("make_poison", "make_cell"):
+        real = getattr(tasks, name)
+        monkeypatch.setattr(tasks, name, lambda sources, *a, real=real: (done.append(a), real(sources, *a)))
+    again, _ = report.run(report.read(place / "config.json"), out, progress=False)
+    assert again == found and not done
+    changed = config_of(place)
+    changed["runs"][2]["seeds"] = [0, 1]
+    report.run(report.check(changed), out, progress=False)
+    assert done == [(p, "lenet5", "none", 1) for p in ("clean", "mi-ue", "em")]
+    done.clear()
+    changed["poisons"]["em"] = {"objective": "em", "steps": 2}
+    changed["runs"] = changed["runs"][:1]
+    report.run(report.check(changed), out, progress=False)
+    assert done == [("em",), ("em", "small_resnet", "none", 0), ("em", "small_resnet", "none", 1)]
+    assert all(path.stat().st_mtime_ns == when for path, when in before.items())
+
+
+def test_an_interrupted_run_goes_on(place, tmp_path, monkeypatch):
+    config, real = report.read(place / "config.json"), tasks.make_cell
+    left = [3]
+
+    def stop(*arguments):
+        if not left[0]:
+            raise KeyboardInterrupt
+        left[0] -= 1
+        real(*arguments)
+
+    monkeypatch.setattr(tasks, "make_cell", stop)
+    assert cli.main(["report", str(place / "config.json"), "--out", str(tmp_path), "--quiet"]) == 130
+    assert len(list((tmp_path / "cells").iterdir())) == 3 + 3 and not (tmp_path / "report.json").exists()
+    monkeypatch.undo()
+    ours, theirs = report.run(config, tmp_path, progress=False)[0], json.loads((place / "out" / "report.json").read_text())
+    for cells in (ours["cells"], theirs["cells"]):
+        for cell in cells:
+            cell.pop("seconds"), cell.pop("all_seconds")
+    assert ours["cells"] == theirs["cells"], "the same digits"
+
+
+def test_two_processes_give_the_same_numbers(place, finished, tmp_path):
+    small = config_of(place, runs=[{"victims": ["lenet5"], "poisons": ["clean", "em"]}], poisons={"em": {"objective": "em"}})
+    one, two = (report.run(report.check(small), tmp_path / str(jobs), jobs=jobs, progress=False)[0] for jobs in (1, 2))
+    assert [c["poison"] for c in two["cells"]] == ["clean", "em"]
+    assert [c["test"] for c in one["cells"]] == pytest.approx([c["test"] for c in two["cells"]], abs=0.1)
+
+
+def test_a_finished_report_is_written_anew(finished, tmp_path):
+    out, _ = finished
+    assert cli.main(["report", str(out / "report.json"), "--out", str(tmp_path)]) == 0
+    cut = (out / "report.md").read_text().split("## Pictures")[0]
+    assert (tmp_path / "report.md").read_text().startswith(cut) and not (tmp_path / "cells").exists()
+
+
+def test_a_damaged_cell_is_told(place, tmp_path):
+    config = report.check(config_of(place, runs=[{"victims": ["lenet5"], "poisons": ["clean"]}], poisons={}))
+    report.run(config, tmp_path, progress=False)
+    (cell,) = (tmp_path / "cells").iterdir()
+    cell.write_text("{")
+    with pytest.raises(ValueError, match="expected a finished cell, got a damaged file"):
+        report.run(config, tmp_path, progress=False)
+
+
+def test_foreign_poisons(place, tmp_path):
+    clean = data.load(place / "train.npz")
+    data.export_pt(clean, data.random_noise(clean, 4 / 255, 0), tmp_path / "poison.pt")
+    config = config_of(place, poisons={"theirs": {"path": str(tmp_path / "poison.pt")}}, runs=[{"victims": ["lenet5"]}])
+    found, _ = report.run(report.check(config), tmp_path / "out", progress=False)
+    assert found["poisons"][0]["noise"]["linf"] == 4 and found["poisons"][0]["options"] == {}
+
+
+def test_a_part_of_a_poison(place, tmp_path):
+    config = report.check(config_of(place, poisons={"random": {"objective": "random"}, "half": {"of": "random", "ratio": 0.5}}, runs=[{}]))
+    found, sources = report.run(config, tmp_path, progress=False)
+    clean, whole = sources.images("random")
+    part = sources.images("half")[1]
+    kept = (part == whole).flatten(1).all(1)
+    assert [int(kept[clean.labels == k].sum()) for k in range(3)] == [6, 6, 6] and torch.equal(part[~kept], clean.images[~kept])
+    assert found["poisons"][1]["options"] == {"of": "random", "ratio": 0.5}
+
+
+def test_pretrained_victims_start_from_other_images(place, tmp_path, monkeypatch):
+    seen = []
+    real = tasks.pretrain
+    monkeypatch.setattr(tasks, "pretrain", lambda images, labels, *rest, **options: (seen.append((images, labels, options)),
+                                                                                   real(images, labels, *rest, **options))[1])  # fmt: skip
+    victims = {
+        "plain": {"model": "lenet5", "epochs": 1},
+        "tuned": {"model": "lenet5", "epochs": 1, "lr": 1e-6, "pretrain": {"per_class": 4, "epochs": 2}},
+    }
+    config = report.check(
+        config_of(place, per_class=8, poisons={}, victims=victims, runs=[{}], analysis={"victims": ["tuned"], "points": 20})
+    )
+    found, sources = report.run(config, tmp_path, progress=False)
+    ((images, labels, options),) = seen
+    assert len(images) == 12 and options["epochs"] == 2 and labels.bincount().tolist() == [4, 4, 4]
+    assert not any((image == own).all() for image in images for own in sources.clean.images)
+    state = safetensors.torch.load_file(sources.start_path("tuned"))
+    images = sources.clean.images, sources.clean.labels, sources.test.images, sources.test.labels
+    again = tasks.run_cell(*images, 3, victim="lenet5", epochs=1, lr=1e-6, init=state)
+    assert [c["test"] for c in found["cells"] if c["victim"] == "tuned"] == [again.test]
+    report.run(config, tmp_path, progress=False)
+    assert len(seen) == 1, "the weights are kept"
+
+
+# ---- what the words say
+
+
+def made(tests, values=None):
+    """A report of one victim from {poison: {defence: [accuracy per seed]}} and {poison: MI}."""
+    cells = []
+    for poison, defences in tests.items():
+        for name, accuracies in defences.items():
+            for seed, test in enumerate(accuracies):
+                cell = {"poison": poison, "victim": "v", "defence": name, "seed": seed, "test": test, "train": 1.0, "robust": None}
+                if values and name == "none":
+                    row = {"mutual_information": {"histogram": {"value": values[poison]}},
+                           "poisoned": {"trace": values[poison], "logdet": None, "effective_rank": 1.0}}  # fmt: skip
+                    cell["analysis"] = {"layers": [row]}
+                cells.append(cell)
+    setting = {"victims": {"v": {}}, "analysis": {"estimators": ["histogram"], "slices": 2, "points": 20}, "train_images": 10}
+    return {"cells": cells, "order": list(tests), "setting": setting, "paper": "CIFAR-10", "name": "made", "poisons": []}
+
+
+FLAT = {"clean": {"none": [0.9, 0.8]}, "random": {"none": [0.8, 0.8]}, "em": {"none": [0.3, 0.4]}, "mi-ue": {"none": [0.2, 0.1]}}
+
+
+def test_order_and_correlation_in_words():
+    right = made(FLAT, {"clean": 4.0, "random": 3.0, "em": 2.0, "mi-ue": 1.0})
+    told = " ".join(block[1] for block in content._information(right, Cells(right))[1] if block[0] == "text")
+    assert "Mutual information (histogram): the paper's order (clean > random > em > mi-ue) holds here" in told
+    assert "over 3 poisons: Spearman's rho 1.00, permutation p 0.33 (paper: 0.78" in told
+    wrong = made(FLAT, {"clean": 4.0, "random": 3.0, "em": 1.0, "mi-ue": 2.0})
+    told = " ".join(block[1] for block in content._information(wrong, Cells(wrong))[1] if block[0] == "text")
+    assert "does **not** hold here: clean 4 > random 3 > mi-ue 2 > em 1" in told and "rho 0.50" in told
+
+
+def test_where_mi_ue_loses():
+    cells = Cells(
+        made({**FLAT, "mi-ue": {"none": [0.2, 0.1], "jpeg:quality=10": [0.7]}, "em": {"none": [0.1, 0.0], "jpeg:quality=10": [0.8]}})
+    )
+    assert losses(cells) == [("v", "none", "em", pytest.approx(5.0), pytest.approx(15.0))]
+    assert content._losses(cells)[1][0][1] == "Of 2 victims and defences, another poison leaves a lower mean accuracy than MI-UE in 1."
+
+
+def test_spread_and_tables():
+    found = made(FLAT)
+    (_, head, rows) = content._standard(found, Cells(found))[1][0]
+    assert head == ["trained on", "v: clean test", "v: own images", "paper (ResNet-18)"]
+    assert rows[0] == ["clean", "85.0 ± 7.1 (80.0 to 90.0)", "100.0 ± 0.0 (100.0 to 100.0)", "94.45"] and rows[1][-1] == ""
+
+
+def test_no_figures_without_matplotlib(finished, tmp_path, monkeypatch):
+    monkeypatch.setattr(figures, "missing", lambda: "no figures here")
+    monkeypatch.setattr(pages, "missing", lambda: "no figures here")
+    report.render(finished[1], tmp_path)
+    assert "no figures here" in (tmp_path / "report.md").read_text() and not list(tmp_path.glob("*.png"))
+
+
+# ---- bad input
+
+
+def changed(place, path, value):
+    found = copy.deepcopy(config_of(place))
+    where = found
+    for key in path[:-1]:
+        where = where[key]
+    if value is KeyError:
+        del where[path[-1]]
+    else:
+        where[path[-1]] = value
+    return found
+
+
+BAD = [
+    (("runs", 1, "defences"), ["jpeg:5"], "quality of jpeg: expected a whole number from 10 to 95, got '5'"),
+    (("runs", 1, "defences"), ["diffusion"], "'diffusion'"),
+    (("runs", 1, "defences"), [], "runs[1].defences: expected a list of defences"),
+    (("runs", 0, "seeds"), [-1], "runs[0].seeds: expected a list of whole numbers >= 0"),
+    (("runs", 0, "poisons"), ["lsp"], "runs[0].poisons: expected a list of clean, random, em, mi-ue"),
+    (("runs", 0, "epochs"), 3, "runs[0]: expected the keys"),
+    (("victims", "resnet9"), {}, "victim: expected"),
+    (("victims", "lenet5"), {"epochs": 0}, "epochs: expected a whole number >= 1"),
+    (("victims", "lenet5"), {"momentum": 0}, "victims.lenet5: expected the keys"),
+    (("poisons", "clean"), {}, "other names than 'clean'"),
+    (("poisons", "a/b"), {}, "names of letters, digits"),
+    (("poisons", "em"), {"objective": "rem"}, "objective: expected one of"),
+    (("poisons", "em"), {"stepz": 3}, "option: expected one of"),
+    (("poisons", "part"), {"of": "lsp", "ratio": 0.5}, "poisons.part.of: expected one of random, em, mi-ue, got 'lsp'"),
+    (("poisons", "part"), {"of": "em", "ratio": 1}, "poisons.part.ratio: expected a number between 0 and 1"),
+    (("victims", "tuned"), {"model": "lenet5", "pretrain": {"per_class": 4, "epochs": 1}}, "victims.tuned.pretrain: expected per_class"),
+    (("victims", "tuned"), {"model": "lenet5", "pretrain": {"per_class": 4}}, "victims.tuned.pretrain.epochs: expected a whole number"),
+    (("poisons", "em"), {"path": "x", "steps": 3}, "poisons.em: expected the keys path"),
+    (("generation", "model"), "resnet9", "model: expected one of"),
+    (("analysis", "estimators"), ["minee"], "analysis.estimators"),
+    (("analysis", "victims"), ["vgg11"], "analysis.victims"),
+    (("analysis", "layers"), "vgg11", "analysis.layers: expected null or one of"),
+    (("analysis", "slices"), 0, "analysis.slices"),
+    (("paper",), "ImageNet", "paper: expected null or one of CIFAR-10"),
+    (("name",), KeyError, "none of name"),
+    (("data",), 3, "data: expected a str"),
+    (("per_class",), 0, "per_class: expected a whole number >= 1"),
+    (("extra",), 1, "the file: expected the keys"),
+]
+
+
+@pytest.mark.parametrize("path, value, part", BAD, ids=[".".join(map(str, path)) + f" {value}" for path, value, _ in BAD])
+def test_bad_configurations_are_refused_before_any_work(place, tmp_path, capsys, path, value, part):
+    (tmp_path / "config.json").write_text(json.dumps(changed(place, path, value)))
+    assert cli.main(["report", str(tmp_path / "config.json"), "--out", str(tmp_path / "out")]) == 2
+    told = capsys.readouterr().err.strip()
+    assert part in told and "\n" not in told and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("text, part", [("[1]", "an object"), ("{", "expected a JSON file")])
+def test_no_configuration_at_all(tmp_path, capsys, text, part):
+    (tmp_path / "config.json").write_text(text)
+    assert cli.main(["report", str(tmp_path / "config.json"), "--out", str(tmp_path / "out")]) == 2
+    assert part in capsys.readouterr().err
+
+
+def test_missing_data_is_told_before_any_work(place, tmp_path, capsys):
+    (tmp_path / "config.json").write_text(json.dumps(config_of(place)))
+    assert cli.main(["report", str(tmp_path / "config.json"), "--out", str(tmp_path / "out"), "--data", str(tmp_path / "none")]) == 2
+    assert "does not exist" in capsys.readouterr().err
+
+
+def test_the_committed_configuration_is_valid():
+    found = report.read(ROOT / "benchmarks" / "report_cifar10_jpeg.json")
+    assert {"mi-ue", "em", "tap", "random"} <= set(found.poisons) and len(found.cells()) > 100
