@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from miue_fast import analyse, data, models
-from miue_fast.analyse import class_covariance_summary, correlation, layer_features, linear_separability, separability, spearman
+from miue_fast.analyse import class_covariance_summary, correlation, covariance, layer_features, linear_separability, separability, spearman
 
 
 def clusters(seed=0, counts=(40, 7, 15), width=10):
@@ -49,6 +49,17 @@ def test_covariance_summary_against_the_definitions():
         assert row.effective_rank == pytest.approx(math.exp(-(share * share.log()).sum().item()), rel=1e-4)
     for what in ("trace", "logdet", "effective_rank"):
         assert getattr(found, what) == pytest.approx(sum(getattr(row, what) for row in found.classes) / 3)
+
+
+def test_more_features_than_images_take_the_gram_matrix(monkeypatch):
+    """The same numbers as through the covariances, which are 20 x 20 here."""
+    gen = torch.Generator().manual_seed(3)
+    features, labels = torch.randn(36, 20, generator=gen) * torch.linspace(0.1, 2, 20), torch.arange(36) % 3
+    ours = class_covariance_summary(features, labels)
+    monkeypatch.setattr(covariance, "_gram_spectra", covariance._spectra)
+    for a, b in zip(ours.classes, class_covariance_summary(features, labels).classes):
+        for what in ("trace", "logdet", "effective_rank", "shrinkage"):
+            assert getattr(a, what) == pytest.approx(getattr(b, what), rel=1e-4)
 
 
 def test_effective_rank_and_shrinkage_of_known_spectra():

@@ -54,7 +54,7 @@ def class_covariance_summary(features, labels):
     Args:
         features: float [N, D]. labels: integers [N] of the same device, any values; every class needs two images.
 
-    Returns: a CovarianceSummary. Memory: K D^2 values. Deterministic for one machine and thread count. Errors: ValueError.
+    Returns: a CovarianceSummary. Memory: K D^2 values, or n^2 where D is larger than every class (n images). Deterministic for one machine and thread count. Errors: ValueError.
     """
     labels = features_and_labels(OP, features, labels)
     if not torch.isfinite(features).all():
@@ -62,18 +62,35 @@ def class_covariance_summary(features, labels):
     if not features.numel():
         fail(OP, "features", "one image and one feature at least", list(features.shape))
     values, classes = labels.unique(return_inverse=True)
-    features = features if features.dtype is torch.float64 else features.float()
-    counts, means, covariances = class_covariance(features, classes, len(values))
+    features, counts = features if features.dtype is torch.float64 else features.float(), classes.bincount()
     if counts.min() < 2:
         fail(OP, "labels", "two images of every class", f"one of class {values[counts.argmin()].item()}")
-    fourth = (features - means[classes]).double().square().sum(1).square()  # |x_i|^4
-    fourth = torch.stack([fourth[classes == number].mean() for number in range(len(values))])
-    rows = [_row(*of_class) for of_class in zip(values.tolist(), counts.tolist(), fourth.tolist(), covariances)]
+    spectra = _gram_spectra if features.shape[1] > counts.max() else _spectra
+    rows = [_row(*of_class) for of_class in zip(values.tolist(), counts.tolist(), *spectra(features, classes, len(counts)))]
     return CovarianceSummary(*(sum(getattr(row, what) for row in rows) / len(rows) for what in ("trace", "logdet", "effective_rank")), rows)
 
 
-def _row(label, count, fourth, covariance):
-    eigenvalues = torch.linalg.eigvalsh(covariance.double()).clamp_min(0)
+def _spectra(features, classes, count):
+    """Per class: mean of |x_i|^4, x_i centred, and the D eigenvalues of its covariance."""
+    _, means, covariances = class_covariance(features, classes, count)
+    fourth = (features - means[classes]).double().square().sum(1).square()
+    return [fourth[classes == k].mean().item() for k in range(count)], [torch.linalg.eigvalsh(c.double()) for c in covariances]
+
+
+def _gram_spectra(features, classes, count):
+    """The same where D is larger than every class: the n x n Gram matrix has the eigenvalues that are not 0, in D^2 / n^2 of the time."""
+    fourth, spectra = [], []
+    for k in range(count):
+        rows = features[classes == k].double()
+        rows = rows - rows.mean(0)
+        fourth.append(rows.square().sum(1).square().mean().item())
+        some = torch.linalg.eigvalsh(rows @ rows.T / len(rows))
+        spectra.append(torch.cat([some.new_zeros(rows.shape[1] - len(rows)), some]))
+    return fourth, spectra
+
+
+def _row(label, count, fourth, eigenvalues):
+    eigenvalues = eigenvalues.clamp_min(0)
     trace, squares, width = eigenvalues.sum().item(), eigenvalues.square().sum().item(), len(eigenvalues)
     if trace == 0:
         return ClassRow(label, count, 0.0, -math.inf, 0.0, 1.0)
