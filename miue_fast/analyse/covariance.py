@@ -54,7 +54,8 @@ def class_covariance_summary(features, labels):
     Args:
         features: float [N, D]. labels: integers [N] of the same device, any values; every class needs two images.
 
-    Returns: a CovarianceSummary. Memory: K D^2 values, or n^2 where D is larger than every class (n images). Deterministic for one machine and thread count. Errors: ValueError.
+    Returns: a CovarianceSummary. Memory: K D^2 values, or n^2 where D is larger than every class (n images). Deterministic for one machine
+    and thread count. Errors: ValueError.
     """
     labels = features_and_labels(OP, features, labels)
     if not torch.isfinite(features).all():
