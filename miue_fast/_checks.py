@@ -80,3 +80,18 @@ def selection(op, index, flip, batch, device):
 def gradient(op, grad, shape, device):
     if not isinstance(grad, torch.Tensor) or grad.shape != shape or grad.dtype not in FLOATS or grad.device != device:
         fail(op, "grad", f"a float32, float16 or bfloat16 tensor {list(shape)} on {device}", describe(grad))
+
+
+def device(op, value):
+    """ "cpu", "cuda" or "cuda:N" of a device that is here, as text; None stays None."""
+    if value is None:
+        return None
+    try:
+        found = torch.device(value)
+    except (RuntimeError, TypeError):
+        found = None
+    if found is None or found.type not in ("cpu", "cuda"):
+        fail(op, "device", "'cpu', 'cuda' or 'cuda:N'", repr(value))
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        fail(op, "device", f"one of the {torch.cuda.device_count()} CUDA devices here", repr(value))
+    return str(found)

@@ -168,6 +168,7 @@ def _parser():
     sub.add_argument("--data", type=Path, default=None, metavar="DIR", help="clean images, instead of the configuration's")
     sub.add_argument("--test", type=Path, default=None, metavar="DIR", help="clean test images, instead of the configuration's")
     sub.add_argument("--jobs", type=int, default=1, metavar="N", help="processes at once, each with its share of the threads; default 1")
+    sub.add_argument("--no-run", action="store_true", default=False, help="train nothing: the report of what is finished")
     sub.add_argument("--quiet", action="store_true", default=False, help="no progress bar")
 
     sub = command("demo", _demo, "the whole story on drawn shapes, in a few minutes on a CPU, without a download")
@@ -296,7 +297,7 @@ def _evaluate(args):
         raise BackendError(figure_missing())
     defence(args.defence)  # a wrong text is told before the images are read
     clean = _load(args)
-    test = data.load(args.test, size=args.size or clean.images.shape[-1], split=args.test_split)
+    test = data.load_test(args.test, size=args.size, split=args.test_split)
     code = _unreadable(clean, test)
     clean, poisoned = poisoned_images(clean, args.poisoned, size=args.size)
     copy = data.Dataset(poisoned, clean.labels, clean.classes, clean.names)
@@ -328,10 +329,13 @@ def _report(args):
         found, sources = finished, None
     else:
         config = report.read(args.config, data=args.data, test=args.test)
-        found, sources = report.run(config, args.out, jobs=args.jobs, progress=not args.quiet)
+        found, sources = report.run(config, args.out, jobs=args.jobs, progress=not args.quiet, make=not args.no_run)
     for path in report.render(found, args.out, sources):
         print(path)
-    return 0
+    for what, why in found["missing"]:
+        print(f"miue-fast: missing: {what}: {why}", file=sys.stderr)
+    code = _unreadable(sources.clean, sources.test) if sources else 0
+    return 2 if found["missing"] else code
 
 
 def _demo(args):

@@ -265,6 +265,15 @@ def write_cifar(folder, fine=False, python2=True, count=20):
     return truth
 
 
+def test_the_test_part_of_cifar_files_is_the_test_part(tmp_path):
+    """`load` takes the training part where nothing is said; judging a victim on it would be a leak."""
+    folder = tmp_path / "cifar-10-batches-py"
+    write_cifar(folder)
+    train, test = data.load(folder), data.load_test(folder)
+    assert torch.equal(test.images, data.load(folder, split="test").images) and not torch.equal(test.images, train.images[: len(test)])
+    assert torch.equal(data.load_test(folder, split="train").images, train.images)
+
+
 @pytest.mark.parametrize("fine", [False, True])
 @pytest.mark.parametrize("python2", [False, True])
 def test_cifar(tmp_path, fine, python2):

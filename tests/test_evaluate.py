@@ -112,6 +112,9 @@ def test_bad_input_is_one_clear_line(shapes, delta, tmp_path):
         (dict(seeds=0), "seeds: expected"),
         (dict(eps=8), "eps: expected"),
         (dict(noise="pink"), "noise: expected"),
+        (dict(device="tpu"), "device: expected 'cpu', 'cuda' or 'cuda:N', got 'tpu'"),
+        (dict(device="cuda:99"), "CUDA devices here"),
+        (dict(test=clean), "test: expected other images than the clean training images"),
     ]
     for change, words in cases:
         arguments = {"clean": clean, "poisoned": delta, "test": test, **FAST, **change}

@@ -127,6 +127,11 @@ def test_the_layer_of_the_logits_is_checked(shapes):
     assert generate(shapes, objective="em", **{**SHORT, "model": own}).delta.any()
 
 
+def test_tap_needs_another_class(shapes):
+    with pytest.raises(ValueError, match="generate: target_shift: expected no multiple of the 4 classes, got 8"):
+        generate(shapes, objective="tap", target_shift=8, **SHORT)
+
+
 BAD = [
     ({"objective": "rem"}, "objective: expected one of mi-ue, em, tap, random"),
     ({"target_shift": 0}, "target_shift: expected a whole number >= 1"),

@@ -1,6 +1,7 @@
 """`miue-fast report`: checked before it starts, keeps finished cells, says what the cells say."""
 
 import base64
+import concurrent.futures
 import copy
 import json
 import re
@@ -12,9 +13,10 @@ import pytest
 import safetensors.torch
 import torch
 
-from miue_fast import cli, data, report
-from miue_fast.report import content, figures, pages, tasks
-from miue_fast.report.cells import Cells, losses
+from miue_fast import BackendError, cli, data, report
+from miue_fast.generate import Interrupted
+from miue_fast.report import content, figures, pages, paper, tasks
+from miue_fast.report.cells import Cells, duels
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -75,7 +77,7 @@ def test_the_pages(finished):
     page, text = (out / "report.html").read_text(), (out / "report.md").read_text()
     for heading in ("Setting", "Standard training", "JPEG quality", "Mutual information and covariance", "Depth", "Layers", "Cost"):
         assert f"## {heading}" in text and f"<h2>{heading}</h2>" in page
-    assert "Not the setting of this report (36 training images instead of 50,000; victims small_resnet, lenet5" in text
+    assert "Not the setting of this report (36 training images instead of 50,000; 36 test images instead of 10,000; victims" in text
     assert not re.search(r'(src|href)="(?!data:)', page), "self-contained"
     pictures = [base64.b64decode(found) for found in re.findall(r"base64,([A-Za-z0-9+/=]+)", page)]
     assert len(pictures) == 5 and all(picture.startswith(b"\x89PNG") for picture in pictures)
@@ -91,20 +93,20 @@ def test_finished_cells_are_kept(finished, place, monkeypatch, tmp_path):
         real = getattr(tasks, name)
         monkeypatch.setattr(tasks, name, lambda sources, *a, real=real: (done.append(a), real(sources, *a)))
     again, _ = report.run(report.read(place / "config.json"), out, progress=False)
-    assert again == found and not done
+    assert again == {name: value for name, value in found.items() if name != "sha256"} and not done
     changed = config_of(place)
     changed["runs"][2]["seeds"] = [0, 1]
     report.run(report.check(changed), out, progress=False)
     assert done == [(p, "lenet5", "none", 1) for p in ("clean", "mi-ue", "em")]
     done.clear()
     changed["poisons"]["em"] = {"objective": "em", "steps": 2}
-    changed["runs"] = changed["runs"][:1]
+    changed["runs"], changed["analysis"]["victims"] = changed["runs"][:1], ["small_resnet"]
     report.run(report.check(changed), out, progress=False)
     assert done == [("em",), ("em", "small_resnet", "none", 0), ("em", "small_resnet", "none", 1)]
     assert all(path.stat().st_mtime_ns == when for path, when in before.items())
 
 
-def test_an_interrupted_run_goes_on(place, tmp_path, monkeypatch):
+def test_an_interrupted_run_goes_on(place, tmp_path, monkeypatch, capsys):
     config, real = report.read(place / "config.json"), tasks.make_cell
     left = [3]
 
@@ -116,7 +118,11 @@ def test_an_interrupted_run_goes_on(place, tmp_path, monkeypatch):
 
     monkeypatch.setattr(tasks, "make_cell", stop)
     assert cli.main(["report", str(place / "config.json"), "--out", str(tmp_path), "--quiet"]) == 130
+    assert f"interrupted: 6 finished parts are kept in {tmp_path}; the same command goes on" in capsys.readouterr().err
     assert len(list((tmp_path / "cells").iterdir())) == 3 + 3 and not (tmp_path / "report.json").exists()
+    assert cli.main(["report", str(place / "config.json"), "--out", str(tmp_path), "--no-run"]) == 2
+    assert "missing: mi-ue, lenet5, none, 0: not made" in capsys.readouterr().err
+    assert "| mi-ue, lenet5, none, 0 | not made |" in (tmp_path / "report.md").read_text()
     monkeypatch.undo()
     ours, theirs = report.run(config, tmp_path, progress=False)[0], json.loads((place / "out" / "report.json").read_text())
     for cells in (ours["cells"], theirs["cells"]):
@@ -125,11 +131,81 @@ def test_an_interrupted_run_goes_on(place, tmp_path, monkeypatch):
     assert ours["cells"] == theirs["cells"], "the same digits"
 
 
-def test_two_processes_give_the_same_numbers(place, finished, tmp_path):
-    small = config_of(place, runs=[{"victims": ["lenet5"], "poisons": ["clean", "em"]}], poisons={"em": {"objective": "em"}})
-    one, two = (report.run(report.check(small), tmp_path / str(jobs), jobs=jobs, progress=False)[0] for jobs in (1, 2))
-    assert [c["poison"] for c in two["cells"]] == ["clean", "em"]
-    assert [c["test"] for c in one["cells"]] == pytest.approx([c["test"] for c in two["cells"]], abs=0.1)
+def test_two_processes_give_the_same_numbers(place, tmp_path, monkeypatch):
+    small = config_of(
+        place, runs=[{"victims": ["lenet5"], "poisons": ["clean", "random"]}], poisons={"random": {"objective": "random"}}, analysis={}
+    )
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        one, two = (report.run(report.check(small), tmp_path / str(jobs), jobs=jobs, progress=False)[0] for jobs in (1, 2))
+    finally:
+        torch.set_num_threads(threads)
+    for found in (one, two):
+        for cell in found["cells"]:
+            cell.pop("seconds"), cell.pop("all_seconds")
+    assert one["cells"] == two["cells"] and [c["poison"] for c in two["cells"]] == ["clean", "random"]
+
+
+def test_unreadable_images_are_listed(tmp_path, capsys):
+    for part, seed in (("train", 1), ("test", 2)):
+        drawn = data.shapes(24, seed=seed, size=16, classes=2)
+        data.export_folder(drawn, drawn.images * 0.0, tmp_path / part, eps=0)
+    broken = next((tmp_path / "train").rglob("*.png"))
+    broken.write_bytes(b"no image")
+    config = {"name": "x", "data": str(tmp_path / "train"), "test": str(tmp_path / "test"), "poisons": {}, "victims": {"lenet5": {"epochs": 1}},
+              "runs": [{}]}  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert cli.main(["report", str(tmp_path / "config.json"), "--out", str(tmp_path / "out"), "--quiet"]) == 3
+    assert f"unreadable, left out: {broken.relative_to(tmp_path / 'train')}" in capsys.readouterr().err
+
+
+def test_a_killed_process_is_told(place, tmp_path, monkeypatch):
+    """Not waited for: the kernel kills what needs too much memory."""
+
+    class Broken(concurrent.futures.Executor):
+        _processes = None
+
+        def __init__(self, *args):
+            pass
+
+        def submit(self, *args):
+            future = concurrent.futures.Future()
+            future.set_exception(concurrent.futures.process.BrokenProcessPool())
+            return future
+
+        def shutdown(self, **options):
+            pass
+
+    monkeypatch.setattr(concurrent.futures, "ProcessPoolExecutor", Broken)
+    config = report.check(config_of(place, runs=[{"victims": ["lenet5"], "seeds": [0, 1]}], poisons={}, analysis={}))
+    with pytest.raises(BackendError, match="a process was killed, probably out of memory: lower --jobs"):
+        report.run(config, tmp_path, jobs=2, progress=False)
+
+
+def test_a_cell_that_fails_is_named_and_the_others_are_made(place, tmp_path, capsys):
+    victims = {"mlp2": {"epochs": 3, "lr": 1e30}, "lenet5": {"epochs": 1}}
+    (tmp_path / "config.json").write_text(json.dumps(config_of(place, poisons={}, victims=victims, runs=[{}], analysis={})))
+    assert cli.main(["report", str(tmp_path / "config.json"), "--out", str(tmp_path / "out"), "--quiet"]) == 2
+    told, page = capsys.readouterr().err, (tmp_path / "out" / "report.md").read_text()
+    assert (
+        "missing: clean, mlp2, none, 0: evaluate: lr: expected a finite training loss" in told
+        and "| clean, mlp2, none, 0 | evaluate: lr" in page
+    )
+    assert len(list((tmp_path / "out" / "cells").iterdir())) == 1
+
+
+def test_a_random_poison_that_was_stopped_goes_on(place, tmp_path, monkeypatch):
+    config = report.check(config_of(place, runs=[{"victims": ["lenet5"]}], poisons={"random": {"objective": "random"}}, analysis={}))
+
+    def stop(*arguments):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tasks, "linear_separability", stop)
+        with pytest.raises(Interrupted):
+            report.run(config, tmp_path, progress=False)
+    assert not report.run(config, tmp_path, progress=False)[0]["missing"]
 
 
 def test_a_finished_report_is_written_anew(finished, tmp_path):
@@ -140,30 +216,51 @@ def test_a_finished_report_is_written_anew(finished, tmp_path):
 
 
 def test_a_damaged_cell_is_told(place, tmp_path):
-    config = report.check(config_of(place, runs=[{"victims": ["lenet5"], "poisons": ["clean"]}], poisons={}))
+    config = report.check(config_of(place, runs=[{"victims": ["lenet5"], "poisons": ["clean"]}], poisons={}, analysis={}))
     report.run(config, tmp_path, progress=False)
     (cell,) = (tmp_path / "cells").iterdir()
     cell.write_text("{")
-    with pytest.raises(ValueError, match="expected a finished cell, got a damaged file"):
+    with pytest.raises(ValueError, match="expected a finished part, got a damaged file"):
+        report.run(config, tmp_path, progress=False)
+    cell.unlink()
+    report.run(config, tmp_path, progress=False)
+    cell.write_text(re.sub(r'"train": [0-9.]+', '"train": 0.123', cell.read_text()))
+    with pytest.raises(ValueError, match="expected a finished part, got a damaged file"):
         report.run(config, tmp_path, progress=False)
 
 
 def test_foreign_poisons(place, tmp_path):
     clean = data.load(place / "train.npz")
     data.export_pt(clean, data.random_noise(clean, 4 / 255, 0), tmp_path / "poison.pt")
-    config = config_of(place, poisons={"theirs": {"path": str(tmp_path / "poison.pt")}}, runs=[{"victims": ["lenet5"]}])
+    config = config_of(place, poisons={"theirs": {"path": str(tmp_path / "poison.pt")}}, runs=[{"victims": ["lenet5"]}], analysis={})
     found, _ = report.run(report.check(config), tmp_path / "out", progress=False)
-    assert found["poisons"][0]["noise"]["linf"] == 4 and found["poisons"][0]["options"] == {}
+    assert found["poisons"][0]["noise"]["linf"] == 4 and found["poisons"][0]["options"] == {"made": "elsewhere"}
+    data.export_pt(clean, data.random_noise(clean, 16 / 255, 0), tmp_path / "poison.pt", overwrite=True)
+    found, _ = report.run(report.check(config), tmp_path / "out", progress=False)
+    assert found["poisons"][0]["noise"]["linf"] == 16, "another poison behind the same path"
+    some = clean.select(list(range(12)))
+    data.export_npz(some, data.random_noise(some, 4 / 255, 0), tmp_path / "some.npz", eps=4 / 255)
+    config["poisons"]["theirs"]["path"] = str(tmp_path / "some.npz")
+    with pytest.raises(ValueError, match=r"poisons\.theirs\.path: expected a poisoned copy of all 36 images, got of 12"):
+        report.run(report.check(config), tmp_path / "out", progress=False)
 
 
 def test_a_part_of_a_poison(place, tmp_path):
-    config = report.check(config_of(place, poisons={"random": {"objective": "random"}, "half": {"of": "random", "ratio": 0.5}}, runs=[{}]))
+    config = report.check(
+        config_of(place, poisons={"random": {"objective": "random"}, "half": {"of": "random", "ratio": 0.5}}, runs=[{}], analysis={})
+    )
     found, sources = report.run(config, tmp_path, progress=False)
     clean, whole = sources.images("random")
     part = sources.images("half")[1]
     kept = (part == whole).flatten(1).all(1)
     assert [int(kept[clean.labels == k].sum()) for k in range(3)] == [6, 6, 6] and torch.equal(part[~kept], clean.images[~kept])
     assert found["poisons"][1]["options"] == {"of": "random", "ratio": 0.5}
+    renamed = report.check(config_of(place, poisons={"random": {"objective": "random"}, "share": {"of": "random", "ratio": 0.5}}, runs=[{}],
+                                     analysis={}))  # fmt: skip
+    again, _ = report.run(renamed, tmp_path, progress=False, make=False)
+    assert [entry["name"] for entry in again["poisons"]] == ["random", "share"] and {c["poison"] for c in again["cells"]} == set(
+        again["order"]
+    )
 
 
 def test_pretrained_victims_start_from_other_images(place, tmp_path, monkeypatch):
@@ -193,41 +290,75 @@ def test_pretrained_victims_start_from_other_images(place, tmp_path, monkeypatch
 # ---- what the words say
 
 
-def made(tests, values=None):
-    """A report of one victim from {poison: {defence: [accuracy per seed]}} and {poison: MI}."""
+def made(tests, values=None, options=None):
+    """A report of one victim from {poison: {defence: [accuracy per seed]}}, {poison: [MI per seed]} and {poison: options}."""
     cells = []
     for poison, defences in tests.items():
         for name, accuracies in defences.items():
             for seed, test in enumerate(accuracies):
                 cell = {"poison": poison, "victim": "v", "defence": name, "seed": seed, "test": test, "train": 1.0, "robust": None}
                 if values and name == "none":
-                    row = {"mutual_information": {"histogram": {"value": values[poison]}},
-                           "poisoned": {"trace": values[poison], "logdet": None, "effective_rank": 1.0}}  # fmt: skip
+                    value = values[poison][seed]
+                    row = {"mutual_information": {"histogram": {"value": value}},
+                           "poisoned": {"trace": value, "logdet": value if value > 1 else None, "effective_rank": 1.0}}  # fmt: skip
                     cell["analysis"] = {"layers": [row]}
                 cells.append(cell)
-    setting = {"victims": {"v": {}}, "analysis": {"estimators": ["histogram"], "slices": 2, "points": 20}, "train_images": 10}
-    return {"cells": cells, "order": list(tests), "setting": setting, "paper": "CIFAR-10", "name": "made", "poisons": []}
+    setting = {"victims": {"v": {}}, "analysis": {"estimators": ["histogram"], "slices": 2, "points": 20}}
+    options = {"mi-ue": {}, "em": {"objective": "em"}, "random": {"objective": "random"}, **(options or {})}
+    poisons = [{"name": poison, "options": options[poison]} for poison in tests if poison != "clean"]
+    return {"cells": cells, "order": list(tests), "setting": setting, "paper": "CIFAR-10", "name": "made", "poisons": poisons}
 
 
 FLAT = {"clean": {"none": [0.9, 0.8]}, "random": {"none": [0.8, 0.8]}, "em": {"none": [0.3, 0.4]}, "mi-ue": {"none": [0.2, 0.1]}}
 
 
+def told(found):
+    return " ".join(block[1] for block in content._information(found, Cells(found))[1] if block[0] == "text")
+
+
 def test_order_and_correlation_in_words():
-    right = made(FLAT, {"clean": 4.0, "random": 3.0, "em": 2.0, "mi-ue": 1.0})
-    told = " ".join(block[1] for block in content._information(right, Cells(right))[1] if block[0] == "text")
-    assert "Mutual information (histogram): the paper's order (clean > random > em > mi-ue) holds here" in told
-    assert "over 3 poisons: Spearman's rho 1.00, permutation p 0.33 (paper: 0.78" in told
-    wrong = made(FLAT, {"clean": 4.0, "random": 3.0, "em": 1.0, "mi-ue": 2.0})
-    told = " ".join(block[1] for block in content._information(wrong, Cells(wrong))[1] if block[0] == "text")
-    assert "does **not** hold here: clean 4 > random 3 > mi-ue 2 > em 1" in told and "rho 0.50" in told
+    right = told(made(FLAT, {"clean": [9, 9], "random": [4, 4], "em": [3, 3], "mi-ue": [2, 2.5]}))
+    assert "Mutual information (histogram, clean (the estimator's ceiling) 9): the paper's order (random > em > mi-ue) holds here" in right
+    assert "random 4 > em 3 > mi-ue 2.25 (means; it holds in 2 of 2 seeds)" in right
+    assert "over 3 poisons: Spearman's rho 1.00, permutation p 0.33 (paper: 0.78" in right
+    wrong = told(made(FLAT, {"clean": [9, 9], "random": [4, 4], "em": [2, 3], "mi-ue": [4, 2]}))
+    assert "does **not** hold here: random 4 > mi-ue 3 > em 2.5 (means; it holds in 1 of 2 seeds)" in wrong and "rho 0.50" in wrong
+
+
+def test_a_collapsed_class_is_the_smallest_covariance_of_all():
+    """Its log-determinant, -inf, is no number in JSON."""
+    found = made(FLAT, {"clean": [9, 9], "random": [4, 4], "em": [3, 3], "mi-ue": [2, 0.5]})
+    assert "Covariance (log-determinant, clean 9): the paper's order (random > em > mi-ue) holds here" in told(found)
+    table = content._information(found, Cells(found))[1][1]
+    assert table[2][-1][3] == "2.000; -inf in 1 of 2 seeds"
 
 
 def test_where_mi_ue_loses():
-    cells = Cells(
-        made({**FLAT, "mi-ue": {"none": [0.2, 0.1], "jpeg:quality=10": [0.7]}, "em": {"none": [0.1, 0.0], "jpeg:quality=10": [0.8]}})
-    )
-    assert losses(cells) == [("v", "none", "em", pytest.approx(5.0), pytest.approx(15.0))]
-    assert content._losses(cells)[1][0][1] == "Of 2 victims and defences, another poison leaves a lower mean accuracy than MI-UE in 1."
+    """Variants of MI-UE are no rivals."""
+    ours = {"none": [0.2, 0.1], "jpeg:quality=10": [0.7], "cutout": [0.2]}
+    tests = {**FLAT, "em": {"none": [0.1, 0.0], "jpeg:quality=10": [0.8]}, "mi-ue": ours}
+    tests |= {"other seed": {"none": [0.0, 0.0]}, "part": {"none": [0.0, 0.0]}}
+    found = made(tests, options={"other seed": {"seed": 11}, "part": {"of": "mi-ue", "ratio": 0.5}})
+    assert Cells(found).variants == {"mi-ue", "other seed", "part"}
+    assert duels(Cells(found)) == [("v", "none", "em", pytest.approx(5.0), pytest.approx(15.0)), ("v", "jpeg:quality=10", "em", 80.0, 70.0)]
+    text, table = content._losses(Cells(found))[1]
+    assert text[1].startswith("Of 2 pairs of victim and defence") and text[1].endswith("another one leaves a lower mean accuracy in 1.")
+    assert table[2] == [["v", "none", "em", "5.0", "15.0"]]
+
+
+def test_differences_to_the_paper():
+    plan = {"victim": "resnet18", "epochs": 200, "lr": 0.5, "batch": 128}
+    setting = {"train_images": 50000, "test_images": 10000, "jpeg": False, "recipes": {"mine": plan}}
+    same = {"setting": setting, "poisons": [{"options": {"objective": "em"}}, {"options": {"objective": "random", "model": "mlp2"}}]}
+    assert paper.differences(paper.PAPER["CIFAR-10"], same) == []
+    for change, part in (({"jpeg": True}, "JPEG"), ({"train_images": 3000}, "3,000 training images"), ({"test_images": 9}, "9 test images"),
+                         ({"recipes": {"resnet18": {**plan, "victim": "lenet5"}}}, "victims resnet18 (200 epochs)"),
+                         ({"recipes": {"resnet18": {**plan, "epochs": 30}}}, "(30 epochs)")):  # fmt: skip
+        (found,) = paper.differences(paper.PAPER["CIFAR-10"], {**same, "setting": {**setting, **change}})
+        assert part in found
+    for options in ({"model": "small_resnet"}, {"width": 16}, {"epochs": 8}):
+        (found,) = paper.differences(paper.PAPER["CIFAR-10"], {**same, "poisons": [{"options": options}]})
+        assert "other source models" in found
 
 
 def test_spread_and_tables():
@@ -260,9 +391,23 @@ def changed(place, path, value):
 
 
 BAD = [
+    (("runs", 1, "defences"), ["cutout:64"], "defence: cutout:size=64: expected"),
+    (("generation", "model"), "vit", "width"),
+    (("generation", "feature"), "nothing", "feature: expected a layer of the model"),
+    (("poisons", "em"), {"path": "nowhere.pt"}, "nowhere.pt"),
+    (("poisons", "em"), {"path": 3}, "poisons.em.path: expected text"),
+    (("poisons", "em"), {"objective": "tap", "target_shift": 3}, "target_shift: expected no multiple of the 3 classes"),
+    (("poisons", "em"), {"preset": []}, "preset: expected one of"),
+    (("poisons", "em"), {"of": [], "ratio": 0.5}, "poisons.em.of: expected one of"),
+    (("victims", "lenet5"), {"lr": "0.1"}, "victims.lenet5.lr: expected a number"),
+    (("runs", 0, "victims"), [["x"]], "runs[0].victims: expected a list of"),
+    (("runs", 0, "defences"), [["none"]], "runs[0].defences: expected a list of text"),
+    (("analysis", "seeds"), [5], "analysis: expected a run of clean, small_resnet, without a defence, seed 5"),
+    (("analysis", "estimators"), [], "analysis.estimators: expected one at least"),
+    (("test",), None, "test: expected other images than the clean training images"),
     (("runs", 1, "defences"), ["jpeg:5"], "quality of jpeg: expected a whole number from 10 to 95, got '5'"),
     (("runs", 1, "defences"), ["diffusion"], "'diffusion'"),
-    (("runs", 1, "defences"), [], "runs[1].defences: expected a list of defences"),
+    (("runs", 1, "defences"), [], "runs[1].defences: expected one at least"),
     (("runs", 0, "seeds"), [-1], "runs[0].seeds: expected a list of whole numbers >= 0"),
     (("runs", 0, "poisons"), ["lsp"], "runs[0].poisons: expected a list of clean, random, em, mi-ue"),
     (("runs", 0, "epochs"), 3, "runs[0]: expected the keys"),
@@ -293,10 +438,11 @@ BAD = [
 
 @pytest.mark.parametrize("path, value, part", BAD, ids=[".".join(map(str, path)) + f" {value}" for path, value, _ in BAD])
 def test_bad_configurations_are_refused_before_any_work(place, tmp_path, capsys, path, value, part):
+    value = str(place / "train.npz") if path == ("test",) else value
     (tmp_path / "config.json").write_text(json.dumps(changed(place, path, value)))
     assert cli.main(["report", str(tmp_path / "config.json"), "--out", str(tmp_path / "out")]) == 2
     told = capsys.readouterr().err.strip()
-    assert part in told and "\n" not in told and not (tmp_path / "out").exists()
+    assert part in told and "\n" not in told and not list(tmp_path.glob("out/*"))
 
 
 @pytest.mark.parametrize("text, part", [("[1]", "an object"), ("{", "expected a JSON file")])

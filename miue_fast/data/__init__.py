@@ -7,7 +7,7 @@ from .export import export_folder, export_npz, export_pickle, export_pt
 from .interop import read_pickle
 from .poison import apply_poison, is_poison, load_poison, quantise, random_noise, save_poison
 from .shapes import shapes
-from .sources import from_arrays, load
+from .sources import from_arrays, load, load_test
 from .verify import Report, verify
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "is_poison",
     "load",
     "load_poison",
+    "load_test",
     "poison_from_images",
     "quantise",
     "random_noise",

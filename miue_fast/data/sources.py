@@ -67,6 +67,13 @@ def load(source, *, size=None, split=None, per_class=None):
     return _finish(data, size, per_class, name)
 
 
+def load_test(source, *, size=None, split=None, per_class=None):
+    """`load` for test images: of a folder of CIFAR python files the test part, unless `split` says otherwise."""
+    if split is None and isinstance(source, (str, os.PathLike)) and Path(source).is_dir() and cifar.find(Path(source)) is not None:
+        split = "test"
+    return load(source, size=size, split=split, per_class=per_class)
+
+
 def _what(path):
     return f"{path}, which {'is no such file' if path.exists() else 'does not exist'}"
 

@@ -3,7 +3,7 @@
 import torch
 from tqdm import tqdm
 
-from .. import data
+from .. import _checks, data
 from .._checks import fail
 from .cell import pretrain, run_cell
 from .defences import Defence
@@ -14,7 +14,7 @@ from .start import class_numbers, poisoned_rows, read_state
 from .table import Table
 from .victims import Run, padding, recipe
 
-__all__ = ["Defence", "Run", "Table", "evaluate", "figure", "poisoned_images", "pretrain", "run_cell"]
+__all__ = ["Defence", "Run", "Table", "check_pair", "evaluate", "figure", "poisoned_images", "pretrain", "run_cell"]
 NOISES = ("sign", "uniform")
 
 
@@ -56,9 +56,11 @@ def evaluate(clean, poisoned, test, *, victim="small_resnet", epochs=None, seeds
         fail("evaluate", "noise", " or ".join(map(repr, NOISES)), repr(noise))
     if eps is not None and not 0 < eps <= 1:
         fail("evaluate", "eps", "a number in (0, 1] ([0, 1] image scale: 8/255, not 8)", eps)
-    clean, test = _dataset(clean, size), _dataset(test, size)
+    device = _checks.device("evaluate", device)
+    clean = clean if isinstance(clean, data.Dataset) else data.load(clean, size=size)
+    test = test if isinstance(test, data.Dataset) else data.load_test(test, size=size)
     clean, images = poisoned_images(clean, poisoned, size=size)
-    _check(clean, test)
+    check_pair("evaluate", clean, test)
     defence.check(clean.images.shape[1:], len(clean.classes))
     apart = class_numbers(unseen, clean.classes)
     if eps is None:
@@ -107,15 +109,14 @@ def evaluate(clean, poisoned, test, *, victim="small_resnet", epochs=None, seeds
     return Table(rows, options)
 
 
-def _dataset(source, size):
-    return source if isinstance(source, data.Dataset) else data.load(source, size=size)
-
-
-def _check(clean, test):
+def check_pair(op, clean, test):
+    """Training and test images of the same classes and size, and not the same images. Errors: ValueError."""
     if test.classes != clean.classes:
-        fail("evaluate", "test", f"the {len(clean.classes)} classes of the clean images, {clean.classes[:3]}...",
+        fail(op, "test", f"the {len(clean.classes)} classes of the clean images, {clean.classes[:3]}...",
              f"{len(test.classes)} classes, {test.classes[:3]}...")  # fmt: skip
     if test.images.shape[1:] != clean.images.shape[1:]:
-        fail("evaluate", "test", f"images {list(clean.images.shape[1:])} (or a size to resize to)", list(test.images.shape[1:]))
+        fail(op, "test", f"images {list(clean.images.shape[1:])} (or a size to resize to)", list(test.images.shape[1:]))
     if len(clean.images) < 2 or len(clean.labels.unique()) < 2:
-        fail("evaluate", "clean", "images of two or more classes", f"{len(clean.images)} images, {len(clean.labels.unique())} classes")
+        fail(op, "clean", "images of two or more classes", f"{len(clean.images)} images, {len(clean.labels.unique())} classes")
+    if test.images.shape == clean.images.shape and torch.equal(test.images, clean.images):
+        fail(op, "test", "other images than the clean training images", "the same")

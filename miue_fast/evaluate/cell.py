@@ -37,7 +37,7 @@ def run_cell(train_images, labels, test_images, test_labels, classes, *, victim=
     if defence.prepare:
         train_images = defence.prepare(train_images, labels, seed)
         test_images = defence.prepare(test_images, test_labels, seed) if defence.tests else test_images
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = torch.device(_checks.device("evaluate", device) or ("cuda" if torch.cuda.is_available() else "cpu"))
     moved = (part.to(device) for part in (train_images, labels, test_images, test_labels))
     return train(plan, *moved, classes, seed, defence=defence, init=init, unseen=unseen, curve=curve, keep_model=keep_model,
                  on_epoch=on_epoch)  # fmt: skip

@@ -33,7 +33,7 @@ def figure(table, clean, poisoned, path, *, columns=6):
 
     if poisoned.shape != clean.images.shape or poisoned.dtype != torch.uint8:
         fail("figure", "poisoned", f"uint8 {list(clean.images.shape)}", f"{poisoned.dtype} {list(poisoned.shape)}")
-    chosen = _one_per_class(clean.labels, columns)
+    chosen = one_per_class(clean.labels, columns)
     canvas = Figure(figsize=(1.25 * len(chosen) + 5.6, 4.6), dpi=150, layout="constrained")
     left, right = canvas.subfigures(1, 2, width_ratios=(1.25 * len(chosen) + 0.7, 4.9))
     _images(left, clean, poisoned, chosen)
@@ -42,7 +42,7 @@ def figure(table, clean, poisoned, path, *, columns=6):
     return path
 
 
-def _one_per_class(labels, columns):
+def one_per_class(labels, columns):
     """Positions of images: the first of every class, then the second of every class, and so on."""
     rank = torch.zeros_like(labels)
     for label in labels.unique():
@@ -51,7 +51,7 @@ def _one_per_class(labels, columns):
     return torch.argsort(rank * (labels.max() + 1) + labels, stable=True)[:columns].tolist()
 
 
-def _shown(image):
+def shown(image):
     """[C, H, W] on the [0, 1] scale as matplotlib wants it: grey images are repeated, further channels left out."""
     image = image.expand(3, -1, -1) if image.shape[0] < 3 else image[:3]
     return image.permute(1, 2, 0).numpy()
@@ -64,7 +64,7 @@ def _images(part, clean, poisoned, chosen):
     axes = part.subplots(3, len(chosen), squeeze=False)
     for line, (name, pictures) in zip(axes, rows.items()):
         for axis, picture in zip(line, pictures):
-            axis.imshow(_shown(picture), interpolation="nearest", vmin=0, vmax=1)
+            axis.imshow(shown(picture), interpolation="nearest", vmin=0, vmax=1)
             axis.set(xticks=[], yticks=[])
             axis.spines[:].set_visible(False)
         line[0].set_ylabel(name, fontsize=9)

@@ -70,6 +70,8 @@ def generate(data, out=None, *, preset="paper", model="resnet18", feature=None, 
         _checks.fail("generate", "tensorboard", "an output folder to write to", "out=None")
     dataset = data if isinstance(data, datasets.Dataset) else datasets.load(data)
     check_labels("generate", dataset.labels, len(dataset.images), torch.device("cpu"))
+    if options.objective == "tap" and options.target_shift % len(dataset.classes) == 0:
+        _checks.fail("generate", "target_shift", f"no multiple of the {len(dataset.classes)} classes", options.target_shift)
     if options.objective == "random":
         return _random(dataset, options, keep)
     device = torch.device(options.device)

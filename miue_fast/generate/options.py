@@ -77,7 +77,7 @@ class Options:
             _checks.fail("option", "fp8", "False without dtype bfloat16", f"True with {self.dtype}")
         if self.classwise and self.delta_dtype == "int8":
             _checks.fail("option", "delta_dtype", "float32 or float16 with classwise", repr(self.delta_dtype))
-        self._device()
+        object.__setattr__(self, "device", _checks.device("option", self.device))
 
     def _whole(self, name, least):
         value = getattr(self, name)
@@ -88,19 +88,6 @@ class Options:
         value = getattr(self, name)
         if not isinstance(value, int | float) or isinstance(value, bool) or not good(value):
             _checks.fail("option", name, expected, repr(value))
-
-    def _device(self):
-        if self.device is None:
-            return
-        try:
-            device = torch.device(self.device)
-        except RuntimeError:
-            device = None
-        if device is None or device.type not in ("cpu", "cuda"):
-            _checks.fail("option", "device", "'cpu', 'cuda' or 'cuda:N'", repr(self.device))
-        if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-            _checks.fail("option", "device", f"one of the {torch.cuda.device_count()} CUDA devices here", repr(self.device))
-        object.__setattr__(self, "device", str(device))
 
     @property
     def last_alpha(self):

@@ -13,6 +13,13 @@ class Cells:
             self.found.setdefault((cell["poison"], cell["victim"], cell["defence"]), []).append(cell)
         self.victims = [name for name in report["setting"]["victims"] if any(key[1] == name for key in self.found)]
         self.main = self.victims[0] if self.victims else None
+        options = {entry["name"]: entry["options"] for entry in report["poisons"]}
+        self.whole = [name for name in self.order if "of" not in options.get(name, {})]  # not a part of another poison
+        # the poisons of MI-UE: the one of that name, its parts, and those of other seeds or options
+        bases = {name: options[name].get("of", name) for name in options}
+        self.variants = {
+            k for k, base in bases.items() if "made" not in options[base] and options[base].get("objective", "mi-ue") == "mi-ue"
+        }
 
     def values(self, poison, victim, defence, what="test"):
         """Percent, one number per seed; empty where there is none."""
@@ -25,9 +32,9 @@ class Cells:
     def defences(self, victim):
         return list(dict.fromkeys(key[2] for key in self.found if key[1] == victim))
 
-    def jpeg_qualities(self):
-        """Of the main victim's cells, best first."""
-        return sorted((int(name.split("=")[1]) for name in self.defences(self.main) if name.startswith("jpeg:")), reverse=True)
+    def jpeg_qualities(self, victim):
+        """Best first."""
+        return sorted((int(name.split("=")[1]) for name in self.defences(victim) if name.startswith("jpeg:")), reverse=True)
 
     def analyses(self, poison, victim):
         """The analysis of the feature layer, one per seed."""
@@ -50,21 +57,27 @@ def spread(values, digits=1):
             f"({min(values):.{digits}f} to {max(values):.{digits}f})")  # fmt: skip
 
 
-def losses(cells, ours="mi-ue"):
-    """[(victim, defence, best poison, its mean, ours)] wherever another poison leaves a lower clean-test accuracy than `ours`."""
+def duels(cells, ours="mi-ue"):
+    """[(victim, defence, best other poison, its mean, ours)] wherever both were tried; variants of MI-UE are not others."""
     found = []
     for victim in cells.victims:
         for name in cells.defences(victim):
-            means = {poison: cells.mean(poison, victim, name) for poison in cells.order if poison != "clean"}
+            means = {
+                poison: cells.mean(poison, victim, name) for poison in cells.order if poison != "clean" and poison not in cells.variants
+            }
             means = {poison: value for poison, value in means.items() if value is not None}
-            if ours in means and (best := min(means, key=means.get)) != ours and means[best] < means[ours]:
-                found.append((victim, name, best, means[best], means[ours]))
+            own = cells.mean(ours, victim, name)
+            if own is not None and means:
+                best = min(means, key=means.get)
+                found.append((victim, name, best, means[best], own))
     return found
 
 
 def gaps(cells, victim, values):
-    """{poison: (clean MI - its MI, clean accuracy - its accuracy)}"""
+    """{poison: (clean MI - its MI, clean accuracy - its accuracy)}, without parts of poisons"""
     clean = cells.mean("clean", victim, "none")
     if "clean" not in values or clean is None:
         return {}
-    return {p: (values["clean"] - mi, clean - cells.mean(p, victim, "none")) for p, mi in values.items() if p != "clean"}
+    return {
+        p: (values["clean"] - mi, clean - cells.mean(p, victim, "none")) for p, mi in values.items() if p in cells.whole and p != "clean"
+    }

@@ -99,9 +99,22 @@ def check(content):
         _victim(name, options, content.get("per_class"))
     content["runs"] = [_run(k, block, content) for k, block in enumerate(content["runs"])]
     _analysis(content)
-    if content.get("paper") not in (None, *PAPER):
+    if content.get("paper") is not None and content["paper"] not in list(PAPER):
         _checks.fail("report", "paper", f"null or one of {', '.join(PAPER)}", repr(content["paper"]))
-    return Config(**content)
+    config = Config(**content)
+    trained = {(poison, victim, seed) for poison, victim, defended, seed in config.cells() if defended == "none"}
+    for victim in config.analysis["victims"]:  # everything to be analysed is a cell, and so is the clean row it is compared with
+        for seed in config.analysis["seeds"]:
+            if (CLEAN, victim, seed) not in trained:
+                _checks.fail("report", "analysis", f"a run of {CLEAN}, {victim}, without a defence, seed {seed}", "no such cell")
+    return config
+
+
+def _texts(where, given, known=None):
+    """A list of text, each one of `known`."""
+    right = isinstance(given, list) and all(isinstance(item, str) for item in given)
+    if not right or (known is not None and not set(given) <= set(known)):
+        _checks.fail("report", where, "a list of text" if known is None else f"a list of {', '.join(known)}", repr(given))
 
 
 def _only(where, given, known):
@@ -125,9 +138,11 @@ def _poison(name, options, content):
     where, poisons = f"poisons.{name}", content["poisons"]
     if "path" in _only(where, options, options):
         _only(where, options, ("path",))
+        if not isinstance(options["path"], str):
+            _checks.fail("report", f"{where}.path", "text", repr(options["path"]))
     elif "of" in options:
         _only(where, options, ("of", "ratio"))
-        if options["of"] not in poisons or "of" in poisons[options["of"]]:
+        if not isinstance(options["of"], str) or options["of"] not in poisons or "of" in poisons[options["of"]]:
             whole = [key for key, entry in poisons.items() if "of" not in entry]
             _checks.fail("report", f"{where}.of", f"one of {', '.join(whole)}", repr(options["of"]))
         if not isinstance(options.get("ratio"), int | float) or not 0 < options["ratio"] < 1:
@@ -139,6 +154,9 @@ def _poison(name, options, content):
 def _victim(name, options, per_class):
     _name("victims", name)
     _only(f"victims.{name}", options, _VICTIM)
+    for key, kind, what in (("model", str, "text"), ("lr", int | float, "a number")):
+        if key in options and not isinstance(options[key], kind):
+            _checks.fail("report", f"victims.{name}.{key}", what, repr(options[key]))
     recipe(options.get("model", name), *(options.get(key) for key in RECIPE))
     if "pretrain" not in options:
         return
@@ -154,8 +172,9 @@ def split(options):
     """(arguments of generate, Options) of one poison's entry. Errors: ValueError."""
     arguments = {name: options[name] for name in _GENERATE if name in options}
     rest = {name: value for name, value in options.items() if name not in _GENERATE}
-    if arguments.get("model", models.NAMES[0]) not in models.NAMES:
-        _checks.fail("report", "model", f"one of {', '.join(models.NAMES)}", repr(arguments["model"]))
+    for name, known in (("model", models.NAMES), ("preset", PRESETS)):
+        if name in arguments and (not isinstance(arguments[name], str) or arguments[name] not in known):
+            _checks.fail("report", name, f"one of {', '.join(known)}", repr(arguments[name]))
     return arguments, choose(arguments.get("preset", next(iter(PRESETS))), rest)
 
 
@@ -163,11 +182,12 @@ def _run(number, block, content):
     where = f"runs[{number}]"
     block = {**_RUN, **_only(where, block, _RUN)}
     for key, known in (("poisons", [CLEAN, *content["poisons"]]), ("victims", content["victims"])):
-        if block[key] is not None and (not isinstance(block[key], list) or not set(block[key]) <= set(known)):
-            _checks.fail("report", f"{where}.{key}", f"a list of {', '.join(known)}", repr(block[key]))
+        if block[key] is not None:
+            _texts(f"{where}.{key}", block[key], known)
     _seeds(f"{where}.seeds", block["seeds"])
-    if not isinstance(block["defences"], list) or not block["defences"]:
-        _checks.fail("report", f"{where}.defences", "a list of defences", repr(block["defences"]))
+    _texts(f"{where}.defences", block["defences"])
+    if not block["defences"]:
+        _checks.fail("report", f"{where}.defences", "one at least", "none")
     for text in block["defences"]:
         defence(text)
     return block
@@ -180,9 +200,10 @@ def _seeds(where, seeds):
 
 def _analysis(content):
     analysis = content["analysis"]
-    for key, known in (("victims", content["victims"]), ("estimators", ESTIMATORS)):
-        if not isinstance(analysis[key], list) or not set(analysis[key]) <= set(known):
-            _checks.fail("report", f"analysis.{key}", f"a list of {', '.join(known)}", repr(analysis[key]))
+    _texts("analysis.victims", analysis["victims"], content["victims"])
+    _texts("analysis.estimators", analysis["estimators"], ESTIMATORS)
+    if not analysis["estimators"]:
+        _checks.fail("report", "analysis.estimators", "one at least", "none")
     _seeds("analysis.seeds", analysis["seeds"])
     for key, least in (("slices", 2), ("points", 20)):
         if type(analysis[key]) is not int or analysis[key] < least:

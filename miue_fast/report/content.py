@@ -1,11 +1,12 @@
 """From the collected cells to what the report says: headings, sentences, tables and figures, in order; no layout."""
 
 import itertools
+import math
 import statistics
 
 from ..analyse import spearman
-from ..evaluate.defences import NAMES
-from .cells import Cells, gaps, losses, spread
+from ..evaluate.defences import NAMES, defence
+from .cells import Cells, duels, gaps, spread
 from .paper import ORDER, PAPER, differences
 
 TEXT, TABLE, FIGURE = "text", "table", "figure"
@@ -35,17 +36,17 @@ def _setting(report, cells):
         other = differences(PAPER[report["paper"]], report)
         lines.append(f"Paper: {PAPER[report['paper']]['setting']}. " + (
             f"Not the setting of this report ({'; '.join(other)}), so its numbers stand beside ours for orientation only." if other
-            else "This report repeats that setting."))  # fmt: skip
-    rows = [[entry["name"], ", ".join(f"{k} {v}" for k, v in entry["options"].items()) or "made elsewhere"] for entry in report["poisons"]]
-    victims = [
-        [name, ", ".join(f"{k} {v}" for k, v in options.items()) or "the victim's own recipe"] for name, options in s["victims"].items()
-    ]
+            else "No difference to that setting was found."))  # fmt: skip
+    rows = [[entry["name"], _listed(entry["options"])] for entry in report["poisons"]]
+    victims = [[name, _listed(plan)] for name, plan in s["recipes"].items()]
     tables = [(TABLE, ["poison", "options (else the preset's)"], rows), (TABLE, ["victim", "recipe"], victims)]
+    if report["missing"]:
+        tables += [(TEXT, "**Not finished**, and not in any number below:"), (TABLE, ["what", "why"], report["missing"])]
     return "Setting", [*((TEXT, line) for line in lines), *tables]
 
 
 def _listed(options):
-    return ", ".join(f"{name} {value}" for name, value in options.items())
+    return ", ".join(f"{name} {value}" for name, value in options.items() if value is not None)
 
 
 def _standard(report, cells):
@@ -56,7 +57,13 @@ def _standard(report, cells):
         row = [poison, *(spread(cells.values(poison, victim, "none")) for victim in cells.victims),
                spread(cells.values(poison, cells.main, "none", "train"))]  # fmt: skip
         rows.append(row + ([f"{paper[poison]:.2f}" if poison in paper else ""] if paper else []))
-    return "Standard training", [(TABLE, head + (["paper (ResNet-18)"] if paper else []), rows)]
+    blocks = [(TABLE, head + (["paper (ResNet-18)"] if paper else []), rows)]
+    if paper:
+        told = {name: value for name, value in PAPER[report["paper"]]["transfer"].items() if name in cells.victims}
+        blocks += (
+            [(TEXT, f"Paper, MI-UE on other victims: {', '.join(f'{name} {value:.2f}' for name, value in told.items())}.")] if told else []
+        )
+    return "Standard training", blocks
 
 
 def _defences(report, cells):
@@ -67,7 +74,8 @@ def _defences(report, cells):
             continue
         rows = []
         for name in sorted(names, key=lambda text: list(NAMES).index(text.split(":")[0])):
-            rows.append([name, *(spread(cells.values(poison, victim, name)) for poison in cells.order)])
+            told = f"{name} (test images too)" if defence(name).tests else name
+            rows.append([told, *(spread(cells.values(poison, victim, name)) for poison in cells.order)])
             if any(cells.values(poison, victim, name, "robust") for poison in cells.order):
                 rows.append([f"{name}: robust accuracy", *(spread(cells.values(poison, victim, name, "robust")) for poison in cells.order)])
         blocks += [(TEXT, f"Victim {victim}, clean test accuracy by training set:"), (TABLE, ["defence", *cells.order], rows)]
@@ -81,36 +89,41 @@ def _defences(report, cells):
 
 
 def _jpeg(cells):
-    qualities = cells.jpeg_qualities()
-    if not qualities:
+    blocks = []
+    for victim in cells.victims:
+        rows = [[str(q), *(spread(cells.values(poison, victim, f"jpeg:quality={q}")) for poison in cells.order)]
+                for q in cells.jpeg_qualities(victim)]  # fmt: skip
+        if rows:
+            rows.insert(0, ["none", *(spread(cells.values(poison, victim, "none")) for poison in cells.order)])
+            blocks += [(TEXT, f"Victim {victim}:"), (TABLE, ["quality", *cells.order], rows)]
+    if not blocks:
         return None
-    rows = [[str(q), *(spread(cells.values(poison, cells.main, f"jpeg:quality={q}")) for poison in cells.order)] for q in qualities]
-    rows.insert(0, ["none", *(spread(cells.values(poison, cells.main, "none")) for poison in cells.order)])
-    return "JPEG quality", [(TEXT, "The training images are compressed once before training; test images are not."),
-                            (TABLE, ["quality", *cells.order], rows), (FIGURE, "jpeg")]  # fmt: skip
+    text = "The training images are compressed once before training; test images are not."
+    return "JPEG quality", [(TEXT, text), *blocks, (FIGURE, "jpeg")]
 
 
 def _losses(cells):
-    if "mi-ue" not in cells.order:
+    found = duels(cells)
+    if not found:
         return None
-    count = sum(bool(cells.values("mi-ue", victim, name)) for victim in cells.victims for name in cells.defences(victim))
-    found = losses(cells)
-    text = f"Of {count} victims and defences, another poison leaves a lower mean accuracy than MI-UE in {len(found)}."
-    rows = [[victim, name, best, f"{low:.1f}", f"{ours:.1f}"] for victim, name, best, low, ours in found]
-    table = [(TABLE, ["victim", "defence", "best poison", "its accuracy", "MI-UE"], rows)] if rows else []
+    lost = [[victim, name, best, f"{low:.1f}", f"{ours:.1f}"] for victim, name, best, low, ours in found if low < ours]
+    text = (f"Of {len(found)} pairs of victim and defence in which MI-UE and other poisons were tried, another one leaves a lower mean "
+            f"accuracy in {len(lost)}.")  # fmt: skip
+    table = [(TABLE, ["victim", "defence", "best other poison", "its accuracy", "MI-UE"], lost)] if lost else []
     return "Where MI-UE loses", [(TEXT, text), *table]
 
 
 def ordering(values, what):
-    """In words, whether the paper's order (clean > random > em > mi-ue) holds for `values` {poison: number}."""
-    known = [name for name in ORDER if name in values]
+    """In words, whether the paper's order (random > em > mi-ue) holds for {poison: [one number per seed]}, by means and by seeds."""
+    known = [name for name in ORDER if values.get(name)]
     if len(known) < 2:
         return f"{what}: too few of {', '.join(ORDER)} were analysed to speak of an order."
-    found = sorted(known, key=lambda name: -values[name])
-    told = " > ".join(f"{name} {values[name]:.4g}" for name in found)
-    if all(values[a] > values[b] for a, b in itertools.pairwise(known)):
-        return f"{what}: the paper's order ({' > '.join(known)}) holds here: {told}."
-    return f"{what}: the paper's order ({' > '.join(known)}) does **not** hold here: {told}."
+    means = {name: statistics.fmean(values[name]) for name in known}
+    told = " > ".join(f"{name} {means[name]:.4g}" for name in sorted(known, key=lambda name: -means[name]))
+    each = [all(a > b for a, b in itertools.pairwise(row)) for row in zip(*(values[name] for name in known))]
+    holds = all(means[a] > means[b] for a, b in itertools.pairwise(known))
+    return (f"{what}: the paper's order ({' > '.join(known)}) {'holds' if holds else 'does **not** hold'} here: {told} (means; it holds in "
+            f"{sum(each)} of {len(each)} seeds).")  # fmt: skip
 
 
 def _information(report, cells):
@@ -124,8 +137,7 @@ def _information(report, cells):
         found = cells.analyses(poison, victim)
         if found:
             each = [spread([row["mutual_information"][name]["value"] for row in found], 4) for name in estimators]
-            other = [spread([row["poisoned"][what] for row in found if row["poisoned"][what] is not None], 3)
-                     for what in ("trace", "logdet", "effective_rank")]  # fmt: skip
+            other = [_with_infinities([row["poisoned"][what] for row in found]) for what in ("trace", "logdet", "effective_rank")]
             rows.append([poison, *each, *other])
     told = (
         f"Sliced I(g(X); g(X')) in nats between features of the clean and of the poisoned training images, g the {victim} trained on that "
@@ -135,26 +147,40 @@ def _information(report, cells):
     )
     blocks = [(TEXT, told), (TABLE, ["trained on", *estimators, "trace", "log-determinant", "effective rank"], rows)]
     for estimator in estimators:
-        values = cells.analysed(victim, estimator)
-        blocks.append((TEXT, ordering(values, f"Mutual information ({estimator})")))
-        blocks += [(TEXT, text) for text in [_correlation(cells, victim, values, estimator, report)] if text]
-    for what, name in (("trace", "Covariance (trace)"), ("logdet", "Covariance (log-determinant)")):
-        values = {p: [row["poisoned"][what] for row in cells.analyses(p, victim) if row["poisoned"][what] is not None] for p in cells.order}
-        blocks.append((TEXT, ordering({p: statistics.fmean(v) for p, v in values.items() if v}, name)))
+        values = {p: [row["mutual_information"][estimator]["value"] for row in cells.analyses(p, victim)] for p in cells.order}
+        ceiling = f", clean (the estimator's ceiling) {statistics.fmean(values['clean']):.4g}" if values.get("clean") else ""
+        blocks.append((TEXT, ordering(values, f"Mutual information ({estimator}{ceiling})")))
+        blocks += [(TEXT, text) for text in [_correlation(cells, victim, cells.analysed(victim, estimator), estimator, report)] if text]
+    for what, name in (("trace", "Covariance (trace"), ("logdet", "Covariance (log-determinant")):
+        values = {p: [_number(row["poisoned"][what]) for row in cells.analyses(p, victim)] for p in cells.order}
+        clean = f", clean {statistics.fmean(values['clean']):.4g}" if values.get("clean") else ""
+        blocks.append((TEXT, ordering(values, f"{name}{clean})")))
     if report["paper"]:
         told = ", ".join(f"{name} {value}" for name, value in PAPER[report["paper"]]["mutual_information"].items())
         blocks.append((TEXT, f"Paper (histogram estimator): {told}."))
     return "Mutual information and covariance", [*blocks, (FIGURE, "gap"), (FIGURE, "scatter")]
 
 
+def _number(logdet):
+    """JSON has no -inf: a class without variance is stored as None."""
+    return -math.inf if logdet is None else logdet
+
+
+def _with_infinities(values):
+    known = [value for value in values if value is not None]
+    lost = len(values) - len(known)
+    return f"{spread(known, 3)}{'; ' if known and lost else ''}{f'-inf in {lost} of {len(values)} seeds' if lost else ''}"
+
+
 def _correlation(cells, victim, values, estimator, report):
     pairs = gaps(cells, victim, values)
     if len(pairs) < 3 or len({m for m, _ in pairs.values()}) < 2 or len({a for _, a in pairs.values()}) < 2:
         return None
+    several = len(cells.variants & pairs.keys())
+    variants = f", {several} of them by MI-UE and so not independent" if several > 1 else ""
     found = spearman([m for m, _ in pairs.values()], [a for _, a in pairs.values()])
-    text = (
-        f"MI gap ({estimator}) against accuracy gap over {len(pairs)} poisons: Spearman's rho {found.rho:.2f}, permutation p {found.p:.2f}"
-    )
+    text = (f"MI gap ({estimator}) against accuracy gap over {len(pairs)} poisons{variants}: Spearman's rho {found.rho:.2f}, permutation p "
+            f"{found.p:.2f}")  # fmt: skip
     return text + (f" (paper: {PAPER[report['paper']]['spearman']} over its poisons)." if report["paper"] else ".")
 
 
@@ -243,6 +269,7 @@ def _cost(report, cells):
     total = sum(cell["all_seconds"] for cell in report["cells"]) + sum(
         (entry["cost"] or {"seconds": 0})["seconds"] for entry in report["poisons"]
     )
-    return "Cost", [(TABLE, ["poison", "seconds", "image-steps/s (median of the epochs)", "peak resident MB of its process"], rows),
+    head = ["poison", "seconds", "image-steps/s (median of the epochs)", "peak resident MB of its process (all it has done so far)"]
+    return "Cost", [(TABLE, head, rows),
                     (TABLE, ["victim", "median seconds of standard training"], trained),
                     (TEXT, f"All poisons and victims together: {total / 3600:.1f} hours, one after the other.")]  # fmt: skip

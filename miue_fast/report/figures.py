@@ -5,7 +5,7 @@ import statistics
 
 import torch
 
-from ..evaluate.figure import _one_per_class, _shown, missing
+from ..evaluate.figure import missing, one_per_class, shown
 from .cells import Cells, gaps
 
 COLOURS = ("#1b7837", "#3b6fb6", "#b8860b", "#7b3294", "#c51b29", "#008080", "#555555", "#d95f02")
@@ -39,7 +39,7 @@ def _colour(cells, poison):
 
 
 def _jpeg(cells):
-    qualities = cells.jpeg_qualities()[::-1]
+    qualities = cells.jpeg_qualities(cells.main)[::-1]
     if not qualities:
         return None
     canvas = _figure(6.4, 3.8)
@@ -100,7 +100,7 @@ def _grid(rows, titles):
     canvas = _figure(0.95 * max(map(len, rows.values())) + 1.2, 1.0 * len(rows) + 0.3)
     for k, (line, (name, pictures)) in enumerate(zip(canvas.subplots(len(rows), len(titles), squeeze=False), rows.items())):
         for axis, picture, title in zip(line, pictures, titles):
-            axis.imshow(_shown(picture), interpolation="nearest", vmin=0, vmax=1)
+            axis.imshow(shown(picture), interpolation="nearest", vmin=0, vmax=1)
             axis.set(xticks=[], yticks=[])
             if not k:
                 axis.set_title(title[:10], fontsize=7)
@@ -109,7 +109,7 @@ def _grid(rows, titles):
 
 
 def _chosen(report, sources):
-    rows = _one_per_class(sources.clean.labels, 8)
+    rows = one_per_class(sources.clean.labels, 8)
     return rows, [sources.clean.classes[int(sources.clean.labels[k])] for k in rows]
 
 
@@ -126,4 +126,5 @@ def _noise(report, sources):
 
 def _images(report, sources):
     rows, titles = _chosen(report, sources)
-    return _grid({name: sources.images(name)[1][rows].float() / 255 for name in report["order"]}, titles)
+    made = ["clean", *(entry["name"] for entry in report["poisons"])]
+    return _grid({name: sources.images(name)[1][rows].float() / 255 for name in made}, titles)

@@ -1,75 +1,153 @@
 """Runs what a report misses, keeps what is finished, and may be stopped at any moment."""
 
+import concurrent.futures
 import json
-import logging
 import multiprocessing
+import os
 import signal
-from pathlib import Path
+from concurrent.futures.process import BrokenProcessPool
 
 import torch
 from tqdm import tqdm
 
-from .. import data
+from .. import data, models
+from .._checks import fail
+from .._registry import BackendError
+from ..evaluate import check_pair
+from ..evaluate.defences import defence
+from ..evaluate.victims import build
+from ..frozen import find_layer
+from ..generate import Interrupted
+from ..generate.objectives import default_layer
 from . import tasks
-from .config import CLEAN, Config
+from .config import CLEAN, Config, split
 
-log = logging.getLogger("miue_fast")
 _sources = None  # of a worker process
 
 
-def run(config, folder, *, jobs=1, progress=True):
+def run(config, folder, *, jobs=1, progress=True, make=True):
     """Makes every poison and cell of `config` that `folder` does not have yet; (the report as one dict, its Sources) for `render`.
 
     The dict (see `collect`) is also written to folder/report.json.
 
-    jobs: processes that work at once, with an equal share of the threads each. A finished cell is a file in folder/cells, named after
-    what it depends on (images, options, recipe, defence, seed): a changed configuration makes only what changed. After Ctrl-C or a kill
-    the same call goes on; a poison goes on from its checkpoint. Errors: ValueError, OSError, BackendError, KeyboardInterrupt.
+    jobs: processes that work at once, with an equal share of the threads each. make=False trains nothing: the report of what is there.
+    A finished cell is a file in folder/cells, named after what it depends on (images, options, recipe, defence, seed): a changed
+    configuration makes only what changed. A cell that fails (its loss is no number) is named in the report with the reason, and the
+    others are made all the same. After Ctrl-C (Interrupted) or a kill the same call goes on; a poison goes on from its checkpoint.
+    Everything that can be checked before the first training is. Errors: ValueError, OSError, BackendError, Interrupted.
     """
     if not isinstance(config, Config):
-        raise ValueError(f"report: config: expected a Config (see report.read), got {type(config).__name__}")
+        fail("report", "config", "a Config (see report.read)", type(config).__name__)
     if not isinstance(jobs, int) or jobs < 1:
-        raise ValueError(f"report: jobs: expected a whole number >= 1, got {jobs!r}")
-    folder = data.check_writable(folder)
+        fail("report", "jobs", "a whole number >= 1", repr(jobs))
+    data.check_writable(folder)
     sources = tasks.Sources(config, folder)
-    _same_classes(sources)
-    missing = [name for name in config.poisons if not sources.path(sources.poison_key(name)).exists()]
-    parts = [name for name in missing if "of" in config.poisons[name]]
-    starts = [name for name, options in config.victims.items() if "pretrain" in options and not sources.start_path(name).exists()]
-    cells = [(tasks.make_cell, cell) for cell in config.cells() if not sources.path(sources.cell_key(*cell)).exists()]
-    stages = {
-        "poisons": [(tasks.make_poison, (name,)) for name in missing if name not in parts],
-        "parts of poisons": [(tasks.make_poison, (name,)) for name in parts],
-        "pretraining": [(tasks.make_start, (name,)) for name in starts],
-        "cells": cells,
-    }
-    for what, work in stages.items():
+    _check(sources)
+    failures = {}
+    for what, work in _stages(sources).items() if make else ():
         with tqdm(total=len(work), desc=what, unit="", disable=not progress, dynamic_ncols=True) as bar:
-            for _ in _done(work, sources, jobs):
-                bar.update()
-    found = collect(sources)
-    tasks.write(folder / "report.json", found)
+            try:
+                for task, error in _done([task for task in work if not _in_vain(sources, task, failures)], sources, jobs):
+                    failures |= {task: error} if error else {}
+                    bar.update()
+            except KeyboardInterrupt:
+                kept = len(list((sources.folder / "cells").glob("*.json")))
+                raise Interrupted(f"interrupted: {kept} finished parts are kept in {sources.folder}; the same command goes on") from None
+    found = collect(sources, failures)
+    tasks.write(sources.folder / "report.json", found)
     return found, sources
 
 
-def _same_classes(sources):
-    if sources.test.classes != sources.clean.classes:
-        raise ValueError(f"report: test: expected the {len(sources.clean.classes)} classes of the data, got {len(sources.test.classes)}, "
-                         f"{sources.test.classes[:3]}...")  # fmt: skip
+def _stages(sources):
+    """{stage: [(name of a function of `tasks`, its arguments)]} of what is not there yet."""
+    config = sources.config
+    missing = [name for name in config.poisons if not sources.path(sources.poison_key(name)).exists()]
+    starts = [name for name, options in config.victims.items() if "pretrain" in options and not sources.start_path(name).exists()]
+    return {
+        "poisons": [("make_poison", (name,)) for name in missing if "of" not in config.poisons[name]],
+        "parts of poisons": [("make_poison", (name,)) for name in missing if "of" in config.poisons[name]],
+        "pretraining": [("make_start", (name,)) for name in starts],
+        "cells": [("make_cell", cell) for cell in config.cells() if not sources.path(sources.cell_key(*cell)).exists()],
+    }
+
+
+def _in_vain(sources, task, failures):
+    """Whether something that the task needs could not be made."""
+    config, (name, arguments) = sources.config, task
+    poison = config.poisons.get(arguments[0], {})
+    needed = {("make_poison", (poison.get("of"),))}
+    if name == "make_cell":
+        needed |= {("make_poison", arguments[:1]), ("make_start", arguments[1:2])}
+    return bool(needed & failures.keys())
+
+
+def _check(sources):
+    """What would stop a run after hours of work. Errors: ValueError."""
+    config, clean = sources.config, sources.clean
+    classes, shape = len(clean.classes), tuple(clean.images.shape[1:])
+    check_pair("report", clean, sources.test)
+    if (least := int(clean.labels.bincount(minlength=classes).min())) < 2:
+        fail("report", "data", "two images of every class", f"{least} of one")
+    for text in {cell[2] for cell in config.cells()}:
+        defence(text).check(shape, classes)
+    with torch.random.fork_rng([]):
+        for name, options in config.victims.items():
+            build(options.get("model", name), classes, shape)
+        for name, entry in config.poisons.items():
+            if "path" in entry:
+                sources.images(name)
+            elif "of" not in entry:
+                _check_source_model({**config.generation, **entry}, classes, shape)
+    for name, options in config.victims.items():
+        if "pretrain" in options and not sources.start_path(name).exists():
+            sources.other_images(name)
+
+
+def _check_source_model(entry, classes, shape):
+    arguments, options = split(entry)
+    if options.objective == "random":
+        return
+    name = arguments.get("model", "resnet18")
+    model = models.build(name, classes, width=options.width, size=min(shape[1:]), channels=shape[0])
+    if name in models.SQUARE and shape[1] != shape[2]:
+        fail("report", "model", f"a network for images {list(shape)}", f"{name}, which takes squares")
+    find_layer("report", model, arguments.get("feature") or default_layer(options.objective, name))
+    if options.objective == "tap" and options.target_shift % classes == 0:
+        fail("report", "target_shift", f"no multiple of the {classes} classes", options.target_shift)
 
 
 def _done(work, sources, jobs):
+    """(task, None or why it failed) of each task as it ends."""
     if jobs == 1 or len(work) < 2:
-        for make, arguments in work:
-            yield make(sources, *arguments)
+        for task in work:
+            yield task, _tried(sources, task)
         return
     threads = max(1, torch.get_num_threads() // jobs)
-    pool = multiprocessing.get_context("spawn").Pool(jobs, _start, (sources.config, sources.folder, threads), maxtasksperchild=8)
+    pool = concurrent.futures.ProcessPoolExecutor(
+        jobs, multiprocessing.get_context("spawn"), _start, (sources.config, sources.folder, threads)
+    )
     try:
-        yield from pool.imap_unordered(_work, work)
+        running = {pool.submit(_work, task): task for task in work}
+        for future in concurrent.futures.as_completed(running):
+            yield running[future], future.result()
+    except BrokenProcessPool:
+        raise BackendError(
+            f"report: a process was killed, probably out of memory: lower --jobs ({jobs}); the same command goes on"
+        ) from None
     finally:
-        pool.terminate()
-        pool.join()
+        workers = list((pool._processes or {}).values())  # a worker in the middle of a training would be waited for
+        pool.shutdown(wait=False, cancel_futures=True)
+        for worker in workers:
+            worker.terminate()
+
+
+def _tried(sources, task):
+    name, arguments = task
+    try:
+        getattr(tasks, name)(sources, *arguments)
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 def _start(config, folder, threads):
@@ -80,35 +158,49 @@ def _start(config, folder, threads):
 
 
 def _work(task):
-    make, arguments = task
-    make(_sources, *arguments)
+    return _tried(_sources, task)
 
 
-def collect(sources):
+def collect(sources, failures=()):
     """The finished poisons and cells of a configuration as one dict, in its order: all that `render` needs beside the images.
 
-    Keys: format, name, paper, setting, classes, poisons (clean first), cells. Paths of the configuration are left out.
+    Keys: format, name, paper, setting, classes, poisons, cells, order (clean first), missing (what, why). Paths are left out.
     """
-    config = sources.config
-    poisons = [_read(sources.path(sources.poison_key(name))) for name in config.poisons]
-    cells = [_read(sources.path(sources.cell_key(*cell))) for cell in config.cells()]
-    for entry in (*poisons, *cells):
-        entry.pop("key")
-    for entry, name in zip(poisons, config.poisons):
-        entry["options"] = _shown(config, config.poisons[name])
-    setting = {"train_images": len(sources.clean.images), "test_images": len(sources.test.images), "victims": config.victims,
-               "image": list(sources.clean.images.shape[1:]), "analysis": config.analysis}  # fmt: skip
-    return {"format": "miue_fast report 1", "name": config.name, "paper": config.paper, "setting": setting,
+    config, failures = sources.config, dict(failures)
+    poisons, cells, missing = [], [], []
+    for name in config.poisons:
+        if found := _read(sources.path(sources.poison_key(name))):
+            poisons.append({**found, "name": name, "options": _shown(config, config.poisons[name])})
+        else:
+            missing.append([f"poison {name}", failures.get(("make_poison", (name,)), "not made")])
+    for cell in config.cells():
+        if found := _read(sources.path(sources.cell_key(*cell))):
+            cells.append({**found, **dict(zip(("poison", "victim", "defence", "seed"), cell))})
+        else:
+            missing.append([", ".join(map(str, cell)), failures.get(("make_cell", cell), "not made")])
+    names = sources.clean.names
+    setting = {"train_images": len(names), "test_images": len(sources.test.images), "victims": config.victims,
+               "recipes": {victim: sources.recipe(victim) for victim in config.victims}, "image": list(sources.clean.images.shape[1:]),
+               "jpeg": any(os.path.splitext(name)[1].lower() in (".jpg", ".jpeg") for name in names),
+               "analysis": config.analysis}  # fmt: skip
+    return {"format": "miue_fast report 1", "name": config.name, "paper": config.paper, "setting": setting, "missing": missing,
             "classes": len(sources.clean.classes), "poisons": poisons, "cells": cells, "order": [CLEAN, *config.poisons]}  # fmt: skip
 
 
 def _shown(config, entry):
     """A poison's options for the page; a path is nobody else's business."""
-    return entry if "of" in entry else {} if "path" in entry else {**config.generation, **entry}
+    return entry if "of" in entry else {"made": "elsewhere"} if "path" in entry else {**config.generation, **entry}
 
 
 def _read(path):
+    """A finished part without its key and checksum; None if there is none."""
+    if not path.exists():
+        return None
     try:
-        return json.loads(Path(path).read_text())
+        found = json.loads(path.read_text())
+        whole = isinstance(found, dict) and found.get("sha256") == tasks.checksum(found)
     except ValueError:
-        raise ValueError(f"report: {path}: expected a finished cell, got a damaged file; remove it and run again") from None
+        whole = False
+    if not whole:
+        raise ValueError(f"report: {path}: expected a finished part, got a damaged file; remove it and run again")
+    return {name: value for name, value in found.items() if name not in ("key", "sha256")}

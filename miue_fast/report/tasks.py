@@ -5,20 +5,24 @@ import json
 import resource
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import safetensors.torch
 import torch
 
 from .. import __version__, data, models
+from .._checks import fail
 from .._environment import cpu_level
 from ..analyse import analyse_layers, layer_features, linear_separability
 from ..evaluate import poisoned_images, pretrain, run_cell
 from ..evaluate.start import poisoned_rows
+from ..evaluate.victims import recipe
 from ..generate import generate
 from .config import CLEAN, RECIPE, split
 
 LEVEL = 255
+FORMAT = 1  # of cells and of what they mean: another number, and everything is made anew
 
 
 class Sources:
@@ -27,34 +31,59 @@ class Sources:
     def __init__(self, config, folder):
         self.config, self.folder = config, Path(folder)
         self.clean = data.load(config.data, size=config.size, per_class=config.per_class)
-        self.test = data.load(config.test, size=config.size or self.clean.images.shape[-1], per_class=config.test_per_class)
+        self.test = data.load_test(config.test, size=config.size, per_class=config.test_per_class)
         self.identity = {"data": self.clean.fingerprint, "test": self.test.fingerprint}
-        self._images = {}
+        self._images, self._content = {}, {}
 
     def poison_key(self, name):
-        """What a poison depends on. A folder or file made elsewhere: its path, for its content is checked when it is read."""
+        """What a poison depends on; of a folder or file made elsewhere: the poisoned images."""
         entry = self.config.poisons[name]
         if "path" in entry:
-            return {"poison": name, "data": self.identity["data"], "path": entry["path"]}
+            return {"data": self.identity["data"], "images": self.content(name)}
         if "of" in entry:
             return {"part": self.poison_key(entry["of"]), "ratio": entry["ratio"]}
         arguments, options = split({**self.config.generation, **entry})
-        return {"poison": name, "data": self.identity["data"], **arguments, **options.as_dict()}
+        return {"format": FORMAT, "data": self.identity["data"], **arguments, **options.as_dict()}
+
+    def content(self, name):
+        """sha256 of a poison's images."""
+        if name not in self._content:
+            self._content[name] = hashlib.sha256(self.images(name)[1].contiguous().numpy()).hexdigest()
+        return self._content[name]
 
     def poison_folder(self, name):
-        return self.folder / "poisons" / f"{name}-{digest(self.poison_key(name))}"
+        return self.folder / "poisons" / digest(self.poison_key(name))
 
     def cell_key(self, poison, victim, defence, seed):
-        key = {**self.identity, "poison": None if poison == CLEAN else self.poison_key(poison), "victim": victim,
-               "recipe": self.config.victims[victim], "defence": defence, "seed": seed}  # fmt: skip
+        key = {"format": FORMAT, **self.identity, "poison": None if poison == CLEAN else self.poison_key(poison),
+               "recipe": self.recipe(victim, defence), "defence": defence, "seed": seed}  # fmt: skip
         if self.config.analysed(victim, defence, seed):
             key["analysis"] = {name: self.config.analysis[name] for name in ("estimators", "slices", "points")}
             key["analysis"]["layers"] = victim == self.config.analysis["layers"]
         return key
 
+    def recipe(self, victim, defence="none"):
+        """How a victim is trained, with every default filled in."""
+        options = self.config.victims[victim]
+        plan = recipe(options.get("model", victim), *(options.get(name) for name in RECIPE), adversarial=defence.startswith("adversarial"))
+        return {**asdict(plan), "pretrain": options.get("pretrain")}
+
     def start_path(self, victim):
         """Of the pretrained weights."""
-        return self.folder / "pretrained" / f"{victim}-{digest({**self.identity, 'recipe': self.config.victims[victim]})}.safetensors"
+        return self.folder / "pretrained" / f"{digest({'format': FORMAT, **self.identity, 'recipe': self.recipe(victim)})}.safetensors"
+
+    def other_images(self, victim):
+        """The images of each class that follow the first `per_class` ones, as many as the victim is pretrained on."""
+        config, wanted = self.config, self.config.victims[victim]["pretrain"]["per_class"]
+        more = data.load(config.data, size=config.size, per_class=config.per_class + wanted)
+        own = set(self.clean.names)
+        other = more.select([row for row, name in enumerate(more.names) if name not in own])
+        least = int(other.labels.bincount(minlength=len(other.classes)).min())
+        if least < 2:
+            fail(
+                "report", f"victims.{victim}.pretrain", f"images after the first {config.per_class} of each class", f"{least} of one class"
+            )
+        return other
 
     def path(self, key):
         return self.folder / "cells" / f"{digest(key)}.json"
@@ -66,7 +95,10 @@ class Sources:
             if name == CLEAN:
                 self._images[name] = self.clean, self.clean.images
             elif "path" in entry:
-                self._images[name] = poisoned_images(self.clean, entry["path"], size=self.config.size)
+                rows, images = poisoned_images(self.clean, entry["path"], size=self.config.size)
+                if len(rows) != len(self.clean):
+                    fail("report", f"poisons.{name}.path", f"a poisoned copy of all {len(self.clean)} images", f"of {len(rows)}")
+                self._images[name] = rows, images
             elif "of" in entry:
                 clean, images = self.images(entry["of"])
                 kept = poisoned_rows(clean.labels, entry["ratio"], (), seed=0)[:, None, None, None]
@@ -81,8 +113,14 @@ def digest(key):
 
 
 def write(path, content):
+    """A JSON file whose last key is the sha256 of the rest, as one step."""
+    content = {**content, "sha256": checksum(content)}
     path.parent.mkdir(parents=True, exist_ok=True)
     data.write_file(path, lambda file: file.write((json.dumps(content, indent=1, allow_nan=False) + "\n").encode()))
+
+
+def checksum(content):
+    return hashlib.sha256(json.dumps({name: value for name, value in content.items() if name != "sha256"}).encode()).hexdigest()
 
 
 def peak_memory():
@@ -102,7 +140,8 @@ def make_poison(sources, name):
     if not entry.keys() & {"path", "of"}:
         folder = sources.poison_folder(name)
         arguments, options = split({**sources.config.generation, **entry})
-        history = generate(sources.clean, folder, progress=False, **arguments, **options.as_dict()).history
+        again = options.objective == "random"  # it has no checkpoint to go on from, and needs none
+        history = generate(sources.clean, folder, progress=False, overwrite=again, **arguments, **options.as_dict()).history
         if history:
             rates = sorted(row["image_steps_per_s"] for row in history)
             cost = {"seconds": sum(row["seconds"] for row in history), "image_steps_per_s": rates[len(rates) // 2],
@@ -116,12 +155,8 @@ def make_poison(sources, name):
 
 def make_start(sources, victim):
     """Trains a victim on clean images of the same classes that no poison holds: those after the first `per_class` ones, by name."""
-    config, options = sources.config, sources.config.victims[victim]
-    more = data.load(config.data, size=config.size, per_class=config.per_class + options["pretrain"]["per_class"])
-    place = {name: row for row, name in enumerate(more.names)}
-    own = {place[name] for name in sources.clean.names}
-    other = more.select([row for row in range(len(more)) if row not in own])
-    options = _recipe(config, victim) | {"epochs": options["pretrain"]["epochs"]}
+    config, other = sources.config, sources.other_images(victim)
+    options = _recipe(config, victim) | {"epochs": config.victims[victim]["pretrain"]["epochs"]}
     state = pretrain(other.images, other.labels, sources.test.images, sources.test.labels, len(other.classes), seed=1000,
                      victim=_model(config, victim), **options)  # fmt: skip
     content = safetensors.torch.save(state)
