@@ -128,7 +128,7 @@ def test_the_layer_of_the_logits_is_checked(shapes):
 
 
 def test_tap_needs_another_class(shapes):
-    with pytest.raises(ValueError, match="generate: target_shift: expected no multiple of the 4 classes, got 8"):
+    with pytest.raises(ValueError, match="target_shift: expected no multiple of the 4 classes, got 8"):
         generate(shapes, objective="tap", target_shift=8, **SHORT)
 
 

@@ -153,8 +153,8 @@ def test_unreadable_images_are_listed(tmp_path, capsys):
         data.export_folder(drawn, drawn.images * 0.0, tmp_path / part, eps=0)
     broken = next((tmp_path / "train").rglob("*.png"))
     broken.write_bytes(b"no image")
-    config = {"name": "x", "data": str(tmp_path / "train"), "test": str(tmp_path / "test"), "poisons": {}, "victims": {"lenet5": {"epochs": 1}},
-              "runs": [{}]}  # fmt: skip
+    places = {"data": str(tmp_path / "train"), "test": str(tmp_path / "test")}
+    config = {"name": "x", **places, "poisons": {}, "victims": {"lenet5": {"epochs": 1}}, "runs": [{}]}
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert cli.main(["report", str(tmp_path / "config.json"), "--out", str(tmp_path / "out"), "--quiet"]) == 3
     assert f"unreadable, left out: {broken.relative_to(tmp_path / 'train')}" in capsys.readouterr().err
@@ -402,7 +402,7 @@ BAD = [
     (("victims", "lenet5"), {"lr": "0.1"}, "victims.lenet5.lr: expected a number"),
     (("runs", 0, "victims"), [["x"]], "runs[0].victims: expected a list of"),
     (("runs", 0, "defences"), [["none"]], "runs[0].defences: expected a list of text"),
-    (("analysis", "seeds"), [5], "analysis: expected a run of clean, small_resnet, without a defence, seed 5"),
+    (("analysis", "seeds"), [5], "analysis: expected a run of clean, small_resnet, without a defence, of a seed among 5"),
     (("analysis", "estimators"), [], "analysis.estimators: expected one at least"),
     (("test",), None, "test: expected other images than the clean training images"),
     (("runs", 1, "defences"), ["jpeg:5"], "quality of jpeg: expected a whole number from 10 to 95, got '5'"),
