@@ -74,8 +74,13 @@ def _listed(reasons):
     return "; ".join(f"{name}: {reason or 'available'}" for name, reason in reasons.items())
 
 
-def define(schema, *, reference, fake, samples, impls=(), truth=None, dtype_of=None, dtypes=None, exact=False, mutates=(), route=None):
-    """Registers `miue_fast::<op>`. Every schema ends in `str backend`; the reference serves every device and `dtypes`."""
+def define(schema, *, reference, fake, samples, impls=(), truth=None, dtype_of=None, dtypes=None, exact=False, mutates=(), route=None,
+           check=None):  # fmt: skip
+    """Registers `miue_fast::<op>`. Every schema ends in `str backend`; the reference serves every device and `dtypes`.
+
+    check: the arguments without `backend` -> None or an exception: what only real tensors can tell (values, addresses). It runs inside
+    the op, so torch.compile does not trace it.
+    """
     name = schema.split("(")[0]
     plain = Impl("reference", reference, frozenset({"cpu", "cuda", "meta"}), frozenset(dtypes), lambda: None)
     op = Op(
@@ -84,6 +89,8 @@ def define(schema, *, reference, fake, samples, impls=(), truth=None, dtype_of=N
 
     def kernel(*args):
         *args, backend = args
+        if check:
+            check(*args)
         device = args[0].device.type
         if route and backend == "auto" and device == "cuda":
             backend = route(*args)

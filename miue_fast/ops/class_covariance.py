@@ -36,17 +36,11 @@ def _samples(device, dtype):
     yield make(130, 70, 7)
 
 
-def _checked(fn):
-    """`fn` after a look at the labels, inside the op: torch.compile traces no value."""
-
-    def call(features, labels, num_classes):
-        if labels.numel():
-            low, high = torch.stack(labels.aminmax()).tolist()
-            if low < 0 or high >= num_classes:
-                _checks.fail(OP, "labels", f"values from 0 to {num_classes - 1}", f"{low} to {high}")
-        return fn(features, labels, num_classes)
-
-    return call
+def _check(features, labels, num_classes):
+    if labels.numel():
+        low, high = torch.stack(labels.aminmax()).tolist()
+        if low < 0 or high >= num_classes:
+            _checks.fail(OP, "labels", f"values from 0 to {num_classes - 1}", f"{low} to {high}")
 
 
 def _fake(features, labels, num_classes, backend):
@@ -62,14 +56,15 @@ def _no_derivative(ctx, *grads):
 
 define(
     f"{OP}(Tensor features, Tensor labels, int num_classes, str backend) -> (Tensor, Tensor, Tensor)",
-    reference=_checked(_reference),
+    reference=_reference,
     fake=_fake,
     samples=_samples,
     dtypes=DOUBLES,
+    check=_check,
     impls=[
-        Impl("triton", _checked(_triton.lazy(OP)), _triton.DEVICES, FLOATS, _triton.missing),
-        Impl("cuda", _checked(_native.class_covariance), frozenset({"cuda"}), FLOATS, _native.cuda_missing),
-        Impl("cpu", _checked(_native.class_covariance), frozenset({"cpu"}), DOUBLES, _native.cpu_missing),
+        Impl("triton", _triton.lazy(OP), _triton.DEVICES, FLOATS, _triton.missing),
+        Impl("cuda", _native.class_covariance, frozenset({"cuda"}), FLOATS, _native.cuda_missing),
+        Impl("cpu", _native.class_covariance, frozenset({"cpu"}), DOUBLES, _native.cpu_missing),
     ],
 )
 torch.library.register_autograd(f"miue_fast::{OP}", _no_derivative, lib=LIB)

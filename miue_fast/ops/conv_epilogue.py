@@ -67,6 +67,18 @@ def _impls(name):
     ]
 
 
+def aligned(op, position):
+    """A check for `define`: kernels read and write the mask in words of up to 8 bytes."""
+
+    def check(*args):
+        mask = args[position]
+        if mask is not None and mask.data_ptr() % 8:
+            got = f"an address {mask.data_ptr() % 8} bytes past one"
+            _checks.fail(op, "mask", "memory that starts at a multiple of 8 bytes (a tensor of its own does)", got)
+
+    return check
+
+
 define(
     "conv_epilogue_(Tensor(a!) y, Tensor? bias, Tensor? residual, bool relu, Tensor(b!)? mask, str backend) -> ()",
     reference=reference,
@@ -75,6 +87,7 @@ define(
     dtypes=DOUBLES,
     exact=True,
     mutates=(0, 4),
+    check=aligned("conv_epilogue_", 4),
     impls=_impls("conv_epilogue_"),
 )
 define(
@@ -85,6 +98,7 @@ define(
     dtypes=DOUBLES,
     exact=True,
     mutates=(0,),
+    check=aligned("conv_grad_epilogue_", 2),
     impls=_impls("conv_grad_epilogue_"),
 )
 
@@ -103,10 +117,6 @@ def check_mask(op, mask, count, device):
     expected = mask_bytes(count)
     if mask.dtype != torch.uint8 or mask.shape != (expected,) or mask.device != device or not mask.is_contiguous():
         _checks.fail(op, "mask", f"a contiguous uint8 tensor [{expected}] on {device}", _checks.describe(mask))
-    if mask.storage_offset() % 8:
-        _checks.fail(
-            op, "mask", "memory that starts at a multiple of 8 bytes (a tensor of its own does)", f"offset {mask.storage_offset()}"
-        )
 
 
 def check_bias(op, bias, channels, like):

@@ -15,7 +15,7 @@ from ..reference.convolution import FP8, result_dtype
 from ..reference.convolution import conv_forward as reference
 from ..reference.convolution import conv_input_grad as reference_grad
 from ..reference.convolution import conv_input_grad_step_ as reference_step
-from .conv_epilogue import check_bias, check_mask, dense
+from .conv_epilogue import aligned, check_bias, check_mask, dense
 from .projected_step import check_step
 
 NHWC = torch.channels_last
@@ -203,6 +203,7 @@ define(
     fake=_fake_grad,
     samples=_grad_samples,
     dtypes=DOUBLES | {FP8},
+    check=aligned("conv_input_grad", 3),
     impls=_impls("conv_input_grad", _native.conv_input_grad),
     route=lambda grad, weight, addend, mask, size, *conv: _route("conv_input_grad", weight, size, *conv[:4]),
 )
