@@ -1,6 +1,7 @@
 """The poison step as a CUDA graph wants it, as far as a CPU can show: the graph path is the plain loop, and a step never waits."""
 
 import contextlib
+import copy
 from dataclasses import replace
 
 import pytest
@@ -9,12 +10,14 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from miue_fast import freeze, models
-from miue_fast.generate import Options
+from miue_fast.generate import Options, step, train
+from miue_fast.generate.graphs import Captured
 from miue_fast.generate.step import Descent
 from miue_fast.reference import perturbed_input as reference_input
 from miue_fast.reference.projected_step import load_images
 
 CLASSES = 4
+OPTIONS = Options(epochs=3, train_batch=10, device="cpu")
 
 
 @pytest.fixture
@@ -27,67 +30,69 @@ def case():
     return model.eval(), images, torch.arange(24) % CLASSES, torch.rand(24) < 0.5
 
 
-class Graph:
-    """torch.cuda.CUDAGraph in its effects: capturing computes nothing, replaying repeats what was captured, on the same memory."""
+class OnCpu(Captured):
+    """A captured function in its effects: capturing computes nothing, replaying repeats what was captured, on the same memory."""
 
-    descent = None  # whose steps are captured
     made = 0
 
-    def __init__(self):
-        Graph.made += 1
+    def __init__(self, work, inputs, pool=None):
+        OnCpu.made += 1
+        self.work = work
+        stores = [*self.watched(), *(value for value in inputs if value is not None)]
+        before = [store.clone() for store in stores]
+        super().__init__(work, inputs, pool)
+        with torch.no_grad():
+            for store, value in zip(stores, before):
+                store.copy_(value)
 
+    def replay(self):
+        with torch.no_grad():
+            outputs, kept = ([x] if isinstance(x, torch.Tensor) else x for x in (self.again(), self.result))
+            for static, value in zip(kept, outputs):
+                static.copy_(value)
+
+    def again(self):
+        with torch.enable_grad():
+            return self.work(*self.inputs)
+
+
+class NoGraph:
     def pool(self):
         return "pool"
 
-    @contextlib.contextmanager
-    def capture(self, pool=None):
-        stores, real = (self.descent.delta, *self.watched), Descent._step
-        before, calls = [store.clone() for store in stores], []
 
-        def record(descent, *args):
-            loss = real(descent, *args)
-            calls.append((args, loss))
-            return loss
-
-        Descent._step = record
-        try:
-            yield
-        finally:
-            Descent._step = real
-            for store, value in zip(stores, before):
-                store.copy_(value)
-        ((self.args, self.loss),) = calls
-
-    def replay(self):
-        self.loss.copy_(Descent._step(self.descent, *self.args))
-
-    watched = ()
+@pytest.fixture
+def cuda(monkeypatch):
+    """Code for CUDA that runs here: cuda.watched() gives what a capture must leave as it is, beside the graph's inputs."""
+    monkeypatch.setattr(OnCpu, "made", 0)
+    monkeypatch.setattr(step, "Captured", OnCpu)
+    monkeypatch.setattr(train, "Captured", OnCpu)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", NoGraph)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: Stream)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: Stream)
+    for name in ("graph", "stream"):
+        monkeypatch.setattr(torch.cuda, name, lambda *args, **kwargs: contextlib.nullcontext())
+    return lambda watched: monkeypatch.setattr(OnCpu, "watched", staticmethod(watched), raising=False)
 
 
-def on_graphs(monkeypatch, net, images, options):
+class Stream:
+    wait_stream = staticmethod(lambda other: None)
+
+
+def on_graphs(cuda, net, images, options):
     """A Descent that takes the CUDA path."""
     descent = Descent(net, images, torch.zeros(images.shape), options)
     descent.captured = True
-    monkeypatch.setattr(Graph, "descent", descent)
-    monkeypatch.setattr(Graph, "made", 0)
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
-    real = Descent._capture
-
-    def capture(self, inputs, alpha):
-        Graph.watched = [inputs[3]]
-        return real(self, inputs, alpha)
-
-    monkeypatch.setattr(Descent, "_capture", capture)
-    monkeypatch.setattr(torch.cuda, "graph", Graph.capture)
+    cuda(lambda: [descent.delta])
     return descent
 
 
 @pytest.mark.parametrize("steps", [1, 3])
-def test_the_graph_path_is_the_plain_loop(case, steps, monkeypatch):
+def test_the_graph_path_is_the_plain_loop(case, steps, cuda):
     """Two batch sizes, with and without flips, two step sizes, new weights in between."""
     model, images, labels, flip = case
     net, options = freeze(model), Options(steps=steps)
-    plain, graphs = Descent(net, images, torch.zeros(images.shape), options), on_graphs(monkeypatch, net, images, options)
+    plain, graphs = Descent(net, images, torch.zeros(images.shape), options), on_graphs(cuda, net, images, options)
     assert not plain.captured
     calls = [(slice(0, 12), flip, 0.01), (slice(12, 24), flip, 0.01), (slice(3, 24), flip, 0.01), (slice(0, 12), None, 0.01),
              (slice(4, 16), flip, 0.02), (slice(0, 12), flip, 0.02)]  # fmt: skip
@@ -100,7 +105,7 @@ def test_the_graph_path_is_the_plain_loop(case, steps, monkeypatch):
             net.refold()
         (one, bad), (other, other_bad) = plain(*args), graphs(*args)
         assert torch.equal(plain.delta, graphs.delta) and torch.equal(one, other) and torch.equal(bad, other_bad), k
-    assert Graph.made == 4, "one capture per batch size, kind of flip and step size"
+    assert OnCpu.made == 4, "one capture per batch size, kind of flip and step size"
 
 
 class Scaled(torch.nn.Module):
@@ -114,7 +119,7 @@ class Scaled(torch.nn.Module):
         return self.body((x - 0.25) * self.gain)
 
 
-def test_a_trained_normalisation_is_read_again(case, monkeypatch):
+def test_a_trained_normalisation_is_read_again(case, cuda):
     """After a refold the step uses the new one, captured or not."""
     model, images, labels, flip = case
     model.normalize = False
@@ -123,7 +128,7 @@ def test_a_trained_normalisation_is_read_again(case, monkeypatch):
     assert net.stem is not None and net.std == [0.5] * 3
     zeros = torch.zeros(images.shape)
     args = labels, torch.arange(24), flip, 0.01
-    plain, graphs = Descent(net, images, zeros.clone(), Options(steps=2)), on_graphs(monkeypatch, net, images, Options(steps=2))
+    plain, graphs = Descent(net, images, zeros.clone(), Options(steps=2)), on_graphs(cuda, net, images, Options(steps=2))
     plain(*args), graphs(*args)
     with torch.no_grad():
         model.gain.fill_(0.5)
@@ -132,29 +137,29 @@ def test_a_trained_normalisation_is_read_again(case, monkeypatch):
     for descent in (plain, graphs, fresh):
         descent(*args)
     assert torch.equal(plain.delta, fresh.delta) and torch.equal(graphs.delta, fresh.delta)
-    assert Graph.made == 2, "a real graph repeats the numbers that it was captured with"
+    assert OnCpu.made == 2, "a real graph repeats the numbers that it was captured with"
     with torch.no_grad():
         model.gain.fill_(0.0)
     with pytest.raises(ValueError, match="freeze: model: expected an input normalisation with finite scales other than 0"):
         net.refold()
 
 
-def test_not_a_number_is_counted_in_a_replay(case, monkeypatch):
+def test_not_a_number_is_counted_in_a_replay(case, cuda):
     model, images, labels, flip = case
     with torch.no_grad():
         model.conv1.weight.fill_(torch.nan)
-    graphs = on_graphs(monkeypatch, freeze(model), images, Options(steps=3))
+    graphs = on_graphs(cuda, freeze(model), images, Options(steps=3))
     for _ in range(2):
         _, bad = graphs(labels, torch.arange(24), flip, 0.01)
         assert bad.tolist() == [3, 3 * images.numel()]
 
 
-def test_out_of_memory_in_a_capture_halves_the_launch_and_captures_anew(case, monkeypatch):
+def test_out_of_memory_in_a_capture_halves_the_launch_and_captures_anew(case, cuda, monkeypatch):
     model, images, labels, flip = case
     net = freeze(model, chunk=24)
     net.chunk.least = 2
-    plain, graphs = (Descent(net, images, torch.zeros(images.shape), Options(steps=2)) for _ in range(2))
-    graphs = on_graphs(monkeypatch, net, images, Options(steps=2))
+    plain = Descent(net, images, torch.zeros(images.shape), Options(steps=2))
+    graphs = on_graphs(cuda, net, images, Options(steps=2))
     plain(labels, torch.arange(24), flip, 0.01)
     real, failing = net._forward, []
 
@@ -167,31 +172,78 @@ def test_out_of_memory_in_a_capture_halves_the_launch_and_captures_anew(case, mo
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: bool(failing))
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
-    inner = Graph.capture
 
     @contextlib.contextmanager
-    def capture(self, pool=None):
-        failing.append(self)
+    def capture(graph, pool):
+        failing.append(graph)
         try:
-            with inner(self, pool):
-                yield
+            yield
         finally:
             failing.clear()
 
-    monkeypatch.setattr(torch.cuda, "graph", lambda graph, pool: quiet(capture(graph, pool)))
+    monkeypatch.setattr(torch.cuda, "graph", capture)
     graphs(labels, torch.arange(24), flip, 0.01)
-    assert net.chunk.size == 12 and Graph.made == 2
+    assert net.chunk.size == 12 and OnCpu.made == 2
     assert torch.equal(plain.delta, graphs.delta)
 
 
-@contextlib.contextmanager
-def quiet(capture):
-    """The fake has no step to keep where the capture failed."""
-    try:
-        with capture:
-            yield
-    except ValueError as error:
-        raise error.__context__ or error from None
+def trainer(case, captures, options=OPTIONS):
+    """A Trainer of a network of its own, on the CPU's path or on that of CUDA."""
+    model, images, labels, _ = case
+    model = copy.deepcopy(model)
+    delta = torch.linspace(-0.03, 0.03, images.numel()).view(images.shape)
+    made = train.Trainer(model, images, labels, delta, options)
+    made.captures = captures
+    made.optimizer = torch.optim.SGD(model.parameters(), torch.full((), options.lr), options.momentum,
+                                     weight_decay=options.weight_decay, fused=True)  # fmt: skip
+    return made
+
+
+def state(of):
+    momenta = [of.optimizer.state[p]["momentum_buffer"] for p in of.model.parameters() if p in of.optimizer.state]
+    return [*of.model.state_dict().values(), *momenta]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_captured_model_step_is_the_plain_one(case, cuda, dtype):
+    """Three epochs with a schedule of the learning rate; 24 images in batches of 10, 10 and 4."""
+    options = replace(OPTIONS, dtype=dtype)
+    plain, graphs = trainer(case, False, options), trainer(case, True, options)
+    cuda(lambda: state(graphs))
+    done = []
+    for number in (1, 2, 3):
+        assert plain.epoch(number, lambda images: None) == graphs.epoch(number, done.append)
+    assert done == [10, 10, 4] * 3
+    assert OnCpu.made == 1, "one capture for the whole run: the learning rate is not part of it"
+    assert len(state(plain)) > 20
+    for one, other in zip(state(plain), state(graphs), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_a_network_that_cannot_be_captured_trains_all_the_same(case, cuda, monkeypatch, caplog):
+    plain, graphs = trainer(case, False), trainer(case, True)
+    cuda(lambda: state(graphs))
+
+    def refuse(*args, **kwargs):
+        raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+    monkeypatch.setattr(torch.cuda, "graph", refuse)
+    for number in (1, 2):
+        assert plain.epoch(number, lambda images: None) == graphs.epoch(number, lambda images: None)
+    assert all(torch.equal(*pair) for pair in zip(state(plain), state(graphs), strict=True))
+    told = [record.message for record in caplog.records if "cannot be captured" in record.message]
+    assert told == ["the model step runs call by call: it cannot be captured in a CUDA graph (operation not permitted when stream is "
+                    "capturing)"]  # fmt: skip
+
+
+def test_the_learning_rate_on_the_device_is_the_schedule(case, cuda):
+    graphs = trainer(case, True)
+    cuda(lambda: state(graphs))
+    (group,) = graphs.optimizer.param_groups
+    kept = group["lr"]
+    for number in (1, 3):
+        graphs.epoch(number, lambda images: None)
+        assert group["lr"] is kept and kept.item() == pytest.approx(OPTIONS.learning_rate(number))
 
 
 class OneDevice(TorchDispatchMode):

@@ -125,7 +125,7 @@ def test_interrupted_and_resumed_is_the_uninterrupted_run(images, tmp_path, monk
 
 def test_a_finished_run_is_returned_again(images, tmp_path, monkeypatch):
     first = run(images, tmp_path)
-    monkeypatch.setattr(loop, "train_epoch", lambda *args, **kwargs: pytest.fail("worked again"))
+    monkeypatch.setattr(loop.Trainer, "epoch", lambda *args, **kwargs: pytest.fail("worked again"))
     assert torch.equal(run(images, tmp_path).delta, first.delta)
 
 

@@ -22,8 +22,7 @@ from .network import channels_last
 from .objectives import default_layer, on_logits, trains_on_delta
 from .options import Options, choose
 from .step import Descent, check_finite, check_labels
-from .train import optimizer as make_optimizer
-from .train import train_epoch
+from .train import Trainer
 
 log = logging.getLogger("miue_fast")
 _FREE_TO_CHANGE = {"network_chunk"}  # between the two halves of a resumed run: it does not change the objective
@@ -96,7 +95,7 @@ class _Run:
         self.images, self.labels = dataset.images.contiguous().to(device), dataset.labels.to(device)
         rows = len(dataset.classes) if options.classwise else len(self.images)
         self.delta = torch.zeros((rows, *self.images.shape[1:]), dtype=getattr(torch, options.delta_dtype), device=device)
-        self.optimizer = make_optimizer(network, options)
+        self.trainer = Trainer(network, self.images, self.labels, self.delta if trains_on_delta(options.objective) else None, options)
         network.eval()
         net = freeze(network, feature, dtype=getattr(torch, options.dtype), chunk=options.network_chunk, fused=options.fused,
                      fp8=options.fp8, channels_last=options.channels_last, backend=options.backend)  # fmt: skip
@@ -114,7 +113,7 @@ class _Run:
         if told:
             raise ValueError(f"{self.keep}: expected a checkpoint of the same options, got {', '.join(told)}; "
                              "repeat them, choose another folder or set overwrite=True")  # fmt: skip
-        checkpoint.restore(self.keep, tensors, self.network, self.optimizer, self.delta)
+        checkpoint.restore(self.keep, tensors, self.network, self.trainer.optimizer, self.delta)
         self.history = header["history"]
         for what in ("torch", "threads"):
             if header[what] != now[what]:
@@ -144,9 +143,7 @@ class _Run:
     def _epoch(self, epoch, tick):
         o, start = self.options, time.perf_counter()
         torch.manual_seed(batches.derive(o.seed, epoch, "dropout"))
-        train_loss, accuracy = train_epoch(self.network, self.optimizer, self.images, self.labels,
-                                           self.delta if trains_on_delta(o.objective) else None, epoch=epoch, options=o,
-                                           tick=tick)  # fmt: skip
+        train_loss, accuracy = self.trainer.epoch(epoch, tick)
         middle = time.perf_counter()
         poison_loss = self._poison_step(epoch, tick)
         if not self.delta.any():
@@ -210,7 +207,7 @@ class _Run:
     def _save(self):
         if self.keep is None:
             return
-        checkpoint.save(self.keep, checkpoint.gather(self.network, self.optimizer, self.delta), self._header())
+        checkpoint.save(self.keep, checkpoint.gather(self.network, self.trainer.optimizer, self.delta), self._header())
         table = io.StringIO()
         writer = csv.DictWriter(table, self.history[0])
         writer.writeheader()

@@ -45,7 +45,7 @@ class Options:
     channels_last: bool | None = (
         None  # memory format of the training network; None: True (1.5x on a CPU) where oneDNN is right, see `network.py`
     )
-    fused: bool = True  # the frozen network as fused layers (`freeze`); False: PyTorch's autograd, as for networks that have no fused form
+    fused: bool = True  # the frozen network as fused layers (`freeze`), CUDA graphs on a GPU; False: PyTorch's autograd, call by call
     fp8: bool = False  # the fused layers multiply e4m3 values; with dtype bfloat16. See `freeze`
     backend: str = "auto"  # of the ops
 

@@ -7,6 +7,7 @@ from .. import _checks
 from .._registry import OPS
 from ..frozen import AutogradNet, FrozenNet, freeze
 from ..ops import conv_input_grad_step_, perturbed_input, projected_step_
+from .graphs import Captured
 from .objectives import on_logits, value_and_grad
 
 
@@ -55,32 +56,26 @@ class Descent:
         if baked != self.baked:  # another epoch: these numbers are part of the captured launches
             self.graphs, self.pool, self.baked = {}, None, baked
         if key in self.graphs:
-            graph, inputs, loss = self.graphs[key]
-            for static, value in zip(inputs, given):
-                if value is not None:
-                    static.copy_(value)
+            captured = self.graphs[key]
+            captured.load(given)
         else:
             inputs = [None if v is None else v.clone() for v in given]
             first = self._step(*inputs[:3], alpha, inputs[3])  # compiles and loads what a capture must not, for these very inputs
-            graph, loss = self._capture(inputs, alpha)
-            self.graphs[key] = graph, inputs, loss
+            captured = self.graphs[key] = self._capture(inputs, alpha)
             steps -= 1
         for _ in range(steps):
-            graph.replay()
-        return loss.clone() if steps else first, inputs[3].clone()
+            captured.replay()
+        return captured.result.clone() if steps else first, captured.inputs[3].clone()
 
     def _capture(self, inputs, alpha):
-        """(graph, its loss) of one step on static inputs. Nothing is computed."""
+        """One step on static inputs, whose result is the loss."""
         while True:
-            graph = torch.cuda.CUDAGraph()
             try:
-                with torch.cuda.graph(graph, pool=self.pool):
-                    loss = self._step(*inputs[:3], alpha, inputs[3])
-                self.pool = graph.pool()
-                return graph, loss
+                captured = Captured(lambda labels, index, flip, bad: self._step(labels, index, flip, alpha, bad), inputs, self.pool)
+                self.pool = captured.pool
+                return captured
             except torch.OutOfMemoryError:
                 pass  # handled below, where the exception no longer holds the memory
-            del graph
             self.net.tapes = None
             self.net.chunk.halve(min(self.net.chunk.size, len(inputs[1])))
 

@@ -1,56 +1,119 @@
-"""The model step: one epoch of cross-entropy training of the source network on augment(x) + delta."""
+"""The model step: epochs of cross-entropy training of the source network on augment(x) + delta."""
+
+import logging
 
 import torch
 import torch.nn.functional as F
 
-from .._registry import BackendError
+from .._registry import OPS, BackendError
 from . import batches
+from .graphs import Captured
 from .network import autocast
 from .step import network_input
 
 _HALF_SCALE = 128.0  # keeps the gradients of a float16 network out of underflow; a power of two, taken out again before the update
+log = logging.getLogger("miue_fast")
 
 
-def optimizer(model, options):
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    return torch.optim.SGD(parameters, options.lr, options.momentum, weight_decay=options.weight_decay)
+class Trainer:
+    """Trains `model` on rows of `images` [N, C, H, W] uint8 plus `delta` (None: on the images alone), with SGD.
 
-
-def train_epoch(model, optimizer, images, labels, delta, *, epoch, options, tick):
-    """One epoch on images + delta (delta None: on the images). Returns (mean loss, accuracy in percent).
-
-    `tick(images done)` is called after each batch. Waits for the device once, at the end.
+    On CUDA the training step of whole batches is captured in one CUDA graph and replayed; the learning rate is then a number on the
+    device. A network that cannot be captured (it waits for the device) trains call by call, and one log line says so.
     """
-    o, device, count = options, images.device, len(images)
-    dtype = getattr(torch, o.dtype)
-    scale = _HALF_SCALE if dtype is torch.float16 else 1.0
-    order, flips = (t.to(device) for t in batches.order_and_flips(count, o.flip, o.seed, epoch, "model step"))
-    slices = batches.train_slices(count, o.train_batch)
-    losses, correct = [], torch.zeros((), dtype=torch.int64, device=device)
-    for group in optimizer.param_groups:
-        group["lr"] = o.learning_rate(epoch)
-    model.train()
-    try:
-        for part in slices:
-            index = order[part]
-            x = network_input(images, delta, labels[index], index, flips[part], eps=o.eps, channels_last=o.channels_last,
-                              backend=o.backend, classwise=o.classwise)  # fmt: skip
-            with autocast(device, dtype):
-                logits = model(x)
-            loss = F.cross_entropy(logits.float(), labels[index])
-            optimizer.zero_grad(set_to_none=True)
-            (loss * scale).backward()
-            if scale != 1:
-                torch._foreach_div_([p.grad for p in model.parameters() if p.grad is not None], scale)
-            optimizer.step()
-            losses.append(loss.detach() * len(index))
-            correct += (logits.detach().argmax(1) == labels[index]).sum()
-            tick(len(index))
-    except torch.OutOfMemoryError as error:
-        raise BackendError(f"generate: out of memory in the model step: lower train_batch ({o.train_batch}) or the width") from error
-    losses = torch.stack(losses)
-    bad = (~losses.isfinite()).nonzero()
-    if len(bad):
-        raise ValueError(f"generate: epoch {epoch}, batch {int(bad[0]) + 1} of {len(slices)} of the model step: loss: expected a finite "
-                         f"number, got NaN or Inf; lower lr ({o.lr})")  # fmt: skip
-    return float(losses.sum()) / count, 100 * float(correct) / count
+
+    def __init__(self, model, images, labels, delta, options):
+        self.model, self.images, self.labels, self.delta, self.options = model, images, labels, delta, options
+        device = images.device
+        self.captures = images.is_cuda and options.fused and self._has_kernel()
+        self.graph, self.ran = None, False
+        lr = torch.full((), options.lr, device=device) if self.captures else options.lr
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.SGD(parameters, lr, options.momentum, weight_decay=options.weight_decay,
+                                         fused=True if self.captures else None)  # fmt: skip
+
+    def _has_kernel(self):
+        """The reference of `perturbed_input` waits for the device, which a capture cannot."""
+        return OPS["perturbed_input"].choose(self.options.backend, "cuda", torch.float32).backend != "reference"
+
+    def epoch(self, number, tick):
+        """One epoch. Returns (mean loss, accuracy in percent).
+
+        `tick(images done)` is called after each batch. Waits for the device once, at the end.
+        """
+        o, device, count = self.options, self.images.device, len(self.images)
+        order, flips = (t.to(device) for t in batches.order_and_flips(count, o.flip, o.seed, number, "model step"))
+        slices = batches.train_slices(count, o.train_batch)
+        losses, correct = [], torch.zeros((), dtype=torch.int64, device=device)
+        self._set_learning_rate(o.learning_rate(number))
+        self.model.train()
+        try:
+            for part in slices:
+                index = order[part]
+                loss, right = self._batch(index, flips[part])
+                losses.append(loss * len(index))
+                correct += right
+                tick(len(index))
+        except torch.OutOfMemoryError as error:
+            raise BackendError(f"generate: out of memory in the model step: lower train_batch ({o.train_batch}) or the width") from error
+        losses = torch.stack(losses)
+        bad = (~losses.isfinite()).nonzero()
+        if len(bad):
+            raise ValueError(f"generate: epoch {number}, batch {int(bad[0]) + 1} of {len(slices)} of the model step: loss: expected a "
+                             f"finite number, got NaN or Inf; lower lr ({o.lr})")  # fmt: skip
+        return float(losses.sum()) / count, 100 * float(correct) / count
+
+    def _set_learning_rate(self, value):
+        for group in self.optimizer.param_groups:
+            if isinstance(group["lr"], torch.Tensor):
+                group["lr"].fill_(value)
+            else:
+                group["lr"] = value
+
+    def _batch(self, index, flip):
+        """(loss, how many are right) of one batch, after which the weights are new."""
+        if not self.captures or len(index) != self.options.train_batch:
+            return self._step(index, flip)
+        if self.graph is None and not self.ran:
+            self.ran = True
+            return _apart(self._step, index, flip)
+        if self.graph is None:
+            try:
+                self.graph = Captured(self._step, [index.clone(), flip.clone()])
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as error:
+                self.captures = False
+                log.warning("the model step runs call by call: it cannot be captured in a CUDA graph (%s)", str(error).splitlines()[0])
+                self.optimizer.zero_grad(set_to_none=True)  # what the capture left has no values
+                return self._step(index, flip)
+        else:
+            self.graph.load((index, flip))
+        self.graph.replay()
+        return tuple(value.clone() for value in self.graph.result)
+
+    def _step(self, index, flip):
+        o, device, labels = self.options, self.images.device, self.labels[index]
+        dtype = getattr(torch, o.dtype)
+        scale = _HALF_SCALE if dtype is torch.float16 else 1.0
+        x = network_input(self.images, self.delta, labels, index, flip, eps=o.eps, channels_last=o.channels_last, backend=o.backend,
+                          classwise=o.classwise)  # fmt: skip
+        with autocast(device, dtype):
+            logits = self.model(x)
+        loss = F.cross_entropy(logits.float(), labels)
+        self.optimizer.zero_grad(set_to_none=True)
+        (loss * scale).backward()
+        if scale != 1:
+            torch._foreach_div_([p.grad for p in self.model.parameters() if p.grad is not None], scale)
+        self.optimizer.step()
+        return loss.detach(), (logits.detach().argmax(1) == labels).sum()
+
+
+def _apart(step, *args):
+    """step(*args) on a stream of its own, as autograd wants it before a capture: its nodes remember the stream they were made on."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        result = step(*args)
+    torch.cuda.current_stream().wait_stream(stream)
+    return result
