@@ -15,7 +15,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
-from baselines import eager, strong
+from baselines import eager, other, strong
 
 from miue_fast import _environment
 from miue_fast._registry import OPS
@@ -37,9 +37,10 @@ class Candidate:
     """One implementation of a workload's op, or the reason why it takes no part."""
 
     name: str
-    role: str  # "ours", "reference", "eager", "strong"
+    role: str  # "ours", "reference", "eager", "strong", "other"
     fn: Callable
     reason: str | None
+    oracle: Callable | None = None  # of what computes another function
 
 
 def candidates(workload, device, args, quick):
@@ -60,6 +61,8 @@ def candidates(workload, device, args, quick):
         if quick and strong.COMPILED in name:
             reason = reason or "left out by --quick: compiling takes seconds"
         yield Candidate(name, role, fn, reason)
+    for name, (fn, oracle) in other.PATHS.get(workload.op, {}).items():
+        yield Candidate(name, "other", fn, workload.skip.get(name) or other.missing(name), oracle)
 
 
 def in_double(args):
@@ -309,9 +312,10 @@ def run(workload, device, *, quick, budget, copies=1):
         rows.append(row)
         if row["reason"]:
             continue
+        own = candidate.oracle and [results(op, candidate.oracle, a) for a in (in_double(args), args)]
         try:
             with time_limit(COMPILE_LIMIT):
-                row["error_of_allowed"] = gate(op, args, want, plain, candidate.fn, exact=op.exact and candidate.role == "ours")
+                row["error_of_allowed"] = gate(op, args, *(own or (want, plain)), candidate.fn, exact=op.exact and candidate.role == "ours")
         except WrongResult as error:
             row["reason"] = f"refused: {error}"
         except (RuntimeError, TimeoutError) as error:

@@ -79,6 +79,16 @@ def _summary(rows):
         yield name, _cell(eager), _cell(strong) + which, _cell(plain), _cell(ours) + mine, *times, memory
 
 
+def _others(rows):
+    """What other packages take for a similar loss, beside this library."""
+    for name, group in _groups(rows).items():
+        found, ours = fastest(group, "other"), fastest(group, "ours")
+        if found and ours:
+            memory = f", {size(found['extra_bytes'])} of extra memory" if found["extra_bytes"] is not None else ""
+            yield (f"{name}: {found['implementation']} (another loss: the logarithm before the sum) takes "
+                   f"{seconds(found['median_s'])}, {ratio(found['median_s'] / ours['median_s'])} this library's time{memory}.")  # fmt: skip
+
+
 def _missing(rows):
     """What this library could not show here, once per backend and reason."""
     reasons = dict.fromkeys((r["implementation"], r["reason"]) for r in rows if r["role"] == "ours" and r["reason"])
@@ -212,6 +222,7 @@ def markdown(record, *, details=True):
         head = ("workload", "eager (published path)", "strong (best PyTorch)", "reference", "this library", "vs eager", "vs strong",
                 "extra memory: ours / strong / eager")  # fmt: skip
         parts.append("Median of a call (10th - 90th percentile).\n\n" + table(head, _summary(rows)))
+        parts += _others(record["rows"])
         parts += [_missing(record["rows"])] * bool(_missing(record["rows"]))
     if details and rows:
         head = ("workload", "implementation", "time", "error / allowed", "rate", "extra memory", "why not")

@@ -27,6 +27,11 @@ def device(record):
         for dtype in (" bfloat16", ""):
             name = f"nt_xent B={batch} D=512{dtype}"
             yield _judged("speed", name, 1.0, ratio(name, "strong"), "strong")
+    for batch in (512, 8192):
+        name = f"nt_xent B={batch} D=512"
+        ours, other = timed("ours", name), timed("other", name)
+        yield _judged("speed", name, 1.0, ratio(name, "other"), "SupConLoss")
+        yield _judged("smaller", name, 1.0, other["extra_bytes"] / ours["extra_bytes"] if ours and other else None, "SupConLoss")
     for name in ("projected_step_ 50000x3x32x32 store bfloat16", "perturbed_input 50000x3x32x32 channels-last bfloat16"):
         yield _judged("fraction", name, 0.85, value(timed("ours", name), lambda r: copy and r["rate"] / copy), "the copy bandwidth")
     step = "PGD step ResNet-18 B=512"

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
+from baselines import other
 
 import miue_fast
 from miue_fast import ops
@@ -149,7 +150,7 @@ def _loss_skips(batch, dense):
     if batch > 512:
         skip["eager"] = f"one of its B x B x D temporaries would take {batch * batch * 512 * 4 / 2**30:,.0f} GiB"
     if batch > dense:
-        paths = ("matmul, autograd", "matmul, autograd, compiled", "closed form", "closed form, compiled")
+        paths = ("matmul, autograd", "matmul, autograd, compiled", "closed form", "closed form, compiled", other.SUPCON)
         skip |= {name: f"keeps several B x B matrices of {batch * batch * 4 / 2**30:,.2f} GiB" for name in paths}
     return skip
 

@@ -58,7 +58,7 @@ def check_schema(record):
     launch = {"launch"} if record["kind"] == "device" else set()
     for row in record["rows"]:
         assert row.keys() - launch == ROW, row
-        assert row["op"] in OPS and row["role"] in ("ours", "reference", "eager", "strong")
+        assert row["op"] in OPS and row["role"] in ("ours", "reference", "eager", "strong", "other")
         if row["reason"]:
             assert row["median_s"] is row["rate"] is row["extra_bytes"] is None and row["samples"] == 0, row
         else:

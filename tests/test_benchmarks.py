@@ -22,7 +22,7 @@ import measure  # noqa: E402
 import pgd_step  # noqa: E402
 import report  # noqa: E402
 import workloads  # noqa: E402
-from baselines import strong  # noqa: E402
+from baselines import other, strong  # noqa: E402
 
 SMALL = list(workloads.cpu(quick=True))
 
@@ -102,7 +102,8 @@ def test_quick_run(tmp_path):
     assert {r["op"] for r in record["rows"]} == {o["op"] for o in record["overhead"]} == set(OPS)
     for name in OPS:
         found = {r["implementation"] for r in record["rows"] if r["op"] == name}
-        assert found == {*(i.backend for i in OPS[name].impls), "eager", *strong.PATHS[name]}, "every backend and baseline has a row"
+        baselines = {"eager", *strong.PATHS[name], *other.PATHS.get(name, ())}
+        assert found == {*(i.backend for i in OPS[name].impls), *baselines}, "every backend and baseline has a row"
     assert {r["role"] for r in record["pgd_step"]["rows"] if r["median_s"]} == {"eager", "strong", "ours"}
     assert 0 < record["pgd_step"]["convolution_share"] <= 1
     measured = [r for r in record["rows"] if r["role"] == "eager" and r["extra_bytes"]]
@@ -126,6 +127,26 @@ def test_baselines_agree_with_the_float64_reference(workload, monkeypatch):
     assert {c.name for c in chosen if not c.reason} == {"eager", *strong.PATHS[op.name]}
     for candidate in chosen:
         assert measure.gate(op, args, want, plain, candidate.fn, exact=False) <= 1, candidate.name
+
+
+def test_the_loss_of_another_package_has_an_oracle_of_its_own(monkeypatch):
+    """SupConLoss is checked against its own formula, timed, and named; with a wrong formula it is refused, without its package left out."""
+    workload = next(w for w in SMALL if w.op == "nt_xent")
+
+    def found():
+        rows = measure.run(workload, "cpu", quick=True, budget=0.001)
+        return next(r for r in rows if r["implementation"] == other.SUPCON)
+
+    row = found()
+    assert row["median_s"] > 0 and row["reason"] is None and row["error_of_allowed"] <= 1
+    ours = row | {"implementation": "cpu", "role": "ours", "median_s": row["median_s"] / 2}
+    (line,) = report._others([ours, row | {"extra_bytes": 5_000_000}])
+    assert "takes " in line and "2.00x this library's time, 5 MB of extra memory" in line
+    fn, oracle = other.PATHS["nt_xent"][other.SUPCON]
+    monkeypatch.setitem(other.PATHS["nt_xent"], other.SUPCON, (fn, partial(wrong_nt_xent, oracle)))
+    assert found()["reason"].startswith("refused: error")
+    monkeypatch.setattr(other.importlib.util, "find_spec", lambda name: None)
+    assert "not installed (pip install pytorch-metric-learning)" in found()["reason"]
 
 
 def wrong_nt_xent(fn, *args):

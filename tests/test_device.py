@@ -340,7 +340,7 @@ def test_report_and_plot_of_a_record(tmp_path, monkeypatch):
     bad = [record["layer_times"][3] | {"reason": "refused: error 1"}, record["parity"][0] | {"outcome": "failed: it crashed"}]
     end = report.closing(record, bad)
     assert "2 rows of this library failed" in end and "conv1, triton forward: refused: error 1" in end and "it crashed" in end
-    assert {target["kind"] for target in record["targets"]} == {"time", "speed", "flops", "memory", "fraction", "rate"}
+    assert {target["kind"] for target in record["targets"]} == {"time", "speed", "flops", "memory", "smaller", "fraction", "rate"}
     assert all(target["measured"] is not None for target in record["targets"])
     report.save(record, tmp_path / "device.json")
     monkeypatch.setattr(report, "SHIPPED", tmp_path / "table.json")
