@@ -248,6 +248,20 @@ def markdown(record, *, details=True):
     return "\n\n".join(parts)
 
 
+def generation(record):
+    """A record of full_generation.py."""
+    options = record["options"]
+    head = (f"{record['train_images']:,} training images, {record['model']}, {record['epochs']} epochs of {options['steps']} steps, preset "
+            f"{record['preset']}, {options['dtype']}, seed {options['seed']}: {record['seconds']:,.0f} s in all, "
+            f"{record['image_steps_per_s']:,.0f} image-steps/s in the poison step (median), L-inf {record['linf']}/255.")  # fmt: skip
+    rows = [(v["trained_on"], f"{v['victim']}, {v['epochs']} epochs, seed {v['seed']}", f"{v['train']:.1%}", f"{v['test']:.1%}",
+             f"{v['seconds']:,.0f}") for v in record["victims"]]  # fmt: skip
+    targets = [(t["name"], t["needed"], f"{t['measured']:.3g}" if t["measured"] is not None else "not measured",
+                {True: "met", False: "**missed**", None: "-"}[t["met"]]) for t in record["targets"]]  # fmt: skip
+    parts = [_environment(record["environment"]), head, table(("trained on", "victim", "train", "clean test", "seconds"), rows)]
+    return "\n\n".join(parts + ([table(("target", "at most", "measured", ""), targets)] if targets else []))
+
+
 def write_table(record):
     """The faster backend of each layer in the record, into the table that the package ships; other GPUs' entries stay."""
     import layers
@@ -268,6 +282,7 @@ def section():
     """What stands between the README's markers."""
     files = [RESULTS / "cpu.json", RESULTS / "device.json"]
     parts = [markdown(load(path), details=False) for path in files if path.exists()]
+    parts += [generation(load(path)) for path in sorted(RESULTS.glob("generation_*.json"))]
     for path in sorted(RESULTS.glob("cpu_*.json")):  # earlier runs on other machines: their targets
         record = load(path)
         parts.append(f"Another machine: {_environment(record['environment'])}\n\n"

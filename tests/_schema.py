@@ -51,6 +51,24 @@ def check_device(record):
         numbers_or_reason(row)
 
 
+def nameless(record):
+    text = json.dumps(record)
+    assert not any(word in text for word in ("/home", "/root", "/work", "/tmp", "\\\\Users", os.uname().nodename)), "a path or host name"
+
+
+def check_generation(record):
+    """A record of full_generation.py."""
+    assert record["format"] == report.FORMAT and record["kind"] == "generation" and "commit" in record["environment"]
+    assert 0 < record["linf"] <= round(255 * record["options"]["eps"])
+    assert [row["epoch"] for row in record["history"]] == list(range(1, record["epochs"] + 1))
+    assert record["seconds"] > 0 and record["image_steps_per_s"] > 0
+    for row in record["victims"]:
+        assert row["trained_on"] in ("poisoned", "clean", "random") and 0 <= row["train"] <= 1 and 0 <= row["test"] <= 1
+    for target in record["targets"]:
+        assert target["met"] == (None if target["measured"] is None else target["measured"] <= target["needed"])
+    nameless(record)
+
+
 def check_schema(record):
     """Every row has either numbers or the reason for their absence; every number is possible; no path, no host name."""
     assert record["format"] == report.FORMAT and record["kind"] in ("cpu", "device")
@@ -79,5 +97,4 @@ def check_schema(record):
             assert target["met"] == (target["measured"] < target["needed"] if less else target["measured"] >= target["needed"])
     if record["kind"] == "device":
         check_device(record)
-    text = json.dumps(record)
-    assert not any(word in text for word in ("/home", "/root", "/work", "/tmp", "\\\\Users", os.uname().nodename)), "a path or host name"
+    nameless(record)
