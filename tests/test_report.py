@@ -6,6 +6,7 @@ import copy
 import json
 import re
 import shutil
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -70,6 +71,20 @@ def test_one_command_makes_everything(finished):
     assert all(entry["noise"]["linf"] == (8 if entry["name"] == "random" else 6) for entry in found["poisons"])  # 3 steps of 2 levels
     assert found["poisons"][0]["cost"] is None and found["poisons"][1]["cost"]["peak_memory"] > 1e7
     assert not re.search(r"/(home|root|work|tmp)/", json.dumps(found))
+
+
+def test_the_perturbations_travel_with_the_numbers(finished, place):
+    """A report.json alone draws the grid of perturbations, and what it holds is what the poison does."""
+    found, sources = finished[1], tasks.Sources(report.read(place / "config.json"), finished[0])
+    entry = next(e for e in found["poisons"] if e["name"] == "em")
+    levels = torch.frombuffer(bytearray(zlib.decompress(base64.b64decode(entry["pictures"]["levels"]))), dtype=torch.int16)
+    clean, images = sources.images("em")
+    rows = figures.one_per_class(clean.labels, 8)
+    assert torch.equal(levels.view(entry["pictures"]["shape"]), images[rows].short() - clean.images[rows].short())
+    assert levels.abs().max() == 6 and entry["pictures"]["titles"] == [clean.classes[int(clean.labels[k])] for k in rows]
+    assert "noise" in figures.draw(json.loads(json.dumps(found)))
+    big = data.Dataset(torch.zeros(2, 1, 100, 130, dtype=torch.uint8), torch.tensor([0, 1]), ["a", "b"], ["0", "1"])
+    assert figures.thumbnails(big, big.images)["shape"] == [2, 1, 34, 44]
 
 
 def test_the_pages(finished):
@@ -461,3 +476,14 @@ def test_missing_data_is_told_before_any_work(place, tmp_path, capsys):
 def test_the_committed_configuration_is_valid():
     found = report.read(ROOT / "benchmarks" / "report_cifar10_jpeg.json")
     assert {"mi-ue", "em", "tap", "random"} <= set(found.poisons) and len(found.cells()) > 100
+
+
+def test_the_committed_page_is_that_of_the_committed_numbers(tmp_path):
+    """`miue-fast report benchmarks/results/report_cifar10_jpeg.json --out docs/evidence` makes it."""
+    numbers = ROOT / "benchmarks" / "results" / "report_cifar10_jpeg.json"
+    assert cli.main(["report", str(numbers), "--out", str(tmp_path)]) == 0
+    assert (tmp_path / "report.md").read_text() == (ROOT / "docs" / "evidence" / "report.md").read_text()
+    found = json.loads(numbers.read_text())
+    assert found["sha256"] == tasks.checksum(found) and not re.search(r"/(home|root|work|tmp)/", numbers.read_text())
+    for name in re.findall(r"\]\((\w+\.png)\)", (tmp_path / "report.md").read_text()):
+        assert (ROOT / "docs" / "evidence" / name).read_bytes().startswith(b"\x89PNG")

@@ -32,6 +32,10 @@ class Cells:
     def defences(self, victim):
         return list(dict.fromkeys(key[2] for key in self.found if key[1] == victim))
 
+    def tried(self, victim, defences):
+        """The poisons that one of the defences was tried on, in order."""
+        return [poison for poison in self.order if any(self.values(poison, victim, name) for name in defences)]
+
     def jpeg_qualities(self, victim):
         """Best first."""
         return sorted((int(name.split("=")[1]) for name in self.defences(victim) if name.startswith("jpeg:")), reverse=True)

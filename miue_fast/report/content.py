@@ -72,13 +72,13 @@ def _defences(report, cells):
         names = [name for name in cells.defences(victim) if name != "none" and not name.startswith("jpeg")]
         if not names:
             continue
-        rows = []
+        rows, poisons = [], cells.tried(victim, names)
         for name in sorted(names, key=lambda text: list(NAMES).index(text.split(":")[0])):
             told = f"{name} (test images too)" if defence(name).tests else name
-            rows.append([told, *(spread(cells.values(poison, victim, name)) for poison in cells.order)])
-            if any(cells.values(poison, victim, name, "robust") for poison in cells.order):
-                rows.append([f"{name}: robust accuracy", *(spread(cells.values(poison, victim, name, "robust")) for poison in cells.order)])
-        blocks += [(TEXT, f"Victim {victim}, clean test accuracy by training set:"), (TABLE, ["defence", *cells.order], rows)]
+            rows.append([told, *(spread(cells.values(poison, victim, name)) for poison in poisons)])
+            if any(cells.values(poison, victim, name, "robust") for poison in poisons):
+                rows.append([f"{name}: robust accuracy", *(spread(cells.values(poison, victim, name, "robust")) for poison in poisons)])
+        blocks += [(TEXT, f"Victim {victim}, clean test accuracy by training set:"), (TABLE, ["defence", *poisons], rows)]
     if not blocks:
         return None
     known = PAPER[report["paper"]]["adversarial"] if report["paper"] else {}
@@ -91,11 +91,14 @@ def _defences(report, cells):
 def _jpeg(cells):
     blocks = []
     for victim in cells.victims:
-        rows = [[str(q), *(spread(cells.values(poison, victim, f"jpeg:quality={q}")) for poison in cells.order)]
-                for q in cells.jpeg_qualities(victim)]  # fmt: skip
-        if rows:
-            rows.insert(0, ["none", *(spread(cells.values(poison, victim, "none")) for poison in cells.order)])
-            blocks += [(TEXT, f"Victim {victim}:"), (TABLE, ["quality", *cells.order], rows)]
+        names = {f"jpeg:quality={q}": str(q) for q in cells.jpeg_qualities(victim)}
+        poisons = cells.tried(victim, names)
+        if names:
+            rows = [
+                [told, *(spread(cells.values(poison, victim, name)) for poison in poisons)]
+                for name, told in {"none": "none", **names}.items()
+            ]
+            blocks += [(TEXT, f"Victim {victim}:"), (TABLE, ["quality", *poisons], rows)]
     if not blocks:
         return None
     text = "The training images are compressed once before training; test images are not."
@@ -180,7 +183,7 @@ def _correlation(cells, victim, values, estimator, report):
     variants = f", {several} of them by MI-UE and so not independent" if several > 1 else ""
     found = spearman([m for m, _ in pairs.values()], [a for _, a in pairs.values()])
     text = (f"MI gap ({estimator}) against accuracy gap over {len(pairs)} poisons{variants}: Spearman's rho {found.rho:.2f}, permutation p "
-            f"{found.p:.2f}")  # fmt: skip
+            f"{found.p:.2g}")  # fmt: skip
     return text + (f" (paper: {PAPER[report['paper']]['spearman']} over its poisons)." if report["paper"] else ".")
 
 

@@ -1,7 +1,9 @@
 """The figures of a report, as PNG bytes; from the collected cells alone, and with images where they are at hand."""
 
+import base64
 import io
 import statistics
+import zlib
 
 import torch
 
@@ -12,13 +14,13 @@ COLOURS = ("#1b7837", "#3b6fb6", "#b8860b", "#7b3294", "#c51b29", "#008080", "#5
 
 
 def draw(report, sources=None):
-    """{name: PNG bytes} of what can be drawn; {} without matplotlib (`missing` says so). sources: for the pictures of poisons."""
+    """{name: PNG bytes} of what can be drawn; {} without matplotlib (`missing` says so). sources: for the pictures of images."""
     if missing():
         return {}
     cells = Cells(report)
-    made = {"jpeg": _jpeg(cells), "gap": _gap(report, cells), "scatter": _scatter(report, cells)}
+    made = {"jpeg": _jpeg(cells), "gap": _gap(report, cells), "scatter": _scatter(report, cells), "noise": _noise(report)}
     if sources is not None and report["poisons"]:
-        made |= {"noise": _noise(report, sources), "images": _images(report, sources)}
+        made["images"] = _images(report, sources)
     return {name: figure for name, figure in made.items() if figure}
 
 
@@ -69,9 +71,11 @@ def _gap(report, cells):
         return None
     canvas = _figure(3.1 * len(found) + 0.6, 3.2)
     for axis, ((_, estimator), pairs) in zip(canvas.subplots(1, len(found), squeeze=False)[0], found.items()):
+        middle = (min(i for i, _ in pairs.values()) + max(i for i, _ in pairs.values())) / 2
         for poison, (information, accuracy) in pairs.items():
             axis.scatter(information, accuracy, color=_colour(cells, poison))
-            axis.annotate(poison, (information, accuracy), textcoords="offset points", xytext=(4, 4), fontsize=8)
+            side, away = ("right", -5) if information > middle else ("left", 5)
+            axis.annotate(poison, (information, accuracy), textcoords="offset points", xytext=(away, 3), ha=side, fontsize=8)
         axis.set(xlabel="MI gap to clean, nats", ylabel="accuracy gap, points")
         axis.set_title(estimator, fontsize=9)
         axis.margins(0.25)
@@ -83,7 +87,7 @@ def _scatter(report, cells):
     """Two principal components of the features of poisoned training images, first seed, by class."""
     chosen = {}
     for cell in report["cells"]:
-        if cell["victim"] == cells.main and "analysis" in cell:
+        if "scatter" in cell.get("analysis", {}):
             chosen.setdefault(cell["poison"], cell["analysis"])
     if not chosen:
         return None
@@ -108,23 +112,32 @@ def _grid(rows, titles):
     return _png(canvas)
 
 
-def _chosen(report, sources):
-    rows = one_per_class(sources.clean.labels, 8)
-    return rows, [sources.clean.classes[int(sources.clean.labels[k])] for k in rows]
+def _chosen(clean):
+    rows = one_per_class(clean.labels, 8)
+    return rows, [clean.classes[int(clean.labels[k])] for k in rows]
 
 
-def _noise(report, sources):
+def thumbnails(clean, images):
+    """Perturbations of eight images of a poison as JSON holds them: levels of 1/255, every k-th pixel of what is larger than 64."""
+    rows, titles = _chosen(clean)
+    step = -(-max(images.shape[-2:]) // 64)
+    levels = (images[rows, :, ::step, ::step].to(torch.int16) - clean.images[rows, :, ::step, ::step]).contiguous()
+    packed = base64.b64encode(zlib.compress(levels.numpy().astype("<i2").tobytes(), 9)).decode()
+    return {"titles": titles, "shape": list(levels.shape), "levels": packed}
+
+
+def _noise(report):
     """Perturbations alone, each poison's largest change at full contrast."""
-    rows, titles = _chosen(report, sources)
-    pictures = {}
+    pictures, titles = {}, []
     for entry in report["poisons"]:
-        clean, images = sources.images(entry["name"])
-        delta = images[rows].float() - clean.images[rows].float()
-        pictures[entry["name"]] = (0.5 + delta / (2 * max(float(delta.abs().max()), 1))).clamp(0, 1)
-    return _grid(pictures, titles)
+        if found := entry.get("pictures"):
+            titles, content = found["titles"], bytearray(zlib.decompress(base64.b64decode(found["levels"])))
+            delta = torch.frombuffer(content, dtype=torch.int16).view(found["shape"]).float()
+            pictures[entry["name"]] = (0.5 + delta / (2 * max(float(delta.abs().max()), 1))).clamp(0, 1)
+    return _grid(pictures, titles) if pictures else None
 
 
 def _images(report, sources):
-    rows, titles = _chosen(report, sources)
+    rows, titles = _chosen(sources.clean)
     made = ["clean", *(entry["name"] for entry in report["poisons"])]
     return _grid({name: sources.images(name)[1][rows].float() / 255 for name in made}, titles)

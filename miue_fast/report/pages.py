@@ -10,7 +10,7 @@ from .figures import draw, missing
 CAPTIONS = {
     "jpeg": "Clean test accuracy against the JPEG quality of the training images; bands from the smallest to the largest seed.",
     "gap": "Mutual-information gap against accuracy gap, one point per poison.",
-    "scatter": "Features of poisoned training images on their first two principal components, coloured by class.",
+    "scatter": "Features of poisoned training images on their first two principal components, by class; the first analysed victim.",
     "noise": "Perturbations alone, each at full contrast.",
     "images": "Images as the victims see them.",
 }
@@ -23,7 +23,7 @@ th{background:#f3f3f3}img{max-width:100%}figure{margin:1em 0}figcaption{font-siz
 def render(report, folder, sources=None):
     """Writes report.md, its figures and report.html into `folder` (which may hold them already) and returns the paths written.
 
-    report: of `run`, or the content of a report.json. sources: with them the poisons are shown too. Without matplotlib there are no
+    report: of `run`, or the content of a report.json. sources: with them the poisoned images are shown too. Without matplotlib there are no
     figures, and the report says so. Errors: ValueError, OSError.
     """
     if not isinstance(report, dict) or report.get("format") != "miue_fast report 1":

@@ -21,6 +21,7 @@ from ..generate import Interrupted
 from ..generate.objectives import default_layer
 from . import tasks
 from .config import CLEAN, Config, split
+from .figures import thumbnails
 
 _sources = None  # of a worker process
 
@@ -170,7 +171,8 @@ def collect(sources, failures=()):
     poisons, cells, missing = [], [], []
     for name in config.poisons:
         if found := _read(sources.path(sources.poison_key(name))):
-            poisons.append({**found, "name": name, "options": _shown(config, config.poisons[name])})
+            pictures = thumbnails(*sources.images(name))
+            poisons.append({**found, "name": name, "options": _shown(config, config.poisons[name]), "pictures": pictures})
         else:
             missing.append([f"poison {name}", failures.get(("make_poison", (name,)), "not made")])
     for cell in config.cells():
@@ -178,6 +180,7 @@ def collect(sources, failures=()):
             cells.append({**found, **dict(zip(("poison", "victim", "defence", "seed"), cell))})
         else:
             missing.append([", ".join(map(str, cell)), failures.get(("make_cell", cell), "not made")])
+    _thin(cells)
     names = sources.clean.names
     setting = {"train_images": len(names), "test_images": len(sources.test.images), "victims": config.victims,
                "recipes": {victim: sources.recipe(victim) for victim in config.victims}, "image": list(sources.clean.images.shape[1:]),
@@ -185,6 +188,16 @@ def collect(sources, failures=()):
                "analysis": config.analysis}  # fmt: skip
     return {"format": "miue_fast report 1", "name": config.name, "paper": config.paper, "setting": setting, "missing": missing,
             "classes": len(sources.clean.classes), "poisons": poisons, "cells": cells, "order": [CLEAN, *config.poisons]}  # fmt: skip
+
+
+def _thin(cells):
+    """Only the first analysed cell of a poison keeps the points of its scatter."""
+    seen = set()
+    for cell in cells:
+        if "analysis" in cell and cell["poison"] in seen:
+            cell["analysis"] = {name: value for name, value in cell["analysis"].items() if not name.startswith("scatter")}
+        elif "analysis" in cell:
+            seen.add(cell["poison"])
 
 
 def _shown(config, entry):
