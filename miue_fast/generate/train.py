@@ -78,6 +78,7 @@ class Trainer:
             self.ran = True
             return _apart(self._step, index, flip)
         if self.graph is None:
+            self.optimizer.zero_grad(set_to_none=True)  # the captured backward makes gradients of its own
             try:
                 self.graph = Captured(self._step, [index.clone(), flip.clone()])
             except torch.OutOfMemoryError:
