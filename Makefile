@@ -17,8 +17,9 @@ $(VENV)/.ready: requirements-dev.txt pyproject.toml setup.py $(wildcard csrc/*.*
 demo: setup
 	$(PY) -m miue_fast.demo
 
+# A worker per core up to two; whole files, so that what a file builds is built once.
 test: setup
-	$(PY) -m pytest
+	$(PY) -m pytest -n 2 --dist loadfile
 
 lint: setup
 	$(PY) -m ruff check .

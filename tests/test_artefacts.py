@@ -377,7 +377,7 @@ def as_nobody(action):
 
 @pytest.mark.skipif(sys.platform == "win32", reason="permission bits of POSIX")
 def test_unwritable_folder_is_found_first(tmp_path, clean):
-    for folder in (tmp_path, *[p for p in tmp_path.parents if p.name.startswith("pytest-")]):
+    for folder in (tmp_path, *[p for p in tmp_path.parents if p.name.startswith(("pytest-", "popen-"))]):
         os.chmod(folder, 0o755)
     locked = tmp_path / "locked"
     locked.mkdir(mode=0o555)
