@@ -53,6 +53,11 @@ static void float_to_f16(uint16_t* __restrict out, const float* __restrict in, i
     for (; i < n; i++) out[i] = to_f16(in[i]);
 }
 
+// memcpy that takes null pointers where there is nothing to copy: an empty tensor has no memory.
+MIUE_INLINE void copy(void* out, const void* in, int64_t bytes) {
+    if (bytes) __builtin_memcpy(out, in, bytes);
+}
+
 // Values of one float dtype to float or double, and back with one rounding per step.
 MIUE_INLINE void widen(float* __restrict out, const void* in, DType dtype, int64_t n) {
     const uint16_t* half = static_cast<const uint16_t*>(in);
@@ -61,7 +66,7 @@ MIUE_INLINE void widen(float* __restrict out, const void* in, DType dtype, int64
     else if (dtype == DType::bf16)
         for (int64_t i = 0; i < n; i++) out[i] = from_bf16(half[i]);
     else
-        __builtin_memcpy(out, in, n * sizeof(float));
+        copy(out, in, n * sizeof(float));
 }
 MIUE_INLINE void narrow(void* out, DType dtype, const float* __restrict in, int64_t n) {
     uint16_t* half = static_cast<uint16_t*>(out);
@@ -70,7 +75,7 @@ MIUE_INLINE void narrow(void* out, DType dtype, const float* __restrict in, int6
     else if (dtype == DType::bf16)
         for (int64_t i = 0; i < n; i++) half[i] = to_bf16(in[i]);
     else
-        __builtin_memcpy(out, in, n * sizeof(float));
+        copy(out, in, n * sizeof(float));
 }
 
 MIUE_INLINE int64_t size_of(DType dtype) {
@@ -79,7 +84,7 @@ MIUE_INLINE int64_t size_of(DType dtype) {
 constexpr int64_t THROUGH = 64;  // doubles pass through float in pieces of this size
 MIUE_INLINE void widen(double* __restrict out, const void* in, DType dtype, int64_t n) {
     if (dtype == DType::f64) {
-        __builtin_memcpy(out, in, n * sizeof(double));
+        copy(out, in, n * sizeof(double));
         return;
     }
     float piece[THROUGH];
@@ -91,7 +96,7 @@ MIUE_INLINE void widen(double* __restrict out, const void* in, DType dtype, int6
 }
 MIUE_INLINE void narrow(void* out, DType dtype, const double* __restrict in, int64_t n) {
     if (dtype == DType::f64) {
-        __builtin_memcpy(out, in, n * sizeof(double));
+        copy(out, in, n * sizeof(double));
         return;
     }
     float piece[THROUGH];
