@@ -31,7 +31,8 @@ bench: setup
 
 # Heavier checks, run by hand: 100,000 cases per op, 50 kills; sanitizers; numel > 2^31; isolated installs from the package index.
 fuzz: setup
-	MIUE_FUZZ=100000 MIUE_KILLS=50 MIUE_HUGE=1 $(PY) -m pytest tests/test_fuzz.py tests/test_resume.py tests/test_huge.py
+	MIUE_FUZZ=100000 MIUE_KILLS=50 $(PY) -m pytest -n 2 tests/test_fuzz.py tests/test_resume.py
+	MIUE_HUGE=1 $(PY) -m pytest tests/test_huge.py
 
 asan: setup
 	bash tests/asan.sh

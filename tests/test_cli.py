@@ -264,11 +264,15 @@ def test_info_and_version(capsys):
 
 
 def test_ctrl_c_saves_and_says_how_to_go_on(root, tmp_path):
-    """The installed command as a process of its own, interrupted after an epoch was saved."""
+    """The installed command as a process of its own, interrupted after an epoch was saved.
+
+    Of a shell that runs the tests in the background it would inherit that Ctrl-C is ignored.
+    """
     out = tmp_path / "out"
     words = ["generate", "--data", root / "train", "--out", out, "--model", "small_resnet", "--width", 4, "--steps", 2, "--epochs", 100_000]
     command = [sys.executable, "-m", "miue_fast.cli", *map(str, words)]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # fmt: skip
     deadline = time.monotonic() + 120
     while not (out / "metrics.csv").exists():
         assert process.poll() is None and time.monotonic() < deadline
