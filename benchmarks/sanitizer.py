@@ -2,8 +2,9 @@
 
     python benchmarks/sanitizer.py [--tools memcheck racecheck initcheck] [--minutes 9] [--out FILE]
 
-Every op, backend (triton, cuda) and dtype runs on its smallest samples, in one process per tool, op and backend. PyTorch's allocator
-is told to keep no memory, so that an access past a tensor's end is one past an allocation. Without a GPU or the tool each row says so.
+Every op, backend (triton, cuda) and dtype runs on a few samples of up to 65,536 values, in one process per tool, op and backend.
+PyTorch's allocator is told to keep no memory, so that an access past a tensor's end is one past an allocation. Without a GPU or the
+tool each row says so.
 Its report is docs/gpu-sanitizer.md: `--page` writes it from the JSON.
 """
 
@@ -23,7 +24,7 @@ import torch
 from miue_fast._registry import OPS
 
 TOOLS = ("memcheck", "racecheck", "initcheck")
-SAMPLES = 4  # of each dtype, the smallest
+SAMPLES, LIMIT = 4, 1 << 16  # of each dtype; values in all arguments of one
 BACKENDS = ("triton", "cuda")
 RESULT = report.RESULTS / "gpu_sanitizer.json"
 PAGE = report.ROOT / "docs" / "gpu-sanitizer.md"
@@ -35,13 +36,14 @@ def elements(args):
 
 
 def exercise(op, backend, device):
-    """Runs the smallest samples of every dtype; prints how many."""
+    """Runs samples of every dtype, the largest that LIMIT allows and smaller ones; prints how many."""
     impl = next(i for i in OPS[op].impls if i.backend == backend)
     count = 0
     for dtype in sorted(impl.dtypes, key=str):
         if OPS[op].why_not(impl, device, dtype):
             continue
-        for args in sorted(OPS[op].samples(device, dtype), key=elements)[:SAMPLES]:
+        found = sorted((args for args in OPS[op].samples(device, dtype) if elements(args) <= LIMIT), key=elements, reverse=True)
+        for args in found[:: -(-len(found) // SAMPLES) or 1]:
             measure.results(OPS[op], impl.fn, args)
             count += 1
     if device == "cuda":

@@ -32,7 +32,17 @@ def tool(tmp_path, monkeypatch):
 def test_clean(tool):
     tool('echo "========= COMPUTE-SANITIZER"; "$@"; echo "========= ERROR SUMMARY: 0 errors"')
     row = sanitizer.checked(ROW, 60, "cpu")
-    assert row["outcome"] == "clean" and row["samples"] > 3 * sanitizer.SAMPLES - 1
+    assert row["outcome"] == "clean" and row["samples"] > sanitizer.SAMPLES
+
+
+def test_no_op_is_left_with_empty_samples(capsys, monkeypatch):
+    """Every op runs on something of hundreds of values at least: an empty tensor starts no kernel."""
+    seen = []
+    monkeypatch.setattr(sanitizer.measure, "results", lambda op, fn, args: seen.append(sanitizer.elements(args)))
+    for op in OPS:
+        seen.clear()
+        sanitizer.exercise(op, "cpu", "cpu")
+        assert seen and 200 < max(seen) <= sanitizer.LIMIT, (op, seen)
 
 
 def test_what_the_tool_found(tool):

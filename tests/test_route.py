@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from miue_fast._registry import OPS
-from miue_fast.ops import conv_epilogue_, convolution
+from miue_fast.ops import conv_epilogue_, conv_grad_epilogue_, conv_input_grad, convolution
 from miue_fast.ops.convolution import FP8
 
 SIZE, CONV = [2, 32, 8, 8], ([1, 1], [1, 1], [1, 1], 1)
@@ -71,3 +71,10 @@ def test_masks_start_at_a_multiple_of_eight():
     conv_epilogue_(y, mask=whole[8:])
     with pytest.raises(ValueError, match="mask: expected memory that starts at a multiple of 8 bytes"):
         conv_epilogue_(y, mask=whole[3:11])
+    with pytest.raises(ValueError, match="conv_grad_epilogue_: mask: expected memory that starts at a multiple of 8 bytes"):
+        conv_grad_epilogue_(y, mask=whole[3:11])
+    x, w = (torch.ones(size).contiguous(memory_format=torch.channels_last) for size in ((1, 16, 2, 2), (16, 16, 1, 1)))
+    for backend in ("auto", "reference"):
+        conv_input_grad(x, w, x.shape, mask=whole[8:16], backend=backend)
+        with pytest.raises(ValueError, match="conv_input_grad: mask: expected memory that starts at a multiple of 8 bytes"):
+            conv_input_grad(x, w, x.shape, mask=whole[3:11], backend=backend)
