@@ -36,9 +36,38 @@ static void tile(const T* a, int64_t stride, const T* b, int64_t depth, T* c, in
         }
 }
 
-// out[NR, NR] = in[NR, NR] transposed, both contiguous
+// Element l of the result is element (half * LANES + l) / 2 of a for even l, of b for odd l.
+template <class T, int half, int... l>
+MIUE_INLINE V<T> zip(V<T> a, V<T> b, std::integer_sequence<int, l...>) {
+#if defined(__clang__)
+    return __builtin_shufflevector(a, b, ((half * LANES<T> + l) / 2 + l % 2 * LANES<T>)...);
+#else
+    return __builtin_shuffle(a, b, typename Simd<T>::I{((half * LANES<T> + l) / 2 + l % 2 * LANES<T>)...});
+#endif
+}
+
+// out[NR, NR] = in[NR, NR] transposed, both contiguous, in squares of LANES rows held in registers. Zipping row r with row
+// r + LANES / 2 rotates the bits of (row, column) left by one; after log2(LANES) times row and column have changed places.
 template <class T>
 static void transpose(T* __restrict out, const T* __restrict in) {
-    for (int r = 0; r < NR<T>; r++)
-        for (int c = 0; c < NR<T>; c++) out[r * NR<T> + c] = in[c * NR<T> + r];
+    constexpr int L = LANES<T>;
+    constexpr auto lanes = std::make_integer_sequence<int, L>();
+    for (int row = 0; row < NR<T>; row += L)
+        for (int column = 0; column < NR<T>; column += L) {
+            V<T> x[L], zipped[L];
+#pragma GCC unroll 16
+            for (int l = 0; l < L; l++) x[l] = load(in + (row + l) * NR<T> + column);
+#pragma GCC unroll 4
+            for (int stage = 1; stage < L; stage *= 2) {
+#pragma GCC unroll 8
+                for (int l = 0; l < L / 2; l++) {
+                    zipped[2 * l] = zip<T, 0>(x[l], x[l + L / 2], lanes);
+                    zipped[2 * l + 1] = zip<T, 1>(x[l], x[l + L / 2], lanes);
+                }
+#pragma GCC unroll 16
+                for (int l = 0; l < L; l++) x[l] = zipped[l];
+            }
+#pragma GCC unroll 16
+            for (int l = 0; l < L; l++) store(out + (column + l) * NR<T> + row, x[l]);
+        }
 }

@@ -1,5 +1,7 @@
 // What the ops (compiled once) and the kernels (compiled once per instruction set) share: plain data and a table of functions.
 #pragma once
+#include <utility>
+
 #include "../ops.h"
 
 namespace miue {

@@ -35,6 +35,15 @@ MIUE_INLINE V<T> load(const T* from) {
     __builtin_memcpy(&v, from, sizeof v);
     return v;
 }
+typedef float half_f32v __attribute__((vector_size(MIUE_BYTES / 2)));
+MIUE_INLINE f64v doubles(const double* from) {
+    return load(from);
+}
+MIUE_INLINE f64v doubles(const float* from) {
+    half_f32v v;
+    __builtin_memcpy(&v, from, sizeof v);
+    return __builtin_convertvector(v, f64v);
+}
 template <class T>
 MIUE_INLINE void store(T* to, V<T> v) {
     __builtin_memcpy(to, &v, sizeof v);

@@ -1,11 +1,21 @@
 // Kernels of nt_xent, each on one panel of NR rows.
 
-// sum_k x[k] * y[k] with double sums: norms neither overflow nor lose digits.
+// A sum of products in doubles: norms neither overflow nor lose digits.
 template <class T>
-MIUE_INLINE void add_products(typename Simd<T>::Wide& total, V<T> x, V<T> y) {
-    using Wide = typename Simd<T>::Wide;
-    total += __builtin_convertvector(x, Wide) * __builtin_convertvector(y, Wide);
-}
+struct Products {
+    static constexpr int N = sizeof(double) / sizeof(T);
+    f64v parts[N] = {};
+    void add(const T* x, const T* y) {  // LANES<T> of them
+#pragma GCC unroll 2
+        for (int n = 0; n < N; n++) parts[n] += doubles(x + n * LANES<double>) * doubles(y + n * LANES<double>);
+    }
+    double total() const {
+        double sum = 0;
+        for (int n = 0; n < N; n++)
+            for (int l = 0; l < LANES<double>; l++) sum += parts[n][l];
+        return sum;
+    }
+};
 
 template <class T>
 MIUE_INLINE int64_t columns_offset(const NtXentJob<T>& job, int64_t row) {
@@ -16,36 +26,47 @@ MIUE_INLINE int64_t rows_offset(const NtXentJob<T>& job, int64_t d_panel, int64_
     return (d_panel * job.panels * NR<T> + row) * NR<T>;
 }
 
+// z[0..NR) = features [q * NR, (q + 1) * NR) of row i, zeros where there are none
+template <class T>
+MIUE_INLINE void read(const NtXentJob<T>& job, int64_t i, int64_t q, T* z) {
+    const NtXentArgs& args = *job.args;
+    const int64_t left = job.D - q * NR<T>;
+    const char* source = static_cast<const char*>(args.features) + (i * args.row_stride + q * NR<T>) * size_of(args.dtype);
+    if (i < job.B && left >= NR<T>) {
+        widen(z, source, args.dtype, NR<T>);
+    } else {
+        for (int v = 0; v < NV; v++) store(z + v * LANES<T>, V<T>{});
+        if (i < job.B) widen(z, source, args.dtype, left);
+    }
+}
+
 template <class T>
 static bool pack(const NtXentJob<T>& job, int64_t p) {
-    const NtXentArgs& args = *job.args;
-    const int64_t size = size_of(args.dtype), d_panels = job.width_padded / NR<T>;
+    const int64_t d_panels = job.width_padded / NR<T>;
     bool all_unit = true;
     for (int64_t i = p * NR<T>; i < (p + 1) * NR<T>; i++) {
-        typename Simd<T>::Wide squares{};
+        Products<T> squares;
+        T x[NR<T>];
         for (int64_t q = 0; q < d_panels; q++) {
-            T* z = job.rows + rows_offset(job, q, i);
-            for (int v = 0; v < NV; v++) store(z + v * LANES<T>, V<T>{});
-            if (i >= job.B) continue;
-            const int64_t left = job.D - q * NR<T>;
-            const char* source = static_cast<const char*>(args.features) + (i * args.row_stride + q * NR<T>) * size;
-            widen(z, source, args.dtype, left < NR<T> ? left : NR<T>);
-            for (int v = 0; v < NV; v++) {
-                const V<T> x = load(z + v * LANES<T>);
-                add_products<T>(squares, x, x);
-            }
+            read(job, i, q, x);
+            for (int v = 0; v < NV; v++) squares.add(x + v * LANES<T>, x + v * LANES<T>);
         }
-        const double norm = __builtin_sqrt(add_lanes(squares)), divisor = norm < 1e-8 ? 1e-8 : norm;
+        const double norm = __builtin_sqrt(squares.total()), divisor = norm < 1e-8 ? 1e-8 : norm;
         job.norm[i] = T(divisor);
         job.own[i] = T(norm / divisor);
         all_unit &= i >= job.B || norm >= 1e-8;
-        for (int64_t q = 0; q < d_panels; q++) {
-            T* z = job.rows + rows_offset(job, q, i);
-            for (int v = 0; v < NV; v++) store(z + v * LANES<T>, load(z + v * LANES<T>) / T(divisor));
-        }
     }
-    for (int64_t q = 0; q < d_panels; q++)
-        transpose(job.columns + (p * job.width_padded + q * NR<T>) * NR<T>, job.rows + rows_offset(job, q, p * NR<T>));
+    for (int64_t q = 0; q < d_panels; q++) {  // block by block, so that it is transposed where it was written: in the level-1 cache
+        T* z = job.rows + rows_offset(job, q, p * NR<T>);
+        for (int64_t i = 0; i < NR<T>; i++) {
+            read(job, p * NR<T> + i, q, z + i * NR<T>);
+            for (int v = 0; v < NV; v++) {
+                T* at = z + i * NR<T> + v * LANES<T>;
+                store(at, load(at) / job.norm[p * NR<T> + i]);
+            }
+        }
+        transpose(job.columns + (p * job.width_padded + q * NR<T>) * NR<T>, z);
+    }
     return all_unit;
 }
 
@@ -183,12 +204,11 @@ static void gradient(const NtXentJob<T>& job, int64_t q, T* slice, T* grad) {
     const int64_t size = size_of(args.grad_dtype);
     for (int64_t i = q * NR<T>; i < (q + 1) * NR<T> && i < job.B; i++) {
         T* g = grad + i % NR<T> * width;
-        typename Simd<T>::Wide products{};
-        for (int64_t k = 0; k < width; k += LANES<T>)
-            add_products<T>(products, load(g + k), load(job.rows + rows_offset(job, k / NR<T>, i) + k % NR<T>));
-        const T along = T(add_lanes(products)), norm = job.norm[i];
-        for (int64_t k = 0; k < width; k += LANES<T>)
-            store(g + k, (load(g + k) - along * load(job.rows + rows_offset(job, k / NR<T>, i) + k % NR<T>)) / norm);
+        Products<T> products;
+        const auto z = [&](int64_t k) { return job.rows + rows_offset(job, k / NR<T>, i) + k % NR<T>; };
+        for (int64_t k = 0; k < width; k += LANES<T>) products.add(g + k, z(k));
+        const T along = T(products.total()), norm = job.norm[i];
+        for (int64_t k = 0; k < width; k += LANES<T>) store(g + k, (load(g + k) - along * load(z(k))) / norm);
         narrow(static_cast<char*>(args.grad) + i * job.D * size, args.grad_dtype, g, job.D);
     }
 }
