@@ -1,5 +1,6 @@
 // What the ops (compiled once) and the kernels (compiled once per instruction set) share: plain data and a table of functions.
 #pragma once
+#include <type_traits>
 #include <utility>
 
 #include "../ops.h"

@@ -1,19 +1,30 @@
-// Kernels of projected_step and perturbed_input: dtypes are widened into short float buffers, one plain loop does the arithmetic.
+// Kernels of projected_step and perturbed_input: dtypes are widened into short float buffers, one loop does the arithmetic.
 constexpr int64_t CHUNK = 1024;
+// A buffer's length. Not a power of two: a load whose address ends in the same 12 bits as an earlier store waits for it.
+constexpr int64_t SLOT = CHUNK + 64;
 
 template <class T>
-static void step_loop(T* __restrict out, const T* __restrict delta, const T* __restrict grad, const T* __restrict image, int64_t n, T alpha,
-                      T eps) {
-    for (int64_t i = 0; i < n; i++) {
-        const T g = grad[i], move = g > 0 ? alpha : g < 0 ? -alpha : T(0);
-        T d = delta[i] - move;
-        d = d < -eps ? -eps : d;
-        d = d > eps ? eps : d;
-        T x = image[i] + d;
-        x = x < 0 ? T(0) : x;
-        x = x > 1 ? T(1) : x;
-        out[i] = x - image[i];
-    }
+MIUE_INLINE V<T> stepped(V<T> delta, V<T> grad, V<T> image, T alpha, T eps) {
+    const V<T> zero = {}, one = all(T(1)), low = all(-eps), high = all(eps);
+    V<T> d = delta - (grad > zero ? all(alpha) : grad < zero ? all(-alpha) : zero);
+    d = low > d ? low : d;
+    d = high < d ? high : d;
+    V<T> x = image + d;
+    x = zero > x ? zero : x;
+    x = one < x ? one : x;
+    return x - image;
+}
+
+// `out` may be `delta`.
+template <class T>
+static void step_loop(T* out, const T* delta, const T* grad, const T* image, int64_t n, T alpha, T eps) {
+    int64_t i = 0;
+    for (; i + LANES<T> <= n; i += LANES<T>) store(out + i, stepped(load(delta + i), load(grad + i), load(image + i), alpha, eps));
+    if (i == n) return;
+    T rest[3][LANES<T>] = {};
+    for (int64_t k = i; k < n; k++) rest[0][k - i] = delta[k], rest[1][k - i] = grad[k], rest[2][k - i] = image[k];
+    store(rest[0], stepped(load(rest[0]), load(rest[1]), load(rest[2]), alpha, eps));
+    for (int64_t k = i; k < n; k++) out[k] = rest[0][k - i];
 }
 
 static void step(const ProjectedStepArgs& args, int64_t from, int64_t to) {
@@ -59,16 +70,19 @@ static void load_pixels(float* __restrict out, const void* plane, DType dtype, i
     }
 }
 
-static void load_delta(float* __restrict out, const void* store, DType dtype, int64_t at, int64_t n, float unit) {
+// Values [at, at + n) of the perturbations: where they are, or widened into `buffer`.
+static const float* load_delta(float* __restrict buffer, const void* store, DType dtype, int64_t at, int64_t n, float unit) {
+    if (dtype == DType::f32) return static_cast<const float*>(store) + at;
     if (dtype == DType::i8) {
         const int8_t* levels = static_cast<const int8_t*>(store) + at;
-        for (int64_t i = 0; i < n; i++) out[i] = float(levels[i]) * unit;
+        for (int64_t i = 0; i < n; i++) buffer[i] = float(levels[i]) * unit;
     } else {
-        widen(out, static_cast<const char*>(store) + at * size_of(dtype), dtype, n);
+        widen(buffer, static_cast<const char*>(store) + at * size_of(dtype), dtype, n);
     }
+    return buffer;
 }
 
-static void store_delta(void* store, DType dtype, int64_t at, float* __restrict values, int64_t n, float per_unit) {
+static void store_delta(void* store, DType dtype, int64_t at, const float* __restrict values, int64_t n, float per_unit) {
     if (dtype == DType::i8) {
         int8_t* levels = static_cast<int8_t*>(store) + at;
         for (int64_t i = 0; i < n; i++) {
@@ -79,6 +93,32 @@ static void store_delta(void* store, DType dtype, int64_t at, float* __restrict 
         }
     } else {
         narrow(static_cast<char*>(store) + at * size_of(dtype), dtype, values, n);
+    }
+}
+
+// Where the store holds the piece after pixels [at, at + n) of channel c of batch row b: the next channel, the next pixels or the next
+// row; -1 if there is none. Rows lie anywhere, where no hardware prefetcher looks, so it is asked for while this piece is computed.
+template <class Args>
+static int64_t next_piece(const Args& args, int64_t b, int64_t c, int64_t at, int64_t n, int64_t to) {
+    const int64_t plane = args.H * args.W;
+    const bool channel = c + 1 < args.C, pixels = at + n < to;
+    if (!channel && !pixels && b + 1 == args.B) return -1;
+    const int64_t row = channel || pixels ? b : b + 1;
+    return ((args.index ? args.index[row] : row) * args.C + (channel ? c + 1 : 0)) * plane + (channel ? at : pixels ? at + n : 0);
+}
+static void prefetch(const void* store, DType dtype, int64_t at, int64_t n) {
+    const char* from = static_cast<const char*>(store) + at * size_of(dtype);
+    for (int64_t byte = 0; byte < n * size_of(dtype); byte += 64) __builtin_prefetch(from + byte);
+}
+// work(i, count) on [0, n) in turns of 64, asking for as much of the perturbations of the next piece each time: a core can wait for some
+// twenty lines at once, not for a whole piece.
+template <class Args, class Work>
+MIUE_INLINE void by_turns(const Args& args, int64_t next, int64_t n, const Work& work) {
+    constexpr int64_t TURN = 64;
+    for (int64_t i = 0; i < n; i += TURN) {
+        const int64_t count = n - i < TURN ? n - i : TURN;
+        if (next >= 0) prefetch(args.delta, args.delta_dtype, next + i, count);
+        work(i, count);
     }
 }
 
@@ -106,24 +146,40 @@ static const U* pixels_of(const U* base, int64_t row_stride, int64_t stride, int
     return buffer;
 }
 
+// Three channels of n pixels, interleaved, into one slot each.
+template <class U>
+static void separate(U* __restrict out, const U* __restrict in, int64_t n) {
+    for (int64_t i = 0; i < n; i++)
+#pragma GCC unroll 3
+        for (int c = 0; c < 3; c++) out[c * SLOT + i] = in[i * 3 + c];
+}
+
 static int64_t step_inplace(const ProjectedStepInplaceArgs& args, int64_t b, int64_t from, int64_t to) {
-    const int64_t plane = args.H * args.W, row = args.index ? args.index[b] : b;
+    const int64_t plane = args.H * args.W, row = args.index ? args.index[b] : b, *stride = args.grad_stride;
     const float unit = float(args.eps / 127), per_unit = float(127 / args.eps);
     const bool flip = args.flip && args.flip[b];
-    float out[CHUNK], delta[CHUNK], grad[CHUNK], image[CHUNK];
-    uint16_t half[CHUNK];
+    const bool together = args.C == 3 && stride[1] == 1 && stride[3] == 3 && stride[2] == 3 * args.W;
+    float buffer[SLOT], grad[3 * SLOT], image[SLOT];
+    uint16_t half[3 * SLOT];
+    // Pixels [at, at + n) of channel c of the gradient; those of three interleaved channels are all read with the first one.
+    const auto gradient = [&](auto* slots, int64_t c, int64_t at, int64_t n) {
+        using U = std::remove_pointer_t<decltype(slots)>;
+        const U* base = static_cast<const U*>(args.grad) + b * stride[0] + c * stride[1];
+        if (!together) return pixels_of(base, stride[2], stride[3], args.W, at, n, slots);
+        if (c == 0) separate(slots, base + at * 3, n);
+        return static_cast<const U*>(slots + c * SLOT);
+    };
     int64_t nonfinite = 0;
     for (int64_t at = from; at < to; at += CHUNK)
         for (int64_t c = 0; c < args.C; c++) {
             const int64_t n = to - at < CHUNK ? to - at : CHUNK, first = (row * args.C + c) * plane;
-            const int64_t base = b * args.grad_stride[0] + c * args.grad_stride[1];
+            const int64_t next = next_piece(args, b, c, at, n, to);
+            if (next >= 0) prefetch(args.images, args.image_dtype, next, n);
             const float* g = grad;
             if (args.grad_dtype == DType::f32)
-                g = pixels_of(static_cast<const float*>(args.grad) + base, args.grad_stride[2], args.grad_stride[3], args.W, at, n, grad);
+                g = gradient(grad, c, at, n);
             else
-                widen(grad, pixels_of(static_cast<const uint16_t*>(args.grad) + base, args.grad_stride[2], args.grad_stride[3], args.W, at, n,
-                                      half),
-                      args.grad_dtype, n);
+                widen(grad, gradient(half, c, at, n), args.grad_dtype, n);
             if (args.nonfinite) {
                 int32_t count = 0;
                 for (int64_t i = 0; i < n; i++) count += (bits(g[i]) & 0x7f800000) == 0x7f800000;
@@ -131,9 +187,12 @@ static int64_t step_inplace(const ProjectedStepInplaceArgs& args, int64_t b, int
             }
             const char* images = static_cast<const char*>(args.images) + first * size_of(args.image_dtype);
             load_pixels(image, images, args.image_dtype, args.W, at, n, flip);
-            load_delta(delta, args.delta, args.delta_dtype, first + at, n, unit);
-            step_loop(out, delta, g, image, n, float(args.alpha), float(args.eps));
-            store_delta(args.delta, args.delta_dtype, first + at, out, n, per_unit);
+            const float* delta = load_delta(buffer, args.delta, args.delta_dtype, first + at, n, unit);
+            float* out = args.delta_dtype == DType::f32 ? static_cast<float*>(args.delta) + first + at : buffer;
+            by_turns(args, next, n, [&](int64_t i, int64_t count) {
+                step_loop(out + i, delta + i, g + i, image + i, count, float(args.alpha), float(args.eps));
+            });
+            if (out == buffer) store_delta(args.delta, args.delta_dtype, first + at, buffer, n, per_unit);
         }
     return nonfinite;
 }
@@ -145,7 +204,7 @@ static void interleave(U* __restrict out, const U* __restrict in, int64_t n, int
     else
         for (int64_t i = 0; i < n; i++)
 #pragma GCC unroll 4
-            for (int k = 0; k < C; k++) out[i * C + k] = in[k * CHUNK + i];
+            for (int k = 0; k < C; k++) out[i * C + k] = in[k * SLOT + i];
 }
 
 template <class U>
@@ -163,20 +222,23 @@ static void input(const PerturbedInputArgs& args, int64_t b, int64_t from, int64
     const int64_t plane = args.H * args.W, row = args.index ? args.index[b] : b;
     const float unit = float(args.eps / 127);
     const bool flip = args.flip && args.flip[b], together = args.channels_last && args.C == 3;
-    float x[3 * CHUNK], delta[CHUNK];
-    uint16_t half[3 * CHUNK];
+    float x[3 * SLOT], buffer[SLOT];
+    uint16_t half[3 * SLOT];
     for (int64_t at = from; at < to; at += CHUNK)
         for (int64_t c = 0; c < args.C; c++) {
-            const int64_t n = to - at < CHUNK ? to - at : CHUNK, first = (row * args.C + c) * plane, slot = together ? c * CHUNK : 0;
+            const int64_t n = to - at < CHUNK ? to - at : CHUNK, first = (row * args.C + c) * plane, slot = together ? c * SLOT : 0;
+            const int64_t next = next_piece(args, b, c, at, n, to);
+            if (next >= 0) prefetch(args.images, args.image_dtype, next, n);
             float* y = x + slot;
             load_pixels(y, static_cast<const char*>(args.images) + first * size_of(args.image_dtype), args.image_dtype, args.W,
                         at, n, flip);
+            const float mean = args.mean ? args.mean[c] : 0, inv_std = args.mean ? args.inv_std[c] : 1;  // x - 0 and x * 1 are x
             if (args.delta) {
-                load_delta(delta, args.delta, args.delta_dtype, first + at, n, unit);
-                for (int64_t i = 0; i < n; i++) y[i] = y[i] + delta[i];
-            }
-            if (args.mean) {
-                const float mean = args.mean[c], inv_std = args.inv_std[c];
+                const float* delta = load_delta(buffer, args.delta, args.delta_dtype, first + at, n, unit);
+                by_turns(args, next, n, [&](int64_t i, int64_t count) {
+                    for (int64_t k = i; k < i + count; k++) y[k] = (y[k] + delta[k] - mean) * inv_std;
+                });
+            } else if (args.mean) {
                 for (int64_t i = 0; i < n; i++) y[i] = (y[i] - mean) * inv_std;
             }
             if (args.out_dtype != DType::f32) narrow(half + slot, args.out_dtype, y, n);
