@@ -12,11 +12,15 @@ constexpr int NR = NV * LANES<T>;
 // Longest chain of additions in one tile: chains are summed apart, which keeps their roundings from piling up.
 constexpr int64_t CHAIN = 256;
 
+// The left operand is read in strips of a panel, a step no prefetcher follows into a far cache: it is asked for this many k ahead.
+constexpr int64_t LATER = 32;
+
 // c[MR, NR] (+)= sum_k a[k * stride + 0..MR) x b[k * NR + 0..NR)
 template <class T>
 static void tile(const T* a, int64_t stride, const T* b, int64_t depth, T* c, int64_t ld, bool add) {
     V<T> acc[MR][NV] = {};
     for (int64_t k = 0; k < depth; k++, a += stride, b += NR<T>) {
+        __builtin_prefetch(a + LATER * stride);
         V<T> bv[NV];
 #pragma GCC unroll 4
         for (int v = 0; v < NV; v++) bv[v] = load(b + v * LANES<T>);
