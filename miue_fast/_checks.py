@@ -30,6 +30,12 @@ def features_and_labels(op, features, labels):
     return labels.to(torch.int64).contiguous()
 
 
+def seed(op, value, name="seed"):
+    """PyTorch's generators take no more."""
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 2**63:
+        fail(op, name, "a whole number from 0 to 2^63 - 1", repr(value))
+
+
 def temperature(op, value):
     if not 1e-3 <= value <= 10:
         fail(op, "temperature", "a number from 1e-3 to 10", value)
@@ -58,7 +64,7 @@ def images(op, tensor, name="images", dtypes=frozenset({torch.uint8, torch.float
 
 def same_store(op, delta, images):
     """The poison store that belongs to `images`: fp32, fp16 or int8 levels, same shape, contiguous, same device."""
-    if delta.shape != images.shape or delta.device != images.device:
+    if not isinstance(delta, torch.Tensor) or delta.shape != images.shape or delta.device != images.device:
         fail(op, "delta", f"shape {list(images.shape)} on {images.device}", describe(delta))
     if delta.dtype not in (torch.float32, torch.float16, torch.int8):
         fail(op, "delta", "float32, float16 or int8 levels", describe(delta))

@@ -8,18 +8,23 @@ import typing
 from dataclasses import fields
 from pathlib import Path
 
+import torch
+
 from . import __version__, data
 from ._registry import BackendError
 from .data.export import FORMATS
-from .data.poison import MANIFEST_FILE
 from .evaluate import NOISES, evaluate, figure, poisoned_images
 from .evaluate.defences import NAMES as DEFENCES
 from .evaluate.defences import defence
+from .evaluate.figure import check_suffix
 from .evaluate.figure import missing as figure_missing
 from .evaluate.victims import RECIPES
 from .generate import PRESETS, Interrupted, Options, generate
 from .generate.checkpoint import NAME as CHECKPOINT
+from .generate.options import choose
 from .models import NAMES
+
+EXPORTS = {"pt": "poison.pt", "npz": "poisoned.npz", "pickle": "poison.pkl"}  # in the folder of `generate`; images go to "images"
 
 HELP = {
     "objective": "what the perturbation lowers: mi-ue, em (error-minimising), tap (targeted adversarial) or random (no training)",
@@ -94,9 +99,14 @@ def main(argv=None):
     except Interrupted as told:
         return _complain(told, 130)
     except KeyboardInterrupt:
-        return _complain("interrupted: nothing is saved; the same command starts again", 130)
+        return _complain("interrupted: what was finished before is kept; the same command starts again", 130)
     except (ValueError, BackendError, OSError) as error:
         return _complain(error, 2)
+    except (MemoryError, RuntimeError) as error:
+        text = str(error) or "none left"
+        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "can't allocate memory" not in text:
+            raise
+        return _complain(f"memory: expected enough, got: {text.splitlines()[0]}", 2)
 
 
 def _complain(error, code):
@@ -126,8 +136,9 @@ def _parser():
     sub.add_argument("--to", type=Path, required=True, metavar="OUT", help="new folder, or file ending in .pt, .npz or .pkl")
     _data_options(sub)
     _export_options(sub, "--format", default="png")
-    sub.add_argument("--eps", type=_number, help="clamp a bare .pt, .npz or .pkl perturbation to this budget; default: as it is")
-    sub.add_argument("--rounding", default="nearest", choices=["nearest", "truncate"], help="to 8 bits; nearest keeps the budget")
+    sub.add_argument("--eps", type=_number, help="clamp the perturbation to this budget; default: its own, a bare one as it is")
+    sub.add_argument("--rounding", default="nearest", choices=["nearest", "truncate"],
+                     help="of images and .npz to 8 bits; nearest keeps the budget")  # fmt: skip
     sub.add_argument("--overwrite", action="store_true", default=False, help="replace files of the same names")
 
     sub = command("verify", _verify, "re-read a poisoned copy and prove count, names, sizes and budget; exit code 1 if it fails")
@@ -237,29 +248,52 @@ def _unreadable(*datasets):
 
 
 def _generate(args):
-    images = args.out / "images"
-    replace = args.overwrite or (args.resume and (args.out / CHECKPOINT).exists())
+    target = args.out / EXPORTS.get(args.export, "images")
+    replace = args.overwrite or (args.resume and any((args.out / name).exists() for name in (CHECKPOINT, *data.POISON_FILES)))
+    if data.is_tree(args.data) and args.out.resolve().is_relative_to(args.data.resolve()):
+        raise ValueError(f"generate: out: expected a folder outside the images' own, {args.data}, got {args.out}")
     data.check_writable(args.out)
     dataset = _load(args)
     code = _unreadable(dataset)
     options = {field.name: getattr(args, field.name) for field in fields(Options) if hasattr(args, field.name)}
-    if args.export in FORMATS:  # an export of no images makes all its checks now, not after hours of work
-        none = dataset.select([])
-        data.export_folder(none, none.images.float(), images, eps=0, image_format=args.export, allow_lossy=args.allow_lossy,
-                           overwrite=replace)  # fmt: skip
+    _check_export(dataset, target, args, choose(args.preset, options).eps, replace)
     result = generate(dataset, args.out, preset=args.preset, model=args.model, feature=args.feature, resume=args.resume,
                       overwrite=args.overwrite, progress=not args.quiet, tensorboard=args.tensorboard, **options)  # fmt: skip
     print(f"poison of {len(dataset)} images, budget {255 * result.options.eps:.3g}/255: {args.out}")
     if args.export:
-        files = {"pt": "poison.pt", "npz": "poisoned.npz", "pickle": "poison.pkl"}
-        target = args.out / files[args.export] if args.export in files else images
-        _write(dataset, result.delta, target, args.export, result.options.eps, args.allow_lossy, "nearest", overwrite=True)
+        try:
+            _write(dataset, result.delta, target, args.export, result.options.eps, args.allow_lossy, "nearest", overwrite=replace)
+        except KeyboardInterrupt:
+            again = "the same command without --overwrite" if args.overwrite else "the same command"
+            raise Interrupted(f"interrupted: the poison is saved, {target} is incomplete; {again} exports it again") from None
+        if args.export in FORMATS:
+            data.remove_others(dataset, target, args.export)
     return code
 
 
+def _check_export(dataset, target, args, eps, replace):
+    """An export of no images makes all its checks now, not after hours of work."""
+    if args.export is None:
+        return
+    none = dataset.select([])
+    if args.export in FORMATS:
+        data.export_folder(none, none.images.float(), target, eps=0, image_format=args.export, allow_lossy=args.allow_lossy,
+                           overwrite=replace)  # fmt: skip
+        others = [] if args.overwrite else data.other_images(dataset, target, args.export)
+        if others:
+            raise ValueError(f"generate: export: expected only images of this export in {target}, got {others[0]}; set --overwrite to "
+                             "remove it, or export to another folder (miue-fast export)")  # fmt: skip
+    elif target.exists() and not replace:
+        raise ValueError(f"generate: export: expected a new file (or --overwrite), got {target}, which exists")
+    elif args.export == "pickle":
+        data.check_pickle(eps)
+
+
 def _write(dataset, delta, target, form, eps, allow_lossy, rounding, overwrite):
+    if form in ("pt", "pickle") and rounding != "nearest":
+        raise ValueError(f"export: rounding: expected 'nearest' for {form}, which holds the perturbation, got {rounding!r}")
     if form == "pt":
-        data.export_pt(dataset, delta, target, overwrite=overwrite)
+        data.export_pt(dataset, delta, target, eps=eps, overwrite=overwrite)
     elif form == "pickle":
         data.export_pickle(dataset, delta, target, eps=eps, overwrite=overwrite)
     elif form == "npz":
@@ -274,7 +308,10 @@ def _export(args):
     dataset = _load(args)
     delta, manifest = data.load_poison(args.poison, dataset)
     eps = getattr(args, "eps", manifest["eps"] if manifest else 1.0)
-    _write(dataset, delta, args.to, args.format, eps, args.allow_lossy, args.rounding, args.overwrite)
+    try:
+        _write(dataset, delta, args.to, args.format, eps, args.allow_lossy, args.rounding, args.overwrite)
+    except KeyboardInterrupt:
+        raise Interrupted(f"interrupted: {args.to} is incomplete; the same command with --overwrite finishes it") from None
     return _unreadable(dataset)
 
 
@@ -287,14 +324,21 @@ def _verify(args):
         print(f"... and {report.problem_count - len(report.problems)} more")
     print(f"{'ok' if report.ok else 'FAILED'}: {report.count} images compared, {report.problem_count} problems, largest change "
           f"{report.max_linf:g}/255, budget {255 * args.eps:.3g}/255")  # fmt: skip
-    return 0 if report.ok else 1
+    if report.unchanged:
+        print(f"miue-fast: unchanged: {report.unchanged} of {report.count} images are their clean originals", file=sys.stderr)
+    code = _unreadable(report)
+    return code if report.ok else 1
 
 
 def _evaluate(args):
     for target in filter(None, (args.json, args.figure)):
         data.check_writable(target.parent)
+        if target.is_dir():
+            raise ValueError(f"evaluate: output: expected a file, got the folder {target}")
     if args.figure and figure_missing():
         raise BackendError(figure_missing())
+    if args.figure:
+        check_suffix(args.figure)
     defence(args.defence)  # a wrong text is told before the images are read
     clean = _load(args)
     test = data.load_test(args.test, size=args.size, split=args.test_split)
@@ -305,19 +349,29 @@ def _evaluate(args):
     table = evaluate(clean, copy, test, progress=not args.quiet, **{name: getattr(args, name) for name in names})
     print(table)
     if args.json:
-        content = {"poison": _origin(args.poisoned), **table.to_dict()}
+        content = {"poison": _origin(args.poisoned, clean, poisoned), **table.to_dict()}
         data.write_file(args.json, lambda file: file.write((json.dumps(content, indent=1) + "\n").encode()))
     if args.figure:
         figure(table, clean, poisoned, args.figure)
     return code
 
 
-def _origin(poisoned):
-    """Options and versions of the generation, where the poison or the images of `generate --export` lie beside its manifest."""
-    for folder in (poisoned, poisoned.parent):
-        if (folder / MANIFEST_FILE).is_file():
-            _, manifest = data.load_poison(folder)
-            return {"options": manifest["options"], "versions": manifest["versions"]}
+def _origin(path, clean, poisoned):
+    """Options and versions of the generation, where these images are a poison's, or lie beside the one that made them; else None.
+
+    Images that were resized on reading cannot be compared: the fingerprint of their clean originals must do.
+    """
+    for folder in (path, path.parent):
+        if data.is_poison(folder):
+            try:
+                delta, manifest = data.load_poison(folder, clean)
+            except ValueError as error:
+                logging.getLogger("miue_fast").warning("the options of the poison are left out of the JSON: %s", error)
+                return None
+            whole = clean.sizes is None or all(size == clean.images.shape[:1:-1] for size in clean.sizes)
+            if manifest and not (whole and not torch.equal(data.apply_poison(clean.images, delta, manifest["eps"]), poisoned)):
+                return {"options": manifest["options"], "versions": manifest["versions"]}
+            return None
     return None
 
 

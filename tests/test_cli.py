@@ -122,7 +122,7 @@ def _bad_inputs(root, tmp):
         (["generate", "--data", tmp / "one", "--out", out], "at least 2 classes"),
         (["generate", "--data", train, "--out", tmp / "file", *TINY], "the file"),
         (["generate", "--data", train, "--out", "/proc/nobody/can/write", *TINY], "cannot write"),
-        (["generate", "--data", train, "--out", train / "inside", "--export", "png", *TINY], "apart from the clean one"),
+        (["generate", "--data", train, "--out", train / "inside", "--export", "png", *TINY], "outside the images' own"),
         (["generate", "--data", root / "other", "--out", root / "out", *TINY], "another data set"),
         (["generate", "--data", train, "--out", root / "out", *TINY, "--steps", "3"], "same options"),
         (["generate", "--data", train, "--out", root / "out", "--no-resume", *TINY], "overwrite"),
@@ -191,7 +191,7 @@ def test_unreadable_images_are_listed_and_the_run_goes_on(root, tmp_path, capsys
     assert run("generate", "--data", tmp_path / "data", "--out", tmp_path / "out", "--export", "png", *TINY) == 3
     assert f"{bad.parent.name}/{bad.name}" in complaint(capsys)
     assert len(list((tmp_path / "out/images").rglob("*.png"))) == 59
-    assert run("verify", tmp_path / "data", tmp_path / "out/images") == 0
+    assert run("verify", tmp_path / "data", tmp_path / "out/images") == 3
     capsys.readouterr()
     words = ["--data", tmp_path / "data", "--poisoned", tmp_path / "out/images", "--test", root / "test", "--epochs", 1, "--quiet"]
     assert run("evaluate", *words) == 3

@@ -305,3 +305,15 @@ def test_bad_input_is_one_clear_line(case, name):
     with pytest.raises(ValueError) as error:
         perturb(*positional, **arguments)
     assert part in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_a_loop_without_gradients_gets_the_same_step(mode):
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.GELU(), torch.nn.AdaptiveAvgPool2d(1))  # GELU: not fused
+    images, labels = torch.randint(256, (8, 3, 12, 12), dtype=torch.uint8), torch.arange(8) % 2
+    step = dict(alpha=1 / 255, steps=2, feature="2")
+    wanted = perturb(net, images, labels, torch.zeros(images.shape), **step)
+    with mode():
+        got = perturb(net, images.clone(), labels, torch.zeros(images.shape), **step)
+    assert wanted.any() and torch.equal(got, wanted)

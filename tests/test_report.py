@@ -230,6 +230,15 @@ def test_a_finished_report_is_written_anew(finished, tmp_path):
     assert (tmp_path / "report.md").read_text().startswith(cut) and not (tmp_path / "cells").exists()
 
 
+def test_a_changed_or_endless_file_is_refused(finished, tmp_path, capsys):
+    out, _ = finished
+    changed = re.sub(r'"test": [0-9.]+', '"test": 0.999', (out / "report.json").read_text(), count=1)
+    for text, expected in ((changed, "sha256"), ("[" * 100_000, "expected a JSON file")):
+        (tmp_path / "report.json").write_text(text)
+        assert cli.main(["report", str(tmp_path / "report.json"), "--out", str(tmp_path / "out")]) == 2
+        assert expected in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
 def test_a_damaged_cell_is_told(place, tmp_path):
     config = report.check(config_of(place, runs=[{"victims": ["lenet5"], "poisons": ["clean"]}], poisons={}, analysis={}))
     report.run(config, tmp_path, progress=False)
@@ -423,7 +432,7 @@ BAD = [
     (("runs", 1, "defences"), ["jpeg:5"], "quality of jpeg: expected a whole number from 10 to 95, got '5'"),
     (("runs", 1, "defences"), ["diffusion"], "'diffusion'"),
     (("runs", 1, "defences"), [], "runs[1].defences: expected one at least"),
-    (("runs", 0, "seeds"), [-1], "runs[0].seeds: expected a list of whole numbers >= 0"),
+    (("runs", 0, "seeds"), [-1], "runs[0].seeds: expected a whole number from 0 to 2^63 - 1"),
     (("runs", 0, "poisons"), ["lsp"], "runs[0].poisons: expected a list of clean, random, em, mi-ue"),
     (("runs", 0, "epochs"), 3, "runs[0]: expected the keys"),
     (("victims", "resnet9"), {}, "victim: expected"),

@@ -3,18 +3,20 @@
 from .align import align, poison_from_images
 from .atomic import check_writable, sweep, write_file, write_files
 from .dataset import Dataset
-from .export import export_folder, export_npz, export_pickle, export_pt
+from .export import check_pickle, export_folder, export_npz, export_pickle, export_pt, other_images, remove_others
 from .interop import read_pickle
-from .poison import apply_poison, is_poison, load_poison, quantise, random_noise, save_poison
+from .poison import POISON_FILES, apply_poison, is_poison, load_poison, quantise, random_noise, remove_poison, save_poison
 from .shapes import shapes
-from .sources import from_arrays, load, load_test
+from .sources import from_arrays, is_tree, load, load_test
 from .verify import Report, verify
 
 __all__ = [
+    "POISON_FILES",
     "Dataset",
     "Report",
     "align",
     "apply_poison",
+    "check_pickle",
     "check_writable",
     "export_folder",
     "export_npz",
@@ -22,13 +24,17 @@ __all__ = [
     "export_pt",
     "from_arrays",
     "is_poison",
+    "is_tree",
     "load",
     "load_poison",
     "load_test",
+    "other_images",
     "poison_from_images",
     "quantise",
     "random_noise",
     "read_pickle",
+    "remove_others",
+    "remove_poison",
     "save_poison",
     "shapes",
     "sweep",

@@ -12,10 +12,10 @@ from PIL import Image
 
 from .._checks import describe, fail
 from .atomic import check_writable, sweep, write_file
-from .images import UnreadableError, quiet_decoding, read_image
+from .images import UnreadableError, quiet_decoding, read_image, read_look
 from .interop import PICKLES
 from .poison import CHUNK, ROUNDINGS, apply_poison, budget, check_delta, quantise
-from .tree import target_names
+from .tree import list_tree, target_names
 
 # Pillow's save options.
 LOSSLESS = {
@@ -39,7 +39,8 @@ def export_folder(dataset, delta, out, *, eps, image_format="png", allow_lossy=F
 
     An image whose original has another size is read again at full size, and delta is enlarged bilinearly (a convex combination, so
     it stays within eps; antialiased where it shrinks). Arrays become out/CLASS/00000017.png. Where two names would meet, both keep
-    their old suffix ("a.jpg.png"). Each file appears whole or not at all. Files are 8-bit RGB without metadata.
+    their old suffix ("a.jpg.png"). Each file appears whole or not at all. Files are 8-bit RGB of one frame, without alpha. Of the
+    original's metadata the orientation (png, webp, jpeg) and an RGB colour profile (not bmp) are kept: they say how the pixels look.
     Returns the number of files. Errors: ValueError, OSError (found before the first image is written, except a full disk).
     """
     if image_format not in FORMATS:
@@ -62,7 +63,10 @@ def export_folder(dataset, delta, out, *, eps, image_format="png", allow_lossy=F
             same_size = _full_size(dataset, delta, row, eps, rounding)
         pixels = same_size[0] if len(same_size) == 1 else same_size.permute(1, 2, 0)
         image = Image.fromarray(pixels.contiguous().numpy())
-        write_file(out / targets[row], lambda file: image.save(file, **options), durable=False)
+        look = {} if dataset.root is None else _original(dataset, row, read_look)
+        if image_format == "tiff":
+            look.pop("exif", None)  # who reads it with Pillow would get other pixels
+        write_file(out / targets[row], lambda file: image.save(file, **options, **look), durable=False)
 
     def jobs(start):
         rows = range(start, min(start + CHUNK, len(dataset)))
@@ -83,13 +87,29 @@ def export_folder(dataset, delta, out, *, eps, image_format="png", allow_lossy=F
     return count
 
 
-def export_pt(dataset, delta, path, *, overwrite=False):
+def other_images(dataset, out, image_format):
+    """Names of the images in `out` that an export of `dataset` in this format would not write: another export's."""
+    mine = set(target_paths(dataset, FORMATS[image_format][0]).values())
+    return [name for name in list_tree(out)[1] if name not in mine] if Path(out).is_dir() else []
+
+
+def remove_others(dataset, out, image_format):
+    """Removes `other_images`, and folders that are then empty."""
+    for name in other_images(dataset, out, image_format):
+        path = Path(out) / name
+        path.unlink()
+        for folder in path.relative_to(out).parents[:-1]:
+            if not any((Path(out) / folder).iterdir()):
+                (Path(out) / folder).rmdir()
+
+
+def export_pt(dataset, delta, path, *, eps=1.0, overwrite=False):
     """Writes `delta` as one bare fp32 tensor [N, C, H, W], [0, 1] scale, order = data-set index: poison.pt for other tools.
 
-    Float on [0, 1], not rounded: whoever applies it rounds (here to nearest).
+    Float on [0, 1], clamped to +-eps, not rounded: whoever applies it rounds (here to nearest).
     """
-    _check(dataset, delta, 1, "nearest")
-    bare = delta.detach().cpu().float().clone(memory_format=torch.contiguous_format)
+    _check(dataset, delta, eps, "nearest")
+    bare = delta.detach().cpu().float().clone(memory_format=torch.contiguous_format).clamp_(-eps, eps)
     write_file(_new_file(path, (".pt",), overwrite), lambda file: torch.save(bare, file))
 
 
@@ -113,14 +133,19 @@ def export_pickle(dataset, delta, path, *, eps, layout="nhwc", overwrite=False):
     path: ends in .pkl or .pickle. Protocol 4; the same input gives the same bytes (with the same numpy). Errors: ValueError, OSError.
     """
     _check(dataset, delta, eps, "nearest")
-    if budget(eps) > 127:
-        fail("export", "eps", "at most 127/255, int8 levels (a bare perturbation needs its budget: --eps)", eps)
+    check_pickle(eps)
     if layout not in ("nhwc", "nchw"):
         fail("export", "layout", "'nhwc' or 'nchw'", repr(layout))
     path = _new_file(path, PICKLES, overwrite)
     levels = quantise(delta, eps).to(torch.int8)
     content = (levels.permute(0, 2, 3, 1) if layout == "nhwc" else levels).numpy()
     write_file(path, lambda file: pickle.dump(content, file, protocol=4))
+
+
+def check_pickle(eps):
+    """ValueError if int8 levels cannot hold this budget."""
+    if budget(eps) > 127:
+        fail("export", "eps", "at most 127/255, int8 levels (a bare perturbation needs its budget: --eps)", eps)
 
 
 def _check(dataset, delta, eps, rounding):
@@ -156,14 +181,18 @@ def _size(dataset):
     return dataset.images.shape[3], dataset.images.shape[2]
 
 
-def _full_size(dataset, delta, row, eps, rounding):
+def _original(dataset, row, read):
     path = dataset.root / dataset.names[row]
     try:
-        image = read_image(path)
+        return read(path)
     except UnreadableError as error:
         raise ValueError(f"export: {path}: expected the image that was loaded, got: {error}") from error
+
+
+def _full_size(dataset, delta, row, eps, rounding):
+    image = _original(dataset, row, read_image)
     if image.size != tuple(dataset.sizes[row]):
-        fail("export", str(path), f"the {dataset.sizes[row]} image that was loaded", image.size)
+        fail("export", str(dataset.root / dataset.names[row]), f"the {dataset.sizes[row]} image that was loaded", image.size)
     clean = torch.from_numpy(np.array(image)).permute(2, 0, 1)
     wide = F.interpolate(delta[row : row + 1].cpu().float(), clean.shape[1:], mode="bilinear", align_corners=False, antialias=True)
     return apply_poison(clean[None], wide.clamp_(-eps, eps), eps, rounding=rounding)[0]

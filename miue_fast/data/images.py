@@ -9,6 +9,7 @@ from PIL import Image
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".gif")
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "DIB", "TIFF", "PPM", "GIF")  # by content; nothing that starts another program
+ORIENTATION = 274  # EXIF: 1 as stored; 2 to 8 mirrored or turned
 MAX_PIXELS = 89_478_485  # Pillow's own warning level, here a limit: 256 MiB of RGB
 # What Pillow's decoders raise on hostile bytes.
 DECODE_ERRORS = (
@@ -49,6 +50,26 @@ def read_image(path, *, mode=None):
             return image.convert("RGB")
     except DECODE_ERRORS as error:
         raise UnreadableError(_reason(path, error)) from error
+
+
+def read_look(path):
+    """How the pixels of `read_image` are meant to be shown, as options of Pillow's `save`: orientation, and an RGB colour profile.
+
+    Pillow turns a TIFF while it reads it, so nothing is left to say.
+    """
+    look = {}
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            profile, orientation = image.info.get("icc_profile"), 1 if image.format == "TIFF" else image.getexif().get(ORIENTATION, 1)
+    except DECODE_ERRORS as error:
+        raise UnreadableError(_reason(path, error)) from error
+    if isinstance(profile, bytes) and profile[16:20] == b"RGB ":
+        look["icc_profile"] = profile
+    if orientation in range(2, 9):
+        exif = Image.Exif()
+        exif[ORIENTATION] = orientation
+        look["exif"] = exif.tobytes()
+    return look
 
 
 def _deep(image):

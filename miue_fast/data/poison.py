@@ -21,6 +21,7 @@ from .sources import NPZ_ERRORS
 FORMAT = "miue_fast poison 1"
 TENSOR_FILE, MANIFEST_FILE = "poison.safetensors", "manifest.json"
 STORES = {torch.float32: "float32", torch.float16: "float16", torch.int8: "int8"}
+POISON_FILES = (TENSOR_FILE, MANIFEST_FILE)
 KINDS = {"store": str, "shape": list, "eps": (int, float), "fingerprint": str, "options": dict, "files": dict}
 ROUNDINGS = ("nearest", "truncate")
 BARE = (".pt", ".pth", ".npz", *PICKLES)
@@ -119,6 +120,12 @@ def save_poison(folder, delta, dataset, options):
     }
     text = _manifest_text(manifest)
     write_files({folder / TENSOR_FILE: lambda file: file.write(content), folder / MANIFEST_FILE: lambda file: file.write(text)})
+
+
+def remove_poison(folder):
+    """Removes what `save_poison` wrote, the manifest last."""
+    for name in POISON_FILES:
+        (Path(folder) / name).unlink(missing_ok=True)
 
 
 def _version():

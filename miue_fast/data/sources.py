@@ -67,6 +67,11 @@ def load(source, *, size=None, split=None, per_class=None):
     return _finish(data, size, per_class, name)
 
 
+def is_tree(path):
+    """Whether `load` reads this path as ROOT/CLASS/**/image."""
+    return Path(path).is_dir() and cifar.find(Path(path)) is None
+
+
 def load_test(source, *, size=None, split=None, per_class=None):
     """`load` for test images: of a folder of CIFAR python files the test part, unless `split` says otherwise."""
     if split is None and isinstance(source, (str, os.PathLike)) and Path(source).is_dir() and cifar.find(Path(source)) is not None:
@@ -75,7 +80,7 @@ def load_test(source, *, size=None, split=None, per_class=None):
 
 
 def _what(path):
-    return f"{path}, which {'is no such file' if path.exists() else 'does not exist'}"
+    return f"{path}, which {'is neither' if path.exists() else 'does not exist'}"
 
 
 def _two_classes(data, name):

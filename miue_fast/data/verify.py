@@ -14,7 +14,7 @@ from .dataset import Dataset
 from .export import tree_paths
 from .images import UnreadableError, quiet_decoding, read_image
 from .poison import apply_poison, budget, is_poison, load_poison
-from .sources import load
+from .sources import is_tree, load
 from .tree import first_per_class, list_tree, target_names
 
 LISTED = 20
@@ -22,12 +22,16 @@ LISTED = 20
 
 @dataclass
 class Report:
-    """What `verify` found. count: images compared. max_linf: largest difference in levels of 1/255. problems: the first 20."""
+    """What `verify` found. count: images compared, `unchanged` of them equal to their clean originals. max_linf: largest difference in
+    levels of 1/255. problems: the first 20. unreadable: (name, reason) of clean files that cannot be read, so nobody could poison them.
+    """
 
     count: int = 0
+    unchanged: int = 0
     max_linf: float = 0
     problems: list[str] = field(default_factory=list)
     problem_count: int = 0
+    unreadable: list[tuple[str, str]] = field(default_factory=list)
 
     @property
     def ok(self):
@@ -47,7 +51,8 @@ def verify(clean, out, *, eps, per_class=None):
             (whatever `load_poison` reads), whose own values are then held against eps.
         per_class: as in `load`, where `clean` is not a Dataset.
 
-    Returns a Report; `ok` is False if anything is missing, too many, changed in size or mode, or over the budget.
+    Returns a Report; `ok` is False if anything is missing, too many, changed in size or mode, or over the budget. Clean files that
+    cannot be read and have no copy are not missing: they are listed in `unreadable`.
     ValueError: `clean` or `out` is nothing that can be compared at all (missing folder, damaged poison).
     """
     report = Report()
@@ -79,12 +84,18 @@ def _verify_poison(report, clean, delta, manifest, eps):
     if delta.shape != clean.images.shape:
         report.add(f"shape {list(delta.shape)}, the clean images have {list(clean.images.shape)}")
         return
-    report.count = len(delta)
     over = delta.abs().flatten(1).amax(1).double() > eps * (1 + 1e-6)  # eps itself, rounded to fp32, passes
     for row in over.nonzero()[:, 0].tolist():
         report.add(f"{clean.names[row]}: {255 * float(delta[row].abs().max()):.3f} levels, more than {255 * eps:g}")
-    wide = apply_poison(clean.images, delta, 1.0).to(torch.int16) - clean.images
-    report.max_linf = int(wide.abs().max())
+    _levels(report, clean, apply_poison(clean.images, delta, 1.0))
+
+
+def _levels(report, clean, images):
+    """Largest difference of every image [N]."""
+    linf = (images.to(torch.int16) - clean.images).abs().flatten(1).amax(1)
+    report.count, report.max_linf, report.unchanged = len(linf), int(linf.max()), int((linf == 0).sum())
+    report.unreadable += clean.unreadable
+    return linf
 
 
 def _verify_arrays(report, clean, copy, levels):
@@ -93,28 +104,27 @@ def _verify_arrays(report, clean, copy, levels):
         return
     if [copy.classes[k] for k in copy.labels] != [clean.classes[k] for k in clean.labels] and not torch.equal(copy.labels, clean.labels):
         report.add("labels differ from those of the clean images")
-    report.count = len(copy)
-    linf = (copy.images.to(torch.int16) - clean.images).abs().flatten(1).amax(1)
-    report.max_linf = int(linf.max())
+    linf = _levels(report, clean, copy.images)
     for row in (linf > levels).nonzero()[:, 0].tolist():
         report.add(f"{clean.names[row]}: {int(linf[row])} levels, more than {levels}")
 
 
 def _verify_folder(report, clean, out, levels, per_class):
-    if not isinstance(clean, Dataset) and (not isinstance(clean, (str, os.PathLike)) or not _is_tree(Path(clean))):
+    if not isinstance(clean, Dataset) and (not isinstance(clean, (str, os.PathLike)) or not is_tree(Path(clean))):
         clean = load(clean, per_class=per_class)
     if isinstance(clean, Dataset):
-        paths, others, root = tree_paths(clean), [name for name, _ in clean.unreadable], clean.root
+        paths, refused, root = tree_paths(clean), clean.unreadable, clean.root
     else:
         root = Path(clean)
         _, names, refused = list_tree(root)
-        paths, others = first_per_class(names, per_class), [name for name, _ in refused]
+        paths = first_per_class(names, per_class)
+    report.unreadable += refused
     gray = root is None and clean.images.shape[1] == 1
     _, found, strange = list_tree(out)
     for name, reason in strange:
         report.add(f"{name}: {reason}")
     suffix = Counter(os.path.splitext(name)[1] for name in found).most_common(1)[0][0] if found else ".png"
-    targets = target_names(paths, others, suffix)
+    targets = target_names(paths, [name for name, _ in refused], suffix)
     for name in sorted(set(found) - set(targets.values())):
         report.add(f"{name}: no such clean image")
     present = set(found)
@@ -123,8 +133,8 @@ def _verify_folder(report, clean, out, levels, per_class):
         row, name = job
         try:
             before = np.asarray(read_image(root / name)) if root is not None else clean.images[row].permute(1, 2, 0).numpy()
-        except UnreadableError:
-            return f"{targets[name]}: its clean image is unreadable" if targets[name] in present else None
+        except UnreadableError as error:
+            return f"{targets[name]}: its clean image is unreadable" if targets[name] in present else error
         if targets[name] not in present:
             return f"{targets[name]}: missing"
         try:
@@ -139,12 +149,11 @@ def _verify_folder(report, clean, out, levels, per_class):
         for name, result in zip(paths, pool.map(compare, enumerate(paths))):
             if isinstance(result, str):
                 report.add(result)
-            elif result is not None:
+            elif isinstance(result, UnreadableError):
+                report.unreadable.append((name, str(result)))
+            else:
                 report.count += 1
+                report.unchanged += result == 0
                 report.max_linf = max(report.max_linf, result)
                 if result > levels:
                     report.add(f"{targets[name]}: {result} levels, more than {levels}")
-
-
-def _is_tree(path):
-    return path.is_dir() and cifar.find(path) is None

@@ -50,6 +50,8 @@ def evaluate(clean, poisoned, test, *, victim="small_resnet", epochs=None, seeds
         fail("evaluate", "poison_ratio", "a number in (0, 1]", poison_ratio)
     init = read_state(init) if init is not None else None
     seeds = list(range(seeds)) if isinstance(seeds, int) else [int(seed) for seed in seeds]
+    for seed in seeds:
+        _checks.seed("evaluate", seed, "seeds")
     if not seeds:
         fail("evaluate", "seeds", "at least one", seeds)
     if noise not in NOISES:

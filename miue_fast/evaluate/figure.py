@@ -17,6 +17,15 @@ def missing():
     return None
 
 
+def check_suffix(path):
+    """ValueError if `path` does not end in a format that matplotlib writes."""
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    kinds = sorted(FigureCanvasBase.get_supported_filetypes())
+    if path.suffix.lower()[1:] not in kinds:
+        fail("figure", "path", f"a file name ending in {', '.join(kinds)}", str(path))
+
+
 def figure(table, clean, poisoned, path, *, columns=6):
     """Draws a PNG (or what the suffix of `path` says) and returns its path.
 

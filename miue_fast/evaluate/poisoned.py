@@ -21,7 +21,7 @@ def poisoned_images(clean, poisoned, *, size=None):
     if isinstance(poisoned, data.Dataset):
         return _aligned(clean, poisoned)
     if not isinstance(poisoned, (str, os.PathLike)):
-        fail("evaluate", "poisoned", "a folder, a file, a Dataset or a float tensor", describe(poisoned))
+        fail("evaluate", "poisoned", "a folder, a file, a Dataset or a float tensor (of a Result: its delta)", describe(poisoned))
     if data.is_poison(poisoned):
         delta, manifest = data.load_poison(poisoned, clean)
         return clean, _applied(clean, delta, manifest["eps"] if manifest else 1.0)

@@ -107,8 +107,8 @@ def recipe(victim, epochs, lr, batch, crop=None, *, adversarial=False):
             fail("evaluate", name, "a whole number >= 1", value)
     if not 0 < plan.lr < float("inf"):
         fail("evaluate", "lr", "a finite number > 0", plan.lr)
-    if crop is not None and (not isinstance(crop, int) or crop < 0):
-        fail("evaluate", "crop", "None or a whole number >= 0", crop)
+    if crop is not None and (not isinstance(crop, int) or not 0 <= crop <= 4096):
+        fail("evaluate", "crop", "None or a whole number from 0 to 4096", crop)
     return plan
 
 

@@ -84,7 +84,8 @@ class AutogradNet(Frozen):
             fail("freeze", "feature", f"a layer with one output [{len(x)}, ...]", f"{self.feature!r}: {describe(output)}")
         if output._version != version:
             fail("freeze", "feature", "a layer whose output is not changed in place", f"{self.feature!r}; choose the layer after it")
-        return output.flatten(1)
+        with torch.set_grad_enabled(graph):  # the caller may have switched gradients off
+            return output.flatten(1)
 
     def forward(self, images):
         images = check_images(images, self.device, None)

@@ -25,6 +25,7 @@ from .step import Descent, check_finite, check_labels
 from .train import Trainer
 
 log = logging.getLogger("miue_fast")
+METRICS = "metrics.csv"
 _FREE_TO_CHANGE = {"network_chunk"}  # between the two halves of a resumed run: it does not change the objective
 
 
@@ -64,15 +65,17 @@ def generate(data, out=None, *, preset="paper", model="resnet18", feature=None, 
     whole epoch.
     """
     options = choose(preset, {**({} if device is None else {"device": device}), **options})
-    keep = None if out is None else _open_folder(Path(out), resume, overwrite)
+    keep = None if out is None else _open_folder(Path(out), resume, overwrite, options)
     if tensorboard and keep is None:
         _checks.fail("generate", "tensorboard", "an output folder to write to", "out=None")
     dataset = data if isinstance(data, datasets.Dataset) else datasets.load(data)
     check_labels("generate", dataset.labels, len(dataset.images), torch.device("cpu"))
+    if keep and dataset.root is not None and keep.parent.resolve().is_relative_to(dataset.root.resolve()):
+        _checks.fail("generate", "out", f"a folder outside the images' own, {dataset.root}", str(keep.parent))
     if options.objective == "tap" and options.target_shift % len(dataset.classes) == 0:
         _checks.fail("generate", "target_shift", f"no multiple of the {len(dataset.classes)} classes", options.target_shift)
     if options.objective == "random":
-        return _random(dataset, options, keep)
+        return _random(dataset, options, keep, overwrite)
     device = torch.device(options.device)
     with _settings(device), _board(keep, tensorboard) as board:
         torch.manual_seed(batches.derive(options.seed, 0, "network"))
@@ -82,15 +85,17 @@ def generate(data, out=None, *, preset="paper", model="resnet18", feature=None, 
         network, layout = _in_layout(network, options, dataset, device)
         options = replace(options, channels_last=layout)
         _probe(network, feature, dataset, device, logits_wanted=on_logits(options.objective))
-        run = _Run(network, feature, dataset, options, keep, _name(model))
+        run = _Run(network, feature, dataset, options, keep, _name(model), overwrite)
         if keep and keep.exists() and not overwrite:
             run.resume()
         return run.finish(progress, board)
 
 
 class _Run:
-    def __init__(self, network, feature, dataset, options, keep, name):
+    def __init__(self, network, feature, dataset, options, keep, name, overwrite):
         self.network, self.feature, self.dataset, self.options, self.keep, self.name = network, feature, dataset, options, keep, name
+        self.overwrite = overwrite
+        self.replaces = overwrite  # what `keep` names is another run's, until the first epoch of this one is saved
         device = torch.device(options.device)
         self.images, self.labels = dataset.images.contiguous().to(device), dataset.labels.to(device)
         rows = len(dataset.classes) if options.classwise else len(self.images)
@@ -191,9 +196,7 @@ class _Run:
         delta = delta.clamp_(-o.eps, o.eps).cpu()
         if o.classwise:
             delta = delta[self.dataset.labels]
-        untouched = int((~delta.flatten(1).any(1)).sum())
-        if untouched:
-            log.warning("%d of %d images got no perturbation: the source network has a zero gradient there", untouched, len(delta))
+        _warn_unchanged(delta, o.eps)
         if self.keep:
             datasets.save_poison(self.keep.parent, delta, self.dataset, self._header()["options"])
         return Result(delta, self.dataset, self.history, o)
@@ -208,43 +211,73 @@ class _Run:
         if self.keep is None:
             return
         checkpoint.save(self.keep, checkpoint.gather(self.network, self.trainer.optimizer, self.delta), self._header())
+        if self.replaces:
+            self.replaces = False
+            datasets.remove_poison(self.keep.parent)  # nobody may take the replaced run's for this one's
         table = io.StringIO()
         writer = csv.DictWriter(table, self.history[0])
         writer.writeheader()
         writer.writerows(self.history)
-        atomic.write_file(self.keep.with_name("metrics.csv"), lambda stream: stream.write(table.getvalue().encode()))
+        atomic.write_file(self.keep.with_name(METRICS), lambda stream: stream.write(table.getvalue().encode()))
 
     def _interrupted(self):
         if self.keep is None:
             return "interrupted: nothing is saved (no output folder)"
-        epoch = checkpoint.saved_epoch(self.keep)
+        epoch = 0 if self.replaces else checkpoint.saved_epoch(self.keep)
         if not epoch:
             return f"interrupted: no epoch was finished, nothing is saved in {self.keep.parent}"
-        return f"interrupted: epoch {epoch} of {self.options.epochs} is saved in {self.keep}; the same command goes on from there"
+        again = "the same command without overwrite" if self.overwrite else "the same command"
+        return f"interrupted: epoch {epoch} of {self.options.epochs} is saved in {self.keep}; {again} goes on from there"
 
 
-def _random(dataset, options, keep):
+def _warn_unchanged(delta, eps):
+    """A published image has 8 bits: what rounds to zero there protects nothing."""
+    unchanged = int((~datasets.quantise(delta, eps).flatten(1).any(1)).sum())
+    if unchanged:
+        log.warning("%d of %d images stay as they are: their perturbation is zero, or below half a level of 8-bit images",
+                    unchanged, len(delta))  # fmt: skip
+
+
+def _random(dataset, options, keep, overwrite):
     """Signs of a generator of the seed, one set per image, or per class; no network, no checkpoint."""
     rows = dataset.select([int((dataset.labels == k).nonzero()[0]) for k in dataset.labels.unique()]) if options.classwise else dataset
     delta = datasets.random_noise(rows, options.eps, options.seed, kind="sign")
     if options.classwise:
         delta = delta[dataset.labels.unique(return_inverse=True)[1]]
+    _warn_unchanged(delta, options.eps)
     if keep:
         datasets.save_poison(keep.parent, delta, dataset, options.as_dict())
+        if overwrite:
+            for name in (checkpoint.NAME, METRICS):
+                keep.with_name(name).unlink(missing_ok=True)
     return Result(delta, dataset, [], options)
 
 
-def _open_folder(folder, resume, overwrite):
-    """The checkpoint's path in a folder that can be written. Refuses to replace anything unless asked."""
+def _open_folder(folder, resume, overwrite, options):
+    """The checkpoint's path in a folder that can be written. Refuses to replace anything unless asked.
+
+    A run goes on from its checkpoint; the objective random has none, and makes the same poison again.
+    """
     datasets.check_writable(folder)
     atomic.sweep(folder)
     path = folder / checkpoint.NAME
-    if overwrite or (resume and path.exists()):
+    if overwrite or (resume and options.objective != "random" and path.exists()):
         return path
-    for earlier in (path, folder / "poison.safetensors"):
-        if earlier.exists():
-            raise ValueError(f"generate: out: expected an empty folder or a run to resume, got {earlier}; set overwrite=True to replace it")
+    if resume and options.objective == "random" and not path.exists() and _made_with(folder, options):
+        return path
+    for name in (checkpoint.NAME, *datasets.POISON_FILES, METRICS):
+        if (folder / name).exists():
+            told = f"expected an empty folder or a run to resume, got {folder / name}; set overwrite=True to replace it"
+            raise ValueError(f"generate: out: {told}")
     return path
+
+
+def _made_with(folder, options):
+    """Whether the poison in `folder` is one of these options."""
+    try:
+        return datasets.load_poison(folder)[1]["options"] == options.as_dict()
+    except ValueError:  # none, or someone else's
+        return False
 
 
 def _network(model, dataset, options):
@@ -257,6 +290,8 @@ def _network(model, dataset, options):
         model = model(classes) if callable(model) else model
         if not isinstance(model, nn.Module):
             _checks.fail("generate", "model", "a name, an nn.Module or a callable that returns one", type(model).__name__)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        _checks.fail("generate", "model", "parameters to train (requires_grad)", "none")
     for name, value in model.state_dict().items():
         if not isinstance(value, torch.Tensor):
             _checks.fail("generate", "model", "a state_dict of tensors", f"{name}: {type(value).__name__}")

@@ -50,14 +50,17 @@ class Options:
     backend: str = "auto"  # of the ops
 
     def __post_init__(self):
-        for name in ("steps", "epochs", "batch", "train_batch", "seed", "target_shift"):
-            self._whole(name, {"seed": 0, "batch": 2, "train_batch": 2}.get(name, 1))
+        for name in ("steps", "epochs", "batch", "train_batch", "target_shift"):
+            self._whole(name, {"batch": 2, "train_batch": 2}.get(name, 1))
+        _checks.seed("option", self.seed)
         for name, least in (("network_chunk", 2), ("width", 1)):
             if getattr(self, name) is not None:
                 self._whole(name, least)
         self._number("eps", lambda v: 0 < v <= 1, "a number in (0, 1] ([0, 1] image scale: 8/255, not 8)")
-        for name in ("zeta", "weight_decay", "alpha_0") + (("alpha_K",) if self.alpha_K is not None else ()):
+        for name in ("zeta", "weight_decay"):
             self._number(name, lambda v: 0 <= v < math.inf, "a finite number >= 0")
+        for name in ("alpha_0",) if self.alpha_K is None else ("alpha_0", "alpha_K"):
+            self._number(name, lambda v: 0 <= v <= 1, "a number from 0 to 1 ([0, 1] image scale)")
         self._number("lr", lambda v: 0 < v < math.inf, "a finite number > 0")
         self._number("momentum", lambda v: 0 <= v < 1, "a number in [0, 1)")
         self._number("flip", lambda v: 0 <= v <= 1, "a probability from 0 to 1")

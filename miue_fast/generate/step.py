@@ -127,6 +127,7 @@ def check_finite(where, bad, hint):
             raise ValueError(f"{where}: {name}: expected finite numbers, got NaN or Inf ({times} times); {hint}")
 
 
+@torch.inference_mode(False)  # a loop that runs in inference mode, or without gradients, needs them here all the same
 def perturb(model, images, labels, delta, *, steps=10, alpha, eps=8 / 255, temperature=0.1, zeta=0.1, denominator="all",
             normalize_dim=True, feature="avgpool", flip=None, network_chunk=None, dtype=None, channels_last=False,
             fused=True, fp8=False, backend="auto"):  # fmt: skip

@@ -1,5 +1,6 @@
 """The configuration of a report: a JSON file, checked as a whole before anything is trained."""
 
+import hashlib
 import json
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -59,15 +60,24 @@ class Config:
 
 
 def load(path):
-    """The content of a report.json, or None if the file is something else."""
+    """The content of a report.json, or None if the file is something else. ValueError: a report that is not as it was written."""
     content = _json(path)
-    return content if isinstance(content, dict) and str(content.get("format", "")).startswith("miue_fast report") else None
+    if not isinstance(content, dict) or not str(content.get("format", "")).startswith("miue_fast report"):
+        return None
+    if content.get("sha256") != checksum(content):
+        _checks.fail("report", str(path), "a report.json as it was written (sha256)", "a changed or damaged one")
+    return content
+
+
+def checksum(content):
+    """sha256 of what `tasks.write` puts into a file, without that entry itself."""
+    return hashlib.sha256(json.dumps({name: value for name, value in content.items() if name != "sha256"}).encode()).hexdigest()
 
 
 def _json(path):
     try:
         return json.loads(Path(path).read_text())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"report: {path}: expected a JSON file, got: {str(error).splitlines()[0]}") from None
 
 
@@ -115,7 +125,8 @@ def _texts(where, given, known=None):
     """A list of text, each one of `known`."""
     right = isinstance(given, list) and all(isinstance(item, str) for item in given)
     if not right or (known is not None and not set(given) <= set(known)):
-        _checks.fail("report", where, "a list of text" if known is None else f"a list of {', '.join(known)}", repr(given))
+        wanted = "a list of text" if known is None else f"a list of {', '.join(known) or 'nothing (there are none)'}"
+        _checks.fail("report", where, wanted, repr(given))
 
 
 def _only(where, given, known):
@@ -195,8 +206,10 @@ def _run(number, block, content):
 
 
 def _seeds(where, seeds):
-    if not isinstance(seeds, list) or not seeds or not all(type(seed) is int and seed >= 0 for seed in seeds):
-        _checks.fail("report", where, "a list of whole numbers >= 0", repr(seeds))
+    if not isinstance(seeds, list) or not seeds:
+        _checks.fail("report", where, "a list of whole numbers", repr(seeds))
+    for seed in seeds:
+        _checks.seed("report", seed, where)
 
 
 def _analysis(content):

@@ -19,7 +19,7 @@ from ..evaluate import poisoned_images, pretrain, run_cell
 from ..evaluate.start import poisoned_rows
 from ..evaluate.victims import recipe
 from ..generate import generate
-from .config import CLEAN, RECIPE, split
+from .config import CLEAN, RECIPE, checksum, split
 
 LEVEL = 255
 FORMAT = 1  # of cells and of what they mean: another number, and everything is made anew
@@ -117,10 +117,6 @@ def write(path, content):
     content = {**content, "sha256": checksum(content)}
     path.parent.mkdir(parents=True, exist_ok=True)
     data.write_file(path, lambda file: file.write((json.dumps(content, indent=1, allow_nan=False) + "\n").encode()))
-
-
-def checksum(content):
-    return hashlib.sha256(json.dumps({name: value for name, value in content.items() if name != "sha256"}).encode()).hexdigest()
 
 
 def peak_memory():
