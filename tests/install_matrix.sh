@@ -31,7 +31,7 @@ MIUE_BUILD=none check pure "reference" "$src" "$torch"
 MIUE_BUILD=auto check wheel "cpu reference" "$src" "$torch"
 MIUE_BUILD=cpu check editable "cpu reference" -e "$src" "$torch"
 
-(cd "$src" && "$python" -m venv "$work/tools" && "$work/tools/bin/python" -m pip install -q setuptools pybind11 ninja)
+(cd "$src" && "$python" -m venv "$work/tools" && "$work/tools/bin/python" -m pip install -q -U setuptools pybind11 ninja)
 (cd "$src" && MIUE_BUILD=none "$work/tools/bin/python" setup.py -q sdist -d "$work/sdist")
 MIUE_BUILD=cpu check sdist "cpu reference" "$work"/sdist/*.tar.gz "$torch"
 MIUE_BUILD=cpu check oldest-torch "cpu reference" "$src" "torch==2.11.*"
