@@ -214,6 +214,15 @@ def test_eps_and_rounding_of_an_export(root, tmp_path, capsys):  # noqa: F811
         assert "rounding" in complaint(capsys) and not (tmp_path / name).exists()
 
 
+@pytest.mark.parametrize("name", ["A.PT", "A.NPZ", "A.PKL"])
+def test_suffixes_in_capitals_are_the_same_files(root, tmp_path, name):  # noqa: F811
+    small = tmp_path / name.lower()
+    form = {".pt": "pt", ".npz": "npz", ".pkl": "pickle"}[small.suffix]
+    assert run("export", root / "out", "--data", root / "train", "--to", small, "--format", form) == 0
+    small.rename(tmp_path / name)
+    assert run("verify", root / "train", tmp_path / name) == 0
+
+
 def test_what_can_be_told_before_the_work_is(root, tmp_path, capsys, monkeypatch):  # noqa: F811
     def work(*arguments, **options):
         raise AssertionError("the work was begun")

@@ -317,3 +317,15 @@ def test_a_loop_without_gradients_gets_the_same_step(mode):
     with mode():
         got = perturb(net, images.clone(), labels, torch.zeros(images.shape), **step)
     assert wanted.any() and torch.equal(got, wanted)
+
+
+@pytest.mark.parametrize("feature", ["avgpool", "_orig_mod.avgpool"])
+def test_a_compiled_model_is_its_layers(feature):
+    torch.manual_seed(0)
+    net = models.build("small_resnet", 3, width=4)
+    images, labels = torch.randint(256, (8, 3, 12, 12), dtype=torch.uint8), torch.arange(8) % 2
+    step = dict(alpha=1 / 255, steps=2)
+    wanted = perturb(net, images, labels, torch.zeros(images.shape), **step)
+    compiled = torch.compile(net)  # wrapped; compiled only when it is called
+    assert torch.equal(perturb(compiled, images, labels, torch.zeros(images.shape), feature=feature, **step), wanted)
+    assert net.training and compiled.training

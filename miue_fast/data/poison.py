@@ -173,11 +173,12 @@ def load_poison(path, dataset=None):
         path = path / TENSOR_FILE
     if not path.is_file():
         fail("poison", "path", FILES, f"{path} (no such file)")
-    if path.suffix == ".safetensors":
+    suffix = path.suffix.lower()
+    if suffix == ".safetensors":
         return _load_store(path, dataset)
-    if path.suffix in BARE:
+    if suffix in BARE:
         names = None if dataset is None else dataset.names
-        delta = read_pickle(path, names) if path.suffix in PICKLES else channels_first(_load_bare(path))
+        delta = read_pickle(path, names) if suffix in PICKLES else channels_first(_load_bare(path))
         check_delta(delta)
         delta = delta.detach().float().contiguous()
         return (delta if dataset is None else _expand(delta, dataset)), None
@@ -187,13 +188,14 @@ def load_poison(path, dataset=None):
 def is_poison(path):
     """True for a file or folder that holds perturbations, as `load_poison` reads them, and not images. A damaged archive does not."""
     path = Path(path)
-    if path.suffix == ".npz":
+    suffix = path.suffix.lower()
+    if suffix == ".npz":
         try:
             with zipfile.ZipFile(path) as archive:
                 return "delta.npy" in archive.namelist()
         except NPZ_ERRORS:
             return False
-    return path.suffix in (".safetensors", *BARE) or (path / TENSOR_FILE).is_file()
+    return suffix in (".safetensors", *BARE) or (path / TENSOR_FILE).is_file()
 
 
 def _load_store(path, dataset):
@@ -233,7 +235,7 @@ def _load_bare(path):
             with zipfile.ZipFile(path) as archive:
                 if (broken := archive.testzip()) is not None:
                     raise ValueError(f"a damaged member {broken}")
-        if path.suffix == ".npz":
+        if path.suffix.lower() == ".npz":
             with np.load(path, allow_pickle=False) as archive:
                 delta = torch.from_numpy(archive["delta"])
         else:

@@ -20,7 +20,8 @@ def freeze(model, feature="avgpool", *, dtype=None, chunk=None, fused=True, fp8=
 
     Args:
         model: nn.Module on one device, in eval mode; images [B, C, H, W] on the [0, 1] scale, it normalises its input itself. It is not
-            changed. After training it further call `refold()`: the folded weights are made anew in place.
+            changed. After training it further call `refold()`: the folded weights are made anew in place. Of a model that torch.compile
+            wrapped the layers are taken.
         feature: name of the layer whose flattened output [B, D] is the features; what comes after it is not computed.
         dtype: compute type: float32 (None), bfloat16, float16 (float64 on the CPU). Weights are folded in float64 and rounded once.
         chunk: images per launch, >= 2 (None: 64 on a CPU, the whole batch on a GPU; a CPU takes at least four per thread). The results do
@@ -39,6 +40,8 @@ def freeze(model, feature="avgpool", *, dtype=None, chunk=None, fused=True, fp8=
     """
     if not isinstance(model, nn.Module):
         fail("freeze", "model", "an nn.Module", type(model).__name__)
+    if isinstance(getattr(model, "_orig_mod", None), nn.Module) and isinstance(feature, str):  # torch.compile's: only its layers count here
+        model, feature = model._orig_mod, feature.removeprefix("_orig_mod.")
     find_layer("freeze", model, feature)
     if not isinstance(fp8, bool):
         fail("freeze", "fp8", "True or False", repr(fp8))
