@@ -72,13 +72,17 @@ def same_store(op, delta, images):
         fail(op, "delta", "a contiguous store", f"strides {tuple(delta.stride())}")
 
 
-def selection(op, index, flip, batch, device):
-    """Optional int64 index [B] and optional flip mask [B] (bool or uint8); the mask comes back contiguous."""
-    if index is not None and (index.dtype != torch.int64 or index.dim() != 1 or index.device != device or not index.is_contiguous()):
-        fail(op, "index", f"a contiguous int64 tensor [B] on {device}", describe(index))
+def selection(op, index, flip, rows, device):
+    """Optional int64 index [B] into `rows` rows and optional flip mask [B] (bool or uint8); the mask comes back contiguous."""
+    batch = rows
+    if index is not None:
+        right = isinstance(index, torch.Tensor) and index.dtype == torch.int64 and index.dim() == 1 and index.is_contiguous()
+        if not right or index.device != device:
+            fail(op, "index", f"a contiguous int64 tensor [B] on {device}", describe(index))
+        batch = index.shape[0]
     if flip is None:
         return None
-    if flip.shape != (batch,) or flip.dtype not in (torch.bool, torch.uint8) or flip.device != device:
+    if not isinstance(flip, torch.Tensor) or flip.shape != (batch,) or flip.dtype not in (torch.bool, torch.uint8) or flip.device != device:
         fail(op, "flip", f"a bool tensor [{batch}] on {device}", describe(flip))
     return flip.contiguous()
 

@@ -87,6 +87,47 @@ def test_overwrite_says_how_to_go_on_and_leaves_no_stale_poison(tmp_path, monkey
     assert torch.equal(resumed.delta, generate(shapes, epochs=3, seed=9, **small).delta)
 
 
+def test_a_run_that_ended_before_its_table_was_written(tmp_path, monkeypatch):
+    shapes = data.shapes(30, seed=0, size=16, classes=3, difficulty=0)
+    small = dict(model="small_resnet", width=4, steps=2, batch=30, epochs=2, progress=False)
+    generate(shapes, tmp_path / "whole", **small)
+    write = loop.atomic.write_file
+
+    def stop(path, *arguments, **options):
+        if path.name == "metrics.csv":
+            raise KeyboardInterrupt
+        write(path, *arguments, **options)
+
+    monkeypatch.setattr(loop.atomic, "write_file", stop)
+    with pytest.raises(Interrupted, match="epoch 1 of 2 is saved"):
+        generate(shapes, tmp_path / "cut", **small)
+    with pytest.raises(Interrupted, match="epoch 2 of 2 is saved"):
+        generate(shapes, tmp_path / "cut", **small)
+    monkeypatch.setattr(loop.atomic, "write_file", write)
+    generate(shapes, tmp_path / "cut", **small)
+    table = (tmp_path / "cut/metrics.csv").read_text().splitlines()
+    assert [row.split(",")[:6] for row in table] == [
+        row.split(",")[:6] for row in (tmp_path / "whole/metrics.csv").read_text().splitlines()
+    ]
+
+
+def test_the_first_step_may_be_zero():
+    shapes = data.shapes(30, seed=0, size=16, classes=3, difficulty=0)
+    assert generate(shapes, model="small_resnet", width=4, steps=2, batch=30, epochs=2, progress=False, alpha_0=0.0).delta.any()
+
+
+def test_two_files_are_replaced_together_or_not_at_all(tmp_path):
+    shapes = data.shapes(30, seed=0, size=16, classes=3, difficulty=0)
+    noise = data.random_noise(shapes, 8 / 255, 0)
+    data.save_poison(tmp_path, noise, shapes, {"eps": 8 / 255})
+    (tmp_path / "manifest.json").unlink()
+    (tmp_path / "manifest.json").mkdir()
+    before = (tmp_path / "poison.safetensors").read_bytes()
+    with pytest.raises(OSError, match=r"manifest.json: it is a folder; what was there before is unchanged"):
+        data.save_poison(tmp_path, noise / 2, shapes, {"eps": 8 / 255})
+    assert (tmp_path / "poison.safetensors").read_bytes() == before
+
+
 def test_ctrl_c_during_an_export(start, root, tmp_path, capsys, monkeypatch):  # noqa: F811
     whole = data.export_folder
 

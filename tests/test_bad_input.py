@@ -191,3 +191,17 @@ def test_degenerate_batches(name):
         if name == "nt_xent":
             assert loss(F, Y * 0).abs() < 1e-6
             assert miue_fast.nt_xent(F, Y * 0, denominator="negatives", backend=impl.backend) == -torch.inf
+
+
+def test_a_list_is_no_index_and_a_backward_is_refused():
+    images, delta = torch.zeros(2, 3, 4, 4, dtype=torch.uint8), torch.zeros(2, 3, 4, 4)
+    for call in (
+        lambda: miue_fast.perturbed_input(images, delta, [0]),
+        lambda: miue_fast.perturbed_input(images, delta, None, [True, False]),
+        lambda: miue_fast.projected_step_(delta, [0], torch.zeros(1, 3, 4, 4), images, alpha=0.1, eps=0.1),
+    ):
+        with pytest.raises(ValueError, match=r"(index|flip): expected a .* tensor .* got list"):
+            call()
+    out = miue_fast.perturbed_input(images, delta.requires_grad_())
+    with pytest.raises(RuntimeError, match="perturbed_input: not differentiable"):
+        out.sum().backward()

@@ -345,7 +345,19 @@ class Same(Branching):
         return self.avgpool(F.relu(self.conv(x)))
 
 
+class Doctored(Branching):
+    """A layer whose class no longer says what it does."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv.forward = lambda x: F.conv2d(x.abs() * 2, self.conv.weight, self.conv.bias, padding=1)
+
+    def forward(self, x):
+        return self.avgpool(F.relu(self.conv(x)))
+
+
 FALLBACKS = {
+    "forward of its own": (Doctored, "conv: a module with a forward of its own"),
     "sigmoid": (lambda: Sigmoid([4, 8], 1, 3, True, 3), "sigmoid: sigmoid"),
     "branch": (Branching, "torch.fx cannot trace it"),
     "instance norm": (InstanceNorm, "norm: InstanceNorm2d"),

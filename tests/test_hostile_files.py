@@ -272,7 +272,7 @@ def raw_pickles():
     yield b"cos\nsystem\n(S'touch pwned'\ntR."
     yield b"\x80\x04\x8c\x02os\x8c\x06system\x93\x8c\x0btouch pwned\x85R."
     yield b"cbuiltins\neval\n(S'1'\ntR."
-    array = b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(I0\ntS'b'\ntR"
+    array = b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(I0\ntS'b'\ntR"  # made, never filled
     yield array + b"(I1\n(I9999999999\ntcnumpy\ndtype\n(S'O8'\ntRI00\nS'aaaaaaaa'\ntb."
     yield array + b"(I1\n(I99\ntcnumpy\ndtype\n(S'u1'\ntRI00\nS'aaaa'\ntb."
     yield b"cnumpy.core.multiarray\nscalar\n(cnumpy\ndtype\n(S'O8'\ntRS'aaaaaaaa'\ntR."
@@ -339,6 +339,40 @@ def test_flipped_cifar_pickles(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+@pytest.mark.parametrize("names", [5, {"a": 1}, [b"a", 7], [b"a", (b"b",)]])
+def test_class_names_that_are_no_text(tmp_path, names):
+    (tmp_path / "batches.meta").write_bytes(pickle.dumps({b"label_names": names}, 2))
+    (tmp_path / "test_batch").write_bytes(pickle.dumps({b"data": np.zeros((4, 3072), dtype=np.uint8), b"labels": [0, 1, 0, 1]}, 2))
+    with pytest.raises(ValueError, match=r"^data: .*batches.meta: expected a list of text 'label_names'"):
+        data.load(tmp_path, split="test")
+
+
+def test_names_in_another_encoding_are_kept(tmp_path):
+    (tmp_path / "batches.meta").write_bytes(pickle.dumps({b"label_names": [b"\xff", b"b"]}, 2))
+    (tmp_path / "test_batch").write_bytes(pickle.dumps({b"data": np.zeros((4, 3072), dtype=np.uint8), b"labels": [0, 1, 0, 1]}, 2))
+    assert data.load(tmp_path, split="test").classes == ["\\xff", "b"]
+
+
+def test_an_array_without_content_is_no_cifar_file(tmp_path):
+    (tmp_path / "batches.meta").write_bytes(pickle.dumps({b"label_names": [b"a", b"b"]}, 2))
+    array = b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(I0\ntS'b'\ntR"  # made, never filled
+    (tmp_path / "test_batch").write_bytes(b"(S'data'\n" + array + b"S'labels'\n(lI0\naI1\nad.")
+    with pytest.raises(ValueError, match=r"^data: "):
+        data.load(tmp_path, split="test")
+
+
+def test_tensors_without_memory_of_their_own(tmp_path):
+    made = {
+        "sparse": torch.rand(4, 3, 4, 4).to_sparse(),
+        "meta": torch.empty(4, 3, 4, 4, device="meta"),
+        "bomb": torch.zeros(1).expand(600, 3, 1024, 1024),  # 1.5 kB in the file, 7.5 GB in use
+    }
+    for name, tensor in made.items():
+        torch.save(tensor, tmp_path / f"{name}.pt")
+        with pytest.raises(ValueError, match=r"^poison: .*expected a (dense )?tensor"):
+            data.load_poison(tmp_path / f"{name}.pt")
+
+
 def test_evil_poison_and_npz(tmp_path):
     clean = data.load(good_tree(tmp_path / "clean"))
     target = tmp_path / "pwned"

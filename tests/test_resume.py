@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from torch import nn
 
 from miue_fast import data
 from miue_fast.data import atomic
@@ -310,3 +311,37 @@ def test_the_kernels_own_error_of_a_full_disk(monkeypatch, tmp_path):
     with pytest.raises(OSError, match="No space left"):
         checkpoint.save(path, {"delta": torch.zeros(9)}, {"epoch": 4})
     assert path.read_bytes() == before and os.listdir(tmp_path) == [path.name]
+
+
+class Remembering(nn.Module):
+    """A buffer that training changes and the state dict leaves out."""
+
+    def __init__(self, p=0.1):
+        super().__init__()
+        torch.manual_seed(5)
+        self.conv, self.avgpool, self.drop, self.fc = nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Dropout(p), nn.Linear(4, 3)
+        self.register_buffer("seen", torch.ones(()), persistent=False)
+
+    def forward(self, x):
+        if self.training:
+            self.seen += x.detach().mean()
+        return self.fc(self.drop(self.avgpool(self.conv(x).relu() * self.seen).flatten(1)))
+
+
+@pytest.mark.parametrize("p", [0.1, 0.9])
+def test_buffers_outside_the_state_dict_are_resumed_and_another_model_is_told(tmp_path, monkeypatch, caplog, p):
+    shapes = data.shapes(30, seed=0, size=16, classes=3, difficulty=0)
+    small = dict(steps=2, batch=30, epochs=3, progress=False)
+    whole, straight = loop._Run._epoch, generate(shapes, model=Remembering(), **small).delta
+
+    def stop(self, number, tick):
+        if number == 2:
+            raise KeyboardInterrupt
+        return whole(self, number, tick)
+
+    monkeypatch.setattr(loop._Run, "_epoch", stop)
+    with pytest.raises(Interrupted):
+        generate(shapes, tmp_path, model=Remembering(), **small)
+    monkeypatch.setattr(loop._Run, "_epoch", whole)
+    resumed = generate(shapes, tmp_path, model=Remembering(p), **small).delta
+    assert ("prints differently" in caplog.text) == (p == 0.9) and (p == 0.9 or torch.equal(resumed, straight))

@@ -61,7 +61,7 @@ def linear_separability(delta, labels, *, test_share=0.3, l2=1e-4, iterations=10
     if len(values) < 2:
         fail(OP, "labels", "two or more classes", len(values))
     train, test = _split(classes, len(values), test_share, seed)
-    points = delta.flatten(1).float()
+    points = delta.detach().flatten(1).float()
     if not torch.isfinite(points).all():
         fail(OP, "delta", "finite values", "NaN or infinity")
     points = points - points[train].mean(0)

@@ -1,6 +1,7 @@
 """Files that are either whole or not there: temporary file in the same folder, fsync, os.replace."""
 
 import contextlib
+import errno
 import io
 import os
 import secrets
@@ -43,6 +44,9 @@ def write_files(writers, *, durable=True):
             temporary = Path(path).with_name(f".{secrets.token_hex(8)}{TEMPORARY}")
             made[temporary] = Path(path)
             _write(temporary, path, writer, durable)
+        for path in made.values():
+            if path.is_dir():
+                raise OSError(errno.EISDIR, f"cannot write {path}: it is a folder; what was there before is unchanged")
         for temporary, path in made.items():
             os.replace(temporary, path)
         if durable:

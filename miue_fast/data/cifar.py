@@ -30,12 +30,18 @@ def read(folder, form, split):
     """uint8 [N, 3, 32, 32], int64 [N] and the class names of one split. ValueError: a file is missing, damaged or not CIFAR."""
     if split not in ("train", "test"):
         fail("data", "split", "'train' or 'test'", repr(split))
-    classes = [_text(name) for name in _unpickle(folder / form["meta"]).get(form["classes"], [])]
+    classes = _unpickle(folder / form["meta"]).get(form["classes"], [])
+    if not isinstance(classes, list) or not all(isinstance(name, bytes | str) for name in classes):
+        fail("data", str(folder / form["meta"]), f"a list of text {form['classes']!r}", "something else")
+    classes = [_text(name) for name in classes]
     images, labels = [], []
     for part in form[split]:
         content = _unpickle(folder / part)
         array, found = content.get("data"), content.get(form["labels"])
-        pixels = array.numpy() if isinstance(array, inert.Array) else None
+        try:
+            pixels = array.numpy() if isinstance(array, inert.Array) else None
+        except inert.ERRORS:
+            pixels = None
         right = pixels is not None and pixels.dtype == np.uint8 and pixels.ndim == 2 and pixels.shape[1] == 3072 and isinstance(found, list)
         if not right or len(found) != len(pixels) or not all(type(v) is int and 0 <= v < len(classes) for v in found):
             fail("data", str(folder / part), f"uint8 data [N, 3072] and N {form['labels']} below {len(classes)}", "something else")
@@ -58,4 +64,6 @@ def _unpickle(path):
 
 
 def _text(value):
-    return value.decode() if isinstance(value, bytes) else str(value)
+    if isinstance(value, bytes):
+        return value.decode(errors="backslashreplace")
+    return value if isinstance(value, str) else object.__repr__(value)

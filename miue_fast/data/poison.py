@@ -242,6 +242,11 @@ def _load_bare(path):
             delta = torch.load(path, map_location="cpu", weights_only=True)
     except PT_ERRORS as error:
         raise ValueError(f"poison: {path}: expected one bare tensor, got a damaged or foreign file ({one_line(error)})") from error
+    if isinstance(delta, torch.Tensor):
+        if delta.layout != torch.strided or delta.device.type != "cpu":
+            fail("poison", str(path), "a dense tensor", f"{delta.layout} on {delta.device}")
+        if delta.numel() * delta.itemsize > delta.untyped_storage().nbytes():
+            fail("poison", str(path), "a tensor with memory of its own for every value", f"{list(delta.shape)} that share theirs")
     return delta
 
 

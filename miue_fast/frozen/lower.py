@@ -97,6 +97,8 @@ class _Tracer(fx.Tracer):
     def _no_hooks(module, path):
         if any((module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)):
             raise NotLowered(f"{path}: a module with hooks")
+        if "forward" in vars(module):  # replaced on this very module: its class says nothing
+            raise NotLowered(f"{path}: a module with a forward of its own")
 
     def call_module(self, module, forward, args, kwargs):
         path = self.path_of_module(module)

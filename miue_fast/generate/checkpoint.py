@@ -64,7 +64,7 @@ def _digest(tensors, text):
 def gather(model, optimizer, delta):
     """The run's state as contiguous CPU tensors. Parameter k of the optimiser has its momentum under momentum.k."""
     tensors = {"delta": delta.cpu()}
-    for name, value in model.state_dict().items():
+    for name, value in _state(model).items():
         tensors[f"model.{name}"] = _plain(value)
     for k, parameter in enumerate(_parameters(optimizer)):
         momentum = optimizer.state[parameter].get("momentum_buffer") if parameter in optimizer.state else None
@@ -76,16 +76,25 @@ def gather(model, optimizer, delta):
 def restore(path, tensors, model, optimizer, delta):
     """Puts `gather`'s tensors back, in the memory formats of this run. ValueError if the network or the data has another shape."""
     state = {name.removeprefix("model."): value for name, value in tensors.items() if name.startswith("model.")}
-    own = model.state_dict()
+    own = _state(model)
     if {k: (v.shape, v.dtype) for k, v in state.items()} != {k: (v.shape, v.dtype) for k, v in own.items()}:
         raise ValueError(f"{path}: expected a checkpoint of this model, got one with other layers; set overwrite=True to start again")
     if tensors["delta"].shape != delta.shape or tensors["delta"].dtype != delta.dtype:
         raise ValueError(f"{path}: expected a checkpoint of {delta.dtype} {list(delta.shape)}, got {list(tensors['delta'].shape)}")
-    model.load_state_dict(state)
+    persistent = model.state_dict().keys()
+    model.load_state_dict({name: value for name, value in state.items() if name in persistent})
+    for name, buffer in model.named_buffers():
+        if name not in persistent:
+            buffer.copy_(state[name])
     for k, parameter in enumerate(_parameters(optimizer)):
         if f"momentum.{k}" in tensors:
             optimizer.state[parameter]["momentum_buffer"] = torch.empty_like(parameter).copy_(tensors[f"momentum.{k}"]).detach()
     delta.copy_(tensors["delta"])
+
+
+def _state(model):
+    """The state dict and the buffers that are not part of it: training may change those too."""
+    return {**dict(model.named_buffers()), **model.state_dict()}
 
 
 def _parameters(optimizer):

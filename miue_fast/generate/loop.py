@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import hashlib
 import io
 import logging
 import time
@@ -92,8 +93,9 @@ def generate(data, out=None, *, preset="paper", model="resnet18", feature=None, 
 
 
 class _Run:
-    def __init__(self, network, feature, dataset, options, keep, name, overwrite):
+    def __init__(self, network, feature, dataset, options, keep, name, overwrite=False):
         self.network, self.feature, self.dataset, self.options, self.keep, self.name = network, feature, dataset, options, keep, name
+        self.printed = hashlib.sha256(repr(network).encode()).hexdigest()
         self.overwrite = overwrite
         self.replaces = overwrite  # what `keep` names is another run's, until the first epoch of this one is saved
         device = torch.device(options.device)
@@ -120,6 +122,8 @@ class _Run:
                              "repeat them, choose another folder or set overwrite=True")  # fmt: skip
         checkpoint.restore(self.keep, tensors, self.network, self.trainer.optimizer, self.delta)
         self.history = header["history"]
+        if header.get("network", now["network"]) != now["network"]:
+            log.warning("resumed with a model that prints differently: options of its layers (dropout, ...) may have changed")
         for what in ("torch", "threads"):
             if header[what] != now[what]:
                 log.warning("resumed with another %s (%s, was %s): the result may differ in its last bits", what, now[what], header[what])
@@ -151,7 +155,7 @@ class _Run:
         train_loss, accuracy = self.trainer.epoch(epoch, tick)
         middle = time.perf_counter()
         poison_loss = self._poison_step(epoch, tick)
-        if not self.delta.any():
+        if o.alpha(epoch) and not self.delta.any():
             raise ValueError(f"generate: epoch {epoch}: delta: expected a perturbation, got zeros: every gradient is zero or below "
                              f"half a level of the {o.delta_dtype} store")  # fmt: skip
         end = time.perf_counter()
@@ -199,12 +203,13 @@ class _Run:
         _warn_unchanged(delta, o.eps)
         if self.keep:
             datasets.save_poison(self.keep.parent, delta, self.dataset, self._header()["options"])
+            self._write_metrics()  # a run may have ended between its last checkpoint and this file
         return Result(delta, self.dataset, self.history, o)
 
     def _header(self):
         options = {k: v for k, v in self.options.as_dict().items() if k not in _FREE_TO_CHANGE}
         return {"epoch": len(self.history), "options": {"model": self.name, "feature": self.feature, **options},
-                "fingerprint": self.fingerprint, "history": self.history, "torch": torch.__version__,
+                "fingerprint": self.fingerprint, "network": self.printed, "history": self.history, "torch": torch.__version__,
                 "threads": torch.get_num_threads()}  # fmt: skip
 
     def _save(self):
@@ -214,6 +219,9 @@ class _Run:
         if self.replaces:
             self.replaces = False
             datasets.remove_poison(self.keep.parent)  # nobody may take the replaced run's for this one's
+        self._write_metrics()
+
+    def _write_metrics(self):
         table = io.StringIO()
         writer = csv.DictWriter(table, self.history[0])
         writer.writeheader()

@@ -148,8 +148,8 @@ def perturb(model, images, labels, delta, *, steps=10, alpha, eps=8 / 255, tempe
         dtype: compute type of the network: torch.float32 (None), bfloat16 or float16. fp8: with bfloat16 (None), see `freeze`.
         channels_last: memory format of the network's input where it runs in autograd; fused=False: let it (see `freeze`).
 
-    Returns: the new delta, same shape and dtype, within +-eps and images + delta within [0, 1] (before the flip: the flipped image).
-    Deterministic as far as the model is. Errors: ValueError (also for NaN or Inf), BackendError.
+    Returns: the new delta, same shape and dtype, within +-eps (float16: eps rounded to it) and images + delta within [0, 1] (before the
+    flip: the flipped image). Deterministic as far as the model is. Errors: ValueError (also for NaN or Inf), BackendError.
     """
     from .options import Options
 

@@ -3,7 +3,7 @@
 import torch
 
 from .. import _checks, _native, _triton
-from .._registry import FLOATS, Impl, define
+from .._registry import FLOATS, LIB, Impl, define
 from ..reference.perturbed_input import perturbed_input as reference
 from .projected_step import store_samples
 
@@ -40,6 +40,13 @@ define(
 )
 
 
+def _no_derivative(ctx, grad):
+    raise RuntimeError("perturbed_input: not differentiable; its gradient with respect to delta is the network's input gradient")
+
+
+torch.library.register_autograd("miue_fast::perturbed_input", _no_derivative, lib=LIB)
+
+
 def perturbed_input(images, delta=None, index=None, flip=None, mean=None, std=None, *, eps=None, dtype=torch.float32,
                     channels_last=True, backend="auto"):  # fmt: skip
     """(flip(images[index]) + delta[index] - mean) / std as a new network input [B, C, H, W].
@@ -53,7 +60,8 @@ def perturbed_input(images, delta=None, index=None, flip=None, mean=None, std=No
         dtype: of the result: float32, float16 or bfloat16; the arithmetic is fp32, rounded once.
         channels_last: the result's memory format.
 
-    Not differentiable: its gradient with respect to delta is the network's input gradient (times 1/std), see `projected_step_`.
+    Not differentiable (a backward raises RuntimeError): its gradient with respect to delta is the network's input gradient (times 1/std),
+    see `projected_step_`.
     Bitwise the same on every backend. Errors: ValueError, BackendError.
     """
     op = "perturbed_input"
@@ -62,7 +70,7 @@ def perturbed_input(images, delta=None, index=None, flip=None, mean=None, std=No
         _checks.same_store(op, delta, images)
         if delta.dtype is torch.int8 and not eps:
             _checks.fail(op, "eps", "the budget of the int8 store, > 0", eps)
-    flip = _checks.selection(op, index, flip, images.shape[0] if index is None else index.shape[0], images.device)
+    flip = _checks.selection(op, index, flip, images.shape[0], images.device)
     mean, std = list(mean or ()), list(std or ())
     if ((mean or std) and not len(mean) == len(std) == images.shape[1]) or 0 in std:
         _checks.fail(op, "mean and std", f"{images.shape[1]} numbers each, no std of 0", f"{mean} and {std}")

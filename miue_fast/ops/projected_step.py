@@ -100,7 +100,7 @@ def check_step(op, delta, index, images, flip, alpha, eps, nonfinite):
     """Everything but the gradient; returns the flip mask, contiguous."""
     _checks.images(op, images)
     _checks.same_store(op, delta, images)
-    flip = _checks.selection(op, index, flip, len(delta) if index is None else index.shape[0], delta.device)
+    flip = _checks.selection(op, index, flip, len(delta), delta.device)
     _checks.step_sizes(op, alpha, eps)
     if delta.requires_grad or (delta.dtype is torch.int8 and eps == 0):
         _checks.fail(op, "delta", "no gradient required, and eps > 0 for int8 levels", _checks.describe(delta))
