@@ -3,7 +3,7 @@
 import torch
 
 from .. import _checks, _native, _triton
-from .._registry import FLOATS, LIB, Impl, define
+from .._registry import FLOATS, Impl, define
 from ..reference.perturbed_input import perturbed_input as reference
 from .projected_step import store_samples
 
@@ -40,13 +40,6 @@ define(
 )
 
 
-def _no_derivative(ctx, grad):
-    raise RuntimeError("perturbed_input: not differentiable; its gradient with respect to delta is the network's input gradient")
-
-
-torch.library.register_autograd("miue_fast::perturbed_input", _no_derivative, lib=LIB)
-
-
 def perturbed_input(images, delta=None, index=None, flip=None, mean=None, std=None, *, eps=None, dtype=torch.float32,
                     channels_last=True, backend="auto"):  # fmt: skip
     """(flip(images[index]) + delta[index] - mean) / std as a new network input [B, C, H, W].
@@ -60,8 +53,8 @@ def perturbed_input(images, delta=None, index=None, flip=None, mean=None, std=No
         dtype: of the result: float32, float16 or bfloat16; the arithmetic is fp32, rounded once.
         channels_last: the result's memory format.
 
-    Not differentiable (a backward raises RuntimeError): its gradient with respect to delta is the network's input gradient (times 1/std),
-    see `projected_step_`.
+    Not differentiable: its gradient with respect to delta is the network's input gradient (times 1/std), see `projected_step_`; tensors that
+    require a gradient are refused while gradients are enabled.
     Bitwise the same on every backend. Errors: ValueError, BackendError.
     """
     op = "perturbed_input"
@@ -70,6 +63,8 @@ def perturbed_input(images, delta=None, index=None, flip=None, mean=None, std=No
         _checks.same_store(op, delta, images)
         if delta.dtype is torch.int8 and not eps:
             _checks.fail(op, "eps", "the budget of the int8 store, > 0", eps)
+    if (images.requires_grad or (delta is not None and delta.requires_grad)) and torch.is_grad_enabled():
+        _checks.fail(op, "images and delta", "no gradient required (detach them)", "a tensor that requires one")
     flip = _checks.selection(op, index, flip, images.shape[0], images.device)
     mean, std = list(mean or ()), list(std or ())
     if ((mean or std) and not len(mean) == len(std) == images.shape[1]) or 0 in std:
