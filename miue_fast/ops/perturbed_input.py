@@ -53,8 +53,8 @@ def perturbed_input(images, delta=None, index=None, flip=None, mean=None, std=No
         dtype: of the result: float32, float16 or bfloat16; the arithmetic is fp32, rounded once.
         channels_last: the result's memory format.
 
-    Not differentiable: its gradient with respect to delta is the network's input gradient (times 1/std), see `projected_step_`; tensors that
-    require a gradient are refused while gradients are enabled.
+    Not differentiable: its gradient with respect to delta is the network's input gradient (times 1/std), see `projected_step_`; tensors
+    that require a gradient are refused while gradients are enabled.
     Bitwise the same on every backend. Errors: ValueError, BackendError.
     """
     op = "perturbed_input"
