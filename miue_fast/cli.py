@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from . import __version__, data
+from ._checks import fail
 from ._registry import BackendError
 from .data.export import FORMATS
 from .evaluate import NOISES, evaluate, figure, poisoned_images
@@ -250,8 +251,8 @@ def _unreadable(*datasets):
 def _generate(args):
     target = args.out / EXPORTS.get(args.export, "images")
     replace = args.overwrite or (args.resume and any((args.out / name).exists() for name in (CHECKPOINT, *data.POISON_FILES)))
-    if data.is_tree(args.data) and args.out.resolve().is_relative_to(args.data.resolve()):
-        raise ValueError(f"generate: out: expected a folder outside the images' own, {args.data}, got {args.out}")
+    if data.is_tree(args.data):
+        data.check_outside(args.out, args.data)
     data.check_writable(args.out)
     dataset = _load(args)
     code = _unreadable(dataset)
@@ -281,17 +282,16 @@ def _check_export(dataset, target, args, eps, replace):
                            overwrite=replace)  # fmt: skip
         others = [] if args.overwrite else data.other_images(dataset, target, args.export)
         if others:
-            raise ValueError(f"generate: export: expected only images of this export in {target}, got {others[0]}; set --overwrite to "
-                             "remove it, or export to another folder (miue-fast export)")  # fmt: skip
+            fail("generate", "export", f"only images of this export in {target} (or --overwrite, which removes others)", others[0])
     elif target.exists() and not replace:
-        raise ValueError(f"generate: export: expected a new file (or --overwrite), got {target}, which exists")
+        fail("generate", "export", "a new file (or --overwrite)", f"{target}, which exists")
     elif args.export == "pickle":
         data.check_pickle(eps)
 
 
 def _write(dataset, delta, target, form, eps, allow_lossy, rounding, overwrite):
     if form in ("pt", "pickle") and rounding != "nearest":
-        raise ValueError(f"export: rounding: expected 'nearest' for {form}, which holds the perturbation, got {rounding!r}")
+        fail("export", "rounding", f"'nearest' for {form}, which holds the perturbation", repr(rounding))
     if form == "pt":
         data.export_pt(dataset, delta, target, eps=eps, overwrite=overwrite)
     elif form == "pickle":
@@ -334,7 +334,7 @@ def _evaluate(args):
     for target in filter(None, (args.json, args.figure)):
         data.check_writable(target.parent)
         if target.is_dir():
-            raise ValueError(f"evaluate: output: expected a file, got the folder {target}")
+            fail("evaluate", "output", "a file", f"the folder {target}")
     if args.figure and figure_missing():
         raise BackendError(figure_missing())
     if args.figure:
@@ -362,14 +362,14 @@ def _origin(path, clean, poisoned):
     Images that were resized on reading cannot be compared: the fingerprint of their clean originals must do.
     """
     for folder in (path, path.parent):
-        if data.is_poison(folder):
+        if (folder / data.POISON_FILES[0]).is_file():
             try:
                 delta, manifest = data.load_poison(folder, clean)
             except ValueError as error:
                 logging.getLogger("miue_fast").warning("the options of the poison are left out of the JSON: %s", error)
                 return None
-            whole = clean.sizes is None or all(size == clean.images.shape[:1:-1] for size in clean.sizes)
-            if manifest and not (whole and not torch.equal(data.apply_poison(clean.images, delta, manifest["eps"]), poisoned)):
+            resized = clean.sizes is not None and any(size != clean.images.shape[:1:-1] for size in clean.sizes)
+            if resized or torch.equal(data.apply_poison(clean.images, delta, manifest["eps"]), poisoned):
                 return {"options": manifest["options"], "versions": manifest["versions"]}
             return None
     return None

@@ -90,6 +90,12 @@ def sweep(folder):
         leftover.unlink(missing_ok=True)
 
 
+def check_outside(folder, images):
+    """ValueError if `folder` lies in the tree of the images: what is written there would be read as one of them."""
+    if Path(folder).resolve().is_relative_to(Path(images).resolve()):
+        fail("output", "folder", f"one outside the images' own, {images}", str(folder))
+
+
 def check_writable(folder):
     """Makes `folder` and proves that a file can be written there. ValueError: it is a file; OSError: one line with the reason.
 

@@ -71,8 +71,8 @@ def generate(data, out=None, *, preset="paper", model="resnet18", feature=None, 
         _checks.fail("generate", "tensorboard", "an output folder to write to", "out=None")
     dataset = data if isinstance(data, datasets.Dataset) else datasets.load(data)
     check_labels("generate", dataset.labels, len(dataset.images), torch.device("cpu"))
-    if keep and dataset.root is not None and keep.parent.resolve().is_relative_to(dataset.root.resolve()):
-        _checks.fail("generate", "out", f"a folder outside the images' own, {dataset.root}", str(keep.parent))
+    if keep and dataset.root is not None:
+        datasets.check_outside(keep.parent, dataset.root)
     if options.objective == "tap" and options.target_shift % len(dataset.classes) == 0:
         _checks.fail("generate", "target_shift", f"no multiple of the {len(dataset.classes)} classes", options.target_shift)
     if options.objective == "random":
