@@ -22,7 +22,8 @@ from miue_fast._registry import OPS
 RESULTS = Path(__file__).parent / "results"
 METHOD = {
     "time": "implementations interleaved in one process on the same random data, each sample after an untimed call of the same "
-    "implementation (none for calls of seconds); median, 10th and 90th percentile",
+    "implementation (none for calls of seconds); median, 10th and 90th percentile; times_ours, and so every ratio: the median over the "
+    "rounds of one sample over the other",
     "extra_bytes": "growth of the peak resident memory (VmHWM, reset before) over one call in a fresh process after a tiny first call; "
     "the results count, the inputs do not",
     "overhead": "public call less `Impl.fn` of the implementation it chooses, on tiny inputs, in alternating blocks of calls",
@@ -71,7 +72,7 @@ def judged(rows, overhead):
                     other["extra_bytes"] / ours["extra_bytes"] if ours and other and ours["extra_bytes"] and other["extra_bytes"] else None
                 )
             else:
-                measured = other["median_s"] / ours["median_s"] if ours and other else None
+                measured = report.times(other, ours) if ours and other else None
         met = None if measured is None else measured >= target.needed if target.kind in ("speed", "smaller") else measured < target.needed
         yield {**vars(target), "measured": measured, "met": met}
 

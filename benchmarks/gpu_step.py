@@ -138,7 +138,7 @@ def _time(calls, kept, rows, quick):
         group = {name: call for (of, name), call in (kept | calls).items() if of == workload}
         with layers.cudnn(search=True):  # for what is not captured
             timed = measure.interleaved({name: work for name, (work, _) in group.items()}, measure.gpu_clock, 0.1 if quick else 0.3, 50)
-        for row in rows:
-            if row["workload"] == workload and (workload, row["implementation"]) in calls:
-                row |= measure.spread([sample / group[row["implementation"]][1] for sample in timed[row["implementation"]]])
-                row["rate"] = BATCH / row["median_s"]
+        mine = [row for row in rows if row["workload"] == workload]
+        measure.enter(mine, {name: [sample / group[name][1] for sample in samples] for name, samples in timed.items()})
+        for row in mine:
+            row["rate"] = row["median_s"] and BATCH / row["median_s"]

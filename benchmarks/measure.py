@@ -6,6 +6,7 @@ import os
 import platform
 import shutil
 import signal
+import statistics
 import subprocess
 import time
 from collections.abc import Callable
@@ -127,13 +128,13 @@ def gate(op, args, want, plain, fn, *, exact):
     """
     worst = 0.0
     for got, true, ref in zip(*(comparable(op, args, x) for x in (results(op, fn, args), want, plain)), strict=True):
-        if got.shape != true.shape or got.dtype != ref.dtype:
+        kind = op.dtype_of(*args)
+        if got.shape != true.shape or got.dtype not in (ref.dtype, kind):  # autograd gives half-precision features such a gradient
             raise WrongResult(f"expected {ref.dtype} {list(true.shape)}, got {got.dtype} {list(got.shape)}")
         if exact or not true.numel():
             if not same_bits(got, ref):
                 raise WrongResult("differs from the reference; expected the same bits")
             continue
-        kind = op.dtype_of(*args)
         rounding = torch.finfo(ref.dtype if kind.itemsize == 1 else kind).eps  # e4m3 operands give bfloat16
         allowed = 2 * (ref.double() - true.double()).abs().max() + 4 * rounding * true.double().abs().max()
         error = (got.double() - true.double()).abs().max()
@@ -256,6 +257,17 @@ def spread(samples):
     return {"median_s": at(0.5), "p10_s": at(0.1), "p90_s": at(0.9), "samples": len(ordered)}
 
 
+def enter(rows, timed):
+    """Writes the samples of one workload into its rows; `times_ours`: how many times each of this library's implementations a row took,
+    as the median over the rounds, in which both had the same machine: what else ran there then is in both and not in their ratio."""
+    ours = [row["implementation"] for row in rows if row["role"] == "ours" and row["implementation"] in timed]
+    for row in rows:
+        if own := timed.get(row["implementation"]):
+            row |= spread(own)
+            if row["role"] != "ours":
+                row["times_ours"] = {name: statistics.median(a / b for a, b in zip(own, timed[name])) for name in ours}
+
+
 def cuda_extra_bytes(call):
     if GPU == "cpu":
         call()
@@ -287,7 +299,7 @@ def blank(workload, candidate, reason=None):
     """The row of a candidate before, or without, its numbers."""
     return {"workload": workload.name, "op": workload.op, "implementation": candidate.name, "role": candidate.role,
             "reason": reason or candidate.reason, "error_of_allowed": None, "median_s": None, "p10_s": None, "p90_s": None, "samples": 0,
-            "rate": None, "extra_bytes": None,
+            "times_ours": {}, "rate": None, "extra_bytes": None,
             "extra_bytes_reason": None if workload.memory else "not measured for this workload"}  # fmt: skip
 
 
@@ -338,9 +350,9 @@ def run(workload, device, *, quick, budget, copies=1):
                             del calls[candidate.name]
     del want, plain
     timed = interleaved(calls, gpu_clock if device == GPU else cpu_clock, budget, 3 if quick else 100)
+    enter(rows, {name: [sample / inside.get(name, 1) for sample in samples] for name, samples in timed.items()})
     for row in rows:
-        if row["implementation"] in timed:
-            row |= spread([sample / inside.get(row["implementation"], 1) for sample in timed[row["implementation"]]])
+        if row["median_s"]:
             row["rate"] = (workload.flops or workload.moved) / row["median_s"] or None
     return rows
 

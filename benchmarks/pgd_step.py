@@ -167,7 +167,7 @@ def paths(c, quick):
 
 def blank(workload, name, role):
     empty = ("reason", "error_of_allowed", "median_s", "p10_s", "p90_s", "rate", "extra_bytes", "extra_bytes_reason", "agreement")
-    return {"workload": workload, "op": OP, "implementation": name, "role": role, "samples": 0, **dict.fromkeys(empty)}
+    return {"workload": workload, "op": OP, "implementation": name, "role": role, "samples": 0, "times_ours": {}, **dict.fromkeys(empty)}
 
 
 def names(batch):
@@ -205,10 +205,10 @@ def run(*, quick, budget):
         calls[step][name] = lambda path=path, store=delta: path.step(c, index, store)
     for workload, group in calls.items():
         timed = measure.interleaved(group, measure.cpu_clock, budget, 3 if quick else 9)
-        for row in rows:
-            if row["workload"] == workload and row["implementation"] in timed:
-                row |= measure.spread(timed[row["implementation"]])
-                row["rate"] = batch / row["median_s"]
+        mine = [row for row in rows if row["workload"] == workload]
+        measure.enter(mine, timed)
+        for row in mine:
+            row["rate"] = row["median_s"] and batch / row["median_s"]
     rows.sort(key=lambda row: row["workload"] != network)
     return {"rows": rows, "convolution_share": convolution_share(calls[step].get("cpu"))}
 

@@ -40,6 +40,11 @@ def fastest(rows, role):
     return min((r for r in rows if r["role"] == role and r["median_s"] is not None), key=lambda r: r["median_s"], default=None)
 
 
+def times(other, ours):
+    """How many times the time of `ours` the row took: of one round each where the record has it, else by their medians."""
+    return other.get("times_ours", {}).get(ours["implementation"]) or other["median_s"] / ours["median_s"]
+
+
 def seconds(value):
     unit, scale = next((u for u in (("s", 1), ("ms", 1e-3)) if abs(value) >= u[1]), ("us", 1e-6))
     return f"{value / scale:.3g} {unit}"
@@ -71,12 +76,12 @@ def _summary(rows):
     """One line per workload: the published path, the best of PyTorch, the fallback, the best of this library."""
     for name, group in _groups(rows).items():
         eager, strong, plain, ours = (fastest(group, role) for role in ("eager", "strong", "reference", "ours"))
-        times = [ratio(other["median_s"] / ours["median_s"]) if ours and other else "-" for other in (eager, strong)]
+        faster = [ratio(times(other, ours)) if ours and other else "-" for other in (eager, strong)]
         memory = " / ".join(size(r["extra_bytes"]) if r and r["extra_bytes"] is not None else "-" for r in (ours, strong, eager))
         which = f": {strong['implementation']}" if strong else ""
         mine = f": {ours['implementation']}" if ours else ""
         memory = memory if any(r["extra_bytes"] is not None for r in group) else "-"
-        yield name, _cell(eager), _cell(strong) + which, _cell(plain), _cell(ours) + mine, *times, memory
+        yield name, _cell(eager), _cell(strong) + which, _cell(plain), _cell(ours) + mine, *faster, memory
 
 
 def _others(rows):
@@ -86,7 +91,7 @@ def _others(rows):
         if found and ours:
             memory = f", {size(found['extra_bytes'])} of extra memory" if found["extra_bytes"] is not None else ""
             yield (f"{name}: {found['implementation']} (another loss: the logarithm before the sum) takes "
-                   f"{seconds(found['median_s'])}, {ratio(found['median_s'] / ours['median_s'])} this library's time{memory}.")  # fmt: skip
+                   f"{seconds(found['median_s'])}, {ratio(times(found, ours))} this library's time{memory}.")  # fmt: skip
 
 
 def _missing(rows):

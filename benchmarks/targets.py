@@ -13,7 +13,7 @@ def device(record):
 
     def ratio(workload, role, rows=rows):
         ours, other = timed("ours", workload, rows), timed(role, workload, rows)
-        return other["median_s"] / ours["median_s"] if ours and other else None
+        return report.times(other, ours) if ours and other else None
 
     def value(row, measure):
         return row and measure(row)

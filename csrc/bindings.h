@@ -27,16 +27,14 @@ void define_ops(pybind11::module_& m) {
     using release = py::call_guard<py::gil_scoped_release>;
 
     m.def("nt_xent", [](P features, int dtype, int64_t row_stride, P labels, int64_t B, int64_t D, double temperature, bool negatives,
-                        P loss, P grad, int grad_dtype, P workspace, Context context) {
+                        P loss, P grad, P workspace, Context context) {
         nt_xent({at<const void>(features), DType(dtype), row_stride, at<const int64_t>(labels), B, D, temperature, negatives,
-                 at<void>(loss), at<void>(grad), DType(grad_dtype), at<void>(workspace)}, context);
+                 at<void>(loss), at<void>(grad), at<void>(workspace)}, context);
     }, release());
     m.def("intra_class_distance", [](P features, int dtype, int64_t row_stride, P labels, int64_t B, int64_t D, bool normalize_dim,
-                                     double weight, P addend_loss, P addend_grad, P loss, P grad, int grad_dtype, P workspace,
-                                     Context context) {
+                                     double weight, P addend_loss, P addend_grad, P loss, P grad, P workspace, Context context) {
         distance({at<const void>(features), DType(dtype), row_stride, at<const int64_t>(labels), B, D, normalize_dim, weight,
-                  at<const void>(addend_loss), at<const void>(addend_grad), at<void>(loss), at<void>(grad), DType(grad_dtype),
-                  at<void>(workspace)}, context);
+                  at<const void>(addend_loss), at<const void>(addend_grad), at<void>(loss), at<void>(grad), at<void>(workspace)}, context);
     }, release());
     m.def("class_covariance", [](P features, int dtype, int64_t row_stride, P labels, int64_t B, int64_t D, int64_t K, P counts, P means,
                                  P covariances, P workspace, Context context) {

@@ -12,7 +12,7 @@ enum class DType : int { none = -1, f32 = 0, f16 = 1, bf16 = 2, f64 = 3, u8 = 4,
 //   features [B, D], element stride `row_stride` between rows, 1 inside; f32, f16, bf16, f64 (f64: cpu only)
 //   labels   [B]
 //   loss     one f32 (f64 for f64 features)
-//   grad     [B, D] contiguous, grad_dtype = the features' dtype or f32 (f64 for f64 features); may be null
+//   grad     [B, D] contiguous, f32 (f64 for f64 features): half precision would flush what loss scaling lifts; may be null
 //   workspace of at least nt_xent_workspace_*() bytes, 64-byte aligned, never more than 32 MB + O(B*D)
 struct NtXentArgs {
     const void* features;
@@ -24,7 +24,6 @@ struct NtXentArgs {
     bool negatives;
     void* loss;
     void* grad;
-    DType grad_dtype;
     void* workspace;
 };
 
@@ -43,7 +42,6 @@ struct IntraClassDistanceArgs {
     const void* addend_grad;
     void* loss;
     void* grad;
-    DType grad_dtype;
     void* workspace;
 };
 

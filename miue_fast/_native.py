@@ -81,32 +81,29 @@ def _workspace(op, features, option):
     return torch.empty(size, dtype=torch.uint8, device=features.device)
 
 
-def _outputs(features, want_grad, grad_dtype):
-    loss = torch.empty((), dtype=_accumulated(features.dtype), device=features.device)
-    return loss, torch.empty(features.shape if want_grad else (0,), dtype=grad_dtype, device=features.device)
-
-
-def _nt_xent(features, labels, temperature, denominator, want_grad, grad_dtype):
-    features = _rows(features)
-    loss, grad = _outputs(features, want_grad, grad_dtype)
-    workspace = _workspace("nt_xent", features, want_grad)
-    _call(features.device, "nt_xent", features.data_ptr(), _CODES[features.dtype], features.stride(0), labels.data_ptr(),
-          *features.shape, temperature, denominator == "negatives", loss.data_ptr(), grad.data_ptr() if want_grad else 0,
-          _CODES[grad_dtype], workspace.data_ptr())  # fmt: skip
-    return loss, grad
+def _outputs(features, want_grad):
+    options = {"dtype": _accumulated(features.dtype), "device": features.device}
+    return torch.empty((), **options), torch.empty(features.shape if want_grad else (0,), **options)
 
 
 def nt_xent(features, labels, temperature, denominator, want_grad):
-    return _nt_xent(features, labels, temperature, denominator, want_grad, features.dtype)
+    features = _rows(features)
+    loss, grad = _outputs(features, want_grad)
+    workspace = _workspace("nt_xent", features, want_grad)
+    _call(features.device, "nt_xent", features.data_ptr(), _CODES[features.dtype], features.stride(0), labels.data_ptr(),
+          *features.shape, temperature, denominator == "negatives", loss.data_ptr(), grad.data_ptr() if want_grad else 0,
+          workspace.data_ptr())  # fmt: skip
+    return loss, grad
 
 
 def _distance(features, labels, normalize_dim, want_grad, weight=1.0, addend=(None, None)):
+    """Adds to the addend in place, where there is one."""
     features = _rows(features)
-    loss, grad = _outputs(features, want_grad, features.dtype)
+    loss, grad = _outputs(features, want_grad) if addend[0] is None else addend
     workspace = _workspace("intra_class_distance", features, want_grad)
     _call(features.device, "intra_class_distance", features.data_ptr(), _CODES[features.dtype], features.stride(0), labels.data_ptr(),
           *features.shape, normalize_dim, weight, _ptr(addend[0]), _ptr(addend[1]), loss.data_ptr(),
-          grad.data_ptr() if want_grad else 0, _CODES[grad.dtype], workspace.data_ptr())  # fmt: skip
+          grad.data_ptr() if want_grad else 0, workspace.data_ptr())  # fmt: skip
     return loss, grad
 
 
@@ -115,10 +112,8 @@ def intra_class_distance(features, labels, normalize_dim, want_grad):
 
 
 def mi_ue_value_and_grad(features, labels, temperature, zeta, denominator, normalize_dim):
-    if zeta == 0:
-        return nt_xent(features, labels, temperature, denominator, True)
-    similarity = _nt_xent(features, labels, temperature, denominator, True, _accumulated(features.dtype))
-    return _distance(features, labels, normalize_dim, True, zeta, similarity)
+    similarity = nt_xent(features, labels, temperature, denominator, True)
+    return similarity if zeta == 0 else _distance(features, labels, normalize_dim, True, zeta, similarity)
 
 
 def class_covariance(features, labels, num_classes):

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from _schema import check_schema
+from _support import LOSSES
 
 from miue_fast._registry import OPS
 
@@ -117,11 +118,14 @@ def test_only_some_ops(tmp_path):
     assert {r["op"] for r in report.load(tmp_path / "some.json")["rows"]} == {"projected_step"}
 
 
-@pytest.mark.parametrize("workload", SMALL, ids=lambda w: w.name)
-def test_baselines_agree_with_the_float64_reference(workload, monkeypatch):
+@pytest.mark.parametrize("workload, half", [(w, False) for w in SMALL] + [(w, True) for w in SMALL if w.op in LOSSES],
+                         ids=lambda v: getattr(v, "name", "bfloat16" if v else ""))  # fmt: skip
+def test_baselines_agree_with_the_float64_reference(workload, half, monkeypatch):
     """The compiled ones without their compiler; bench.py passes them through the same gate compiled."""
     monkeypatch.setattr(strong, "_compiled", lambda path: path)
     op, args = OPS[workload.op], workload.make(workload.batch, "cpu", 3)
+    if half:
+        args = (args[0].bfloat16(), *args[1:])
     want, plain = measure.truth(op, args), measure.results(op, op.reference.fn, args)
     chosen = [c for c in measure.candidates(workload, "cpu", args, False) if c.role in ("eager", "strong")]
     assert {c.name for c in chosen if not c.reason} == {"eager", *strong.PATHS[op.name]}
@@ -140,7 +144,7 @@ def test_the_loss_of_another_package_has_an_oracle_of_its_own(monkeypatch):
     row = found()
     assert row["median_s"] > 0 and row["reason"] is None and row["error_of_allowed"] <= 1
     ours = row | {"implementation": "cpu", "role": "ours", "median_s": row["median_s"] / 2}
-    (line,) = report._others([ours, row | {"extra_bytes": 5_000_000}])
+    (line,) = report._others([ours, row | {"extra_bytes": 5_000_000, "times_ours": {"cpu": 2.0}}])
     assert "takes " in line and "2.00x this library's time, 5 MB of extra memory" in line
     fn, oracle = other.PATHS["nt_xent"][other.SUPCON]
     monkeypatch.setitem(other.PATHS["nt_xent"], other.SUPCON, (fn, partial(wrong_nt_xent, oracle)))
@@ -218,6 +222,17 @@ def test_interleaved_counts_every_call():
     assert calls == {"a": 1 + 4 * (1 + 5), "b": 1 + 4 * (1 + 5)}
     slow = measure.interleaved({"a": lambda: None}, lambda fn, number: 12.0, 3.0)
     assert slow == {"a": [12.0, 12.0]}
+
+
+def test_ratios_are_of_one_round():
+    """Another program takes the machine for one round of three, of which the slower implementation has two: no ratio moves."""
+    row = measure.blank(SMALL[0], measure.Candidate("cpu", "ours", None, None))
+    rows = [row, row | {"implementation": "eager", "role": "eager"}, row | {"implementation": "left out", "role": "strong"}]
+    measure.enter(rows, {"cpu": [1.0, 8.0, 9.0], "eager": [2.0, 16.0]})
+    assert rows[0]["times_ours"] == rows[2]["times_ours"] == {} and rows[2]["median_s"] is None
+    assert rows[1]["times_ours"] == {"cpu": 2.0} and report.times(rows[1], rows[0]) == 2.0
+    older = {k: v for k, v in rows[1].items() if k != "times_ours"}
+    assert report.times(older, rows[0]) == older["median_s"] / 8.0
 
 
 def test_readme_section(tmp_path, monkeypatch, capsys):

@@ -16,8 +16,8 @@ if _native._cuda is None:
 
 NOWHERE = torch.device("meta")  # neither cpu nor cuda: _native hands the call to _cuda on the default stream
 CALLS = {
-    "nt_xent": (0, 0, 4, 0, 4, 4, 0.1, False, 0, 0, 0, 0),
-    "intra_class_distance": (0, 0, 4, 0, 4, 4, True, 1.0, 0, 0, 0, 0, 0, 0),
+    "nt_xent": (0, 0, 4, 0, 4, 4, 0.1, False, 0, 0, 0),
+    "intra_class_distance": (0, 0, 4, 0, 4, 4, True, 1.0, 0, 0, 0, 0, 0),
     "projected_step": (0, 0, 0, 0, 0, 4, 0.1, 0.1),
     "projected_step_inplace": (0, 0, 0, 0, 0, 4, 4, 4, 1, 0, 4, 0, 1, 1, 4, 4, 1, 0.1, 0.1, 0),
     "perturbed_input": (0, 0, False, 0, 4, 0, -1, 0.1, 0, 0, [], [], 1, 1, 4, 4, 1),

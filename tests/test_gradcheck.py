@@ -44,6 +44,20 @@ def test_second_derivative_is_refused(op, impl, device):
             grad.sum().backward()
 
 
+@pytest.mark.parametrize("op, impl, device", cases_of("nt_xent", "intra_class_distance", dtypes=False))
+def test_loss_scaling_lifts_half_gradients_out_of_underflow(op, impl, device):
+    """One rounding, after the scale: the values below float16's smallest are there, as they are for a float32 gradient."""
+    gen = torch.Generator().manual_seed(5)
+    labels = torch.arange(24, device=device) % 3
+    features = (1000 * torch.randn(24, 16, generator=gen)).half().to(device).requires_grad_()
+    (scaled,) = torch.autograd.grad(next(losses(op.name, labels, impl.backend))(features) * 2.0**16, features)
+    exact = features.detach().double().requires_grad_()
+    (truth,) = torch.autograd.grad(next(losses(op.name, labels, "reference"))(exact), exact)
+    assert ((truth != 0) & (truth.abs() < 3e-8)).any(), "nothing would underflow"
+    assert scaled.dtype == torch.float16
+    torch.testing.assert_close(scaled.double(), truth * 2.0**16, rtol=2e-3, atol=1e-6 * truth.abs().max().item() * 2.0**16)
+
+
 @pytest.mark.parametrize("op, impl, device", cases_of("mi_ue_value_and_grad", dtypes=False))
 def test_value_and_grad_is_the_sum_of_the_two_losses(op, impl, device):
     features, labels = batch(device)

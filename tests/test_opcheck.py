@@ -65,5 +65,6 @@ def test_opcheck_in_e4m3(op, impl, device):
 
 
 def test_opcheck_of_the_backward():
-    args = torch.randn(5, 3), torch.tensor(2.0), torch.randn(5, 3)  # none requires a gradient: the second derivative is refused
-    torch.library.opcheck(torch.ops.miue_fast.scaled_gradient.default, args)
+    for dtype in (torch.float32, torch.float16):
+        args = torch.randn(5, 3), torch.tensor(2.0), torch.randn(5, 3).to(dtype)  # none requires a gradient: a second derivative is refused
+        torch.library.opcheck(torch.ops.miue_fast.scaled_gradient.default, args)

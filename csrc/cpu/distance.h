@@ -66,14 +66,6 @@ static void pull(const T* f, int64_t stride, const T* share, int64_t i, int64_t 
 }
 
 template <class T>
-static void finish(void* out, DType dtype, const T* values, const T* addend, T weight, int64_t n) {
-    constexpr int CHUNK = 256;
-    T sum[CHUNK];
-    for (int64_t from = 0; from < n; from += CHUNK) {
-        const int64_t count = n - from < CHUNK ? n - from : CHUNK;
-        for (int64_t k = 0; k < count; k++) sum[k] = weight * values[from + k];
-        if (addend)
-            for (int64_t k = 0; k < count; k++) sum[k] = addend[from + k] + sum[k];
-        narrow(static_cast<char*>(out) + from * size_of(dtype), dtype, sum, count);
-    }
+static void finish(T* out, const T* values, const T* addend, T weight, int64_t n) {
+    for (int64_t k = 0; k < n; k++) out[k] = (addend ? addend[k] : T(0)) + weight * values[k];
 }

@@ -83,7 +83,6 @@ void run(const IntraClassDistanceArgs& args, int threads) {
     const bool kept = pairs <= plan.capacity;
     const double scale = args.normalize_dim && args.D ? 1 / double(args.D) : 1;
     const int64_t in_size = args.dtype == DType::f64 ? 8 : args.dtype == DType::f32 ? 4 : 2;
-    const int64_t out_size = args.grad_dtype == DType::f64 ? 8 : args.grad_dtype == DType::f32 ? 4 : 2;
 
     const auto set_share = [&](int64_t i, double sum) {
         plan.row_loss[plan.order[i]] = std::log1p(scale * sum);
@@ -140,7 +139,7 @@ void run(const IntraClassDistanceArgs& args, int threads) {
             }
             for (int64_t r = 0; r < block.rows; r++) {
                 const int64_t out = plan.order[block.row + r] * args.D;
-                kernel.finish(static_cast<char*>(args.grad) + out * out_size, args.grad_dtype, grad + r * stride,
+                kernel.finish(static_cast<T*>(args.grad) + out, grad + r * stride,
                               args.addend_grad ? static_cast<const T*>(args.addend_grad) + out : nullptr, T(args.weight), args.D);
             }
         });

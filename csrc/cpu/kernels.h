@@ -55,8 +55,8 @@ struct LossKernels {
     // weights[r, j] = (share[i + r] + share[from + j]) / distance, 0 at distance 0; then grad[r] += sum_j weights[r, j] (f[i + r] - f[from + j]).
     void (*pull)(const T* f, int64_t stride, const T* share, int64_t i, int64_t rows, int64_t from, int64_t count, T* weights, int64_t ld,
                  T* grad);
-    // out = addend + weight * values, rounded to `dtype`; addend may be null.
-    void (*finish)(void* out, DType dtype, const T* values, const T* addend, T weight, int64_t n);
+    // out = addend + weight * values; addend may be null, or out.
+    void (*finish)(T* out, const T* values, const T* addend, T weight, int64_t n);
 
     // Mean of panel p of class k, and its rows less that mean.
     void (*centre)(const CovarianceJob<T>&, int64_t k, int64_t p);

@@ -201,7 +201,7 @@ static void gradient(const NtXentJob<T>& job, int64_t q, T* slice, T* grad) {
                     tile(w + (k - from) * NR<T> + r, NR<T>, job.rows + rows_offset(job, d, k), depth, grad + r * width + d * NR<T>, width, k > 0);
         }
     }
-    const int64_t size = size_of(args.grad_dtype);
+    const DType dtype = args.dtype == DType::f64 ? DType::f64 : DType::f32;
     for (int64_t i = q * NR<T>; i < (q + 1) * NR<T> && i < job.B; i++) {
         T* g = grad + i % NR<T> * width;
         Products<T> products;
@@ -209,6 +209,6 @@ static void gradient(const NtXentJob<T>& job, int64_t q, T* slice, T* grad) {
         for (int64_t k = 0; k < width; k += LANES<T>) products.add(g + k, z(k));
         const T along = T(products.total()), norm = job.norm[i];
         for (int64_t k = 0; k < width; k += LANES<T>) store(g + k, (load(g + k) - along * load(z(k))) / norm);
-        narrow(static_cast<char*>(args.grad) + i * job.D * size, args.grad_dtype, g, job.D);
+        narrow(static_cast<char*>(args.grad) + i * job.D * size_of(dtype), dtype, g, job.D);
     }
 }

@@ -56,8 +56,8 @@ __global__ void finish_loss(const float* sums, int64_t B, double weight, const f
 }
 
 // `partial` [B, D] holds a row's sum while there are labels left to look at.
-__global__ void distance_gradient(Features f, float scale, const float* sums, float* partial, float weight, const float* addend, void* grad,
-                                  DType grad_dtype) {
+__global__ void distance_gradient(Features f, float scale, const float* sums, float* partial, float weight, const float* addend,
+                                  float* grad) {
     __shared__ int64_t member[CAPACITY];
     __shared__ float pull[CAPACITY];
     __shared__ int found[WARPS];
@@ -90,7 +90,7 @@ __global__ void distance_gradient(Features f, float scale, const float* sums, fl
             float sum = first ? 0.f : partial[i * f.D + d];
             for (int k = 0; k < count; ++k) sum += pull[k] * (mine - load(f.data, f.dtype, member[k] * f.stride + d));
             if (last) {
-                store(grad, grad_dtype, i * f.D + d, (addend ? addend[i * f.D + d] : 0.f) + weight * sum);
+                grad[i * f.D + d] = (addend ? addend[i * f.D + d] : 0.f) + weight * sum;
             } else {
                 partial[i * f.D + d] = sum;
             }
@@ -110,7 +110,6 @@ int64_t intra_class_distance_workspace_cuda(int64_t B, int64_t D, DType, bool wa
 
 void intra_class_distance_cuda(const IntraClassDistanceArgs& a, void* stream) {
     require_dtype("intra_class_distance", "features", a.dtype, is_feature(a.dtype));
-    require_dtype("intra_class_distance", "grad", a.grad_dtype, !a.grad || is_feature(a.grad_dtype));
     const Features f{a.features, a.dtype, a.row_stride, a.B, a.D, a.labels};
     const float scale = a.normalize_dim && a.D ? static_cast<float>(1.0 / a.D) : 1.f;
     float* sums = static_cast<float*>(a.workspace);
@@ -120,7 +119,7 @@ void intra_class_distance_cuda(const IntraClassDistanceArgs& a, void* stream) {
            static_cast<float*>(a.loss));
     if (!a.grad || a.D == 0) return;
     launch("distance_gradient", distance_gradient, a.B, 1, stream, f, scale, sums, partial, static_cast<float>(a.weight),
-           static_cast<const float*>(a.addend_grad), a.grad, a.grad_dtype);
+           static_cast<const float*>(a.addend_grad), static_cast<float*>(a.grad));
 }
 
 }  // namespace miue

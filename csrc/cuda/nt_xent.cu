@@ -418,8 +418,7 @@ __global__ void gradient(Work w, int64_t column0, int64_t columns, bool add) {
 }
 
 // One warp per row of the chunk that starts at row0.
-__global__ void project(Work w, const void* features, DType dtype, int64_t stride, int64_t row0, float scale, void* grad,
-                        DType grad_dtype) {
+__global__ void project(Work w, const void* features, DType dtype, int64_t stride, int64_t row0, float scale, float* grad) {
     const int lane = threadIdx.x % 32;
     const int64_t local = blockIdx.x * int64_t{WARPS} + threadIdx.x / 32, i = row0 + local;
     if (i >= w.B) return;
@@ -429,7 +428,7 @@ __global__ void project(Work w, const void* features, DType dtype, int64_t strid
     dot = warp_sum(dot);
     for (int64_t d = lane; d < w.D; d += 32) {
         const float z = load(features, dtype, i * stride + d) / base;
-        store(grad, grad_dtype, i * w.D + d, (w.G[local * w.Dp + d] * scale - dot * z) / base);
+        grad[i * w.D + d] = (w.G[local * w.Dp + d] * scale - dot * z) / base;
     }
 }
 
@@ -441,7 +440,6 @@ int64_t nt_xent_workspace_cuda(int64_t B, int64_t D, DType, bool want_grad) {
 
 void nt_xent_cuda(const NtXentArgs& a, void* stream) {
     require_dtype("nt_xent", "features", a.dtype, is_feature(a.dtype));
-    require_dtype("nt_xent", "grad", a.grad_dtype, !a.grad || is_feature(a.grad_dtype));
     const Work w = plan(a.B, a.D, a.grad != nullptr, a.workspace);
     const double inv_t = 1 / a.temperature;
     launch("pack_rows", pack_rows, w.Bp / WARPS, 1, stream, a.features, a.dtype, a.row_stride, w);
@@ -456,7 +454,8 @@ void nt_xent_cuda(const NtXentArgs& a, void* stream) {
             launch("weights", weights, columns / TILE, rows / TILE, stream, w, a.labels, inv_t, row0, column0);
             launch("gradient", gradient, w.Dp / TILE, rows / TILE, stream, w, column0, columns, column0 > 0);
         }
-        launch("project", project, rows / WARPS, 1, stream, w, a.features, a.dtype, a.row_stride, row0, scale, a.grad, a.grad_dtype);
+        launch("project", project, rows / WARPS, 1, stream, w, a.features, a.dtype, a.row_stride, row0, scale,
+               static_cast<float*>(a.grad));
     }
 }
 

@@ -60,7 +60,7 @@ def _pairs_kernel(
         total *= weight
         if addend is not None:
             total += tl.load(addend + target, mask=inside, other=0)
-        tl.store(grad + target, total.to(grad.dtype.element_ty), mask=inside)
+        tl.store(grad + target, total, mask=inside)
     else:
         tl.store(sums + rows, distances * scale, mask=known)
 
@@ -80,11 +80,13 @@ def _loss_kernel(sums, addend, shares, loss, B, scale, per_row, BLOCK: tl.conste
     tl.store(loss, value)
 
 
-def weighted(features, labels, normalize_dim, want_grad, weight=1.0, addend_loss=None, addend_grad=None):
-    """addend + weight * (loss, gradient); the addends are fp32."""
+def weighted(features, labels, normalize_dim, want_grad, weight=1.0, addend=(None, None)):
+    """addend + weight * (loss, gradient), fp32; in place where there is an addend."""
     b, d = features.shape
-    loss = torch.empty((), dtype=torch.float32, device=features.device)
-    grad = torch.empty((b, d) if want_grad else (0,), dtype=features.dtype, device=features.device)
+    loss, grad = addend
+    if loss is None:
+        loss = torch.empty((), dtype=torch.float32, device=features.device)
+        grad = torch.empty((b, d) if want_grad else (0,), dtype=torch.float32, device=features.device)
     if b == 0:
         return loss.fill_(torch.nan), grad
     classes, order = torch.sort(labels, stable=True)
@@ -95,9 +97,9 @@ def weighted(features, labels, normalize_dim, want_grad, weight=1.0, addend_loss
     tile = next((tile for tile in TILES if tile["BD"] >= d), TILES[-1])
     row_tiles = triton.cdiv(b, tile["BM"])
     with on_device_of(features):
-        arguments = features, starts, ends, order, sums, shares, addend_grad, grad, b, d, scale, weight
+        arguments = features, starts, ends, order, sums, shares, addend[1], grad, b, d, scale, weight
         _pairs_kernel[(row_tiles, 1)](*arguments, GRAD=False, **tile)
-        _loss_kernel[(1,)](sums, addend_loss, shares, loss, b, scale / b, weight / b, BLOCK=1024, num_warps=8)
+        _loss_kernel[(1,)](sums, addend[0], shares, loss, b, scale / b, weight / b, BLOCK=1024, num_warps=8)
         if grad.numel():
             _pairs_kernel[(row_tiles, triton.cdiv(d, tile["BD"]))](*arguments, GRAD=True, **tile)
     return loss, grad

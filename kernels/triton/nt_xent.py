@@ -222,14 +222,14 @@ def _gradient_kernel(
     z *= tl.load(inverse + rows)[:, None]
     g *= tl.div_rn(1.0, scale * 4096)
     out = (g - along[:, None] * z) * tl.div_rn(factor, tl.load(norms + rows))[:, None]
-    tl.store(grad + rows[:, None].to(tl.int64) * D + d[None, :], out.to(grad.dtype.element_ty), mask=inside)
+    tl.store(grad + rows[:, None].to(tl.int64) * D + d[None, :], out, mask=inside)
 
 
-def value_and_grad(features, labels, temperature, denominator, want_grad, grad_dtype):
+def nt_xent(features, labels, temperature, denominator, want_grad):
     b, d = features.shape
     device = features.device
     loss = torch.empty((), dtype=torch.float32, device=device)
-    grad = torch.empty((b, d) if want_grad else (0,), dtype=grad_dtype, device=device)
+    grad = torch.empty((b, d) if want_grad else (0,), dtype=torch.float32, device=device)
     if b == 0:
         return loss.fill_(torch.nan), grad
     if d > 1 and features.stride(1) != 1:
@@ -267,7 +267,3 @@ def value_and_grad(features, labels, temperature, denominator, want_grad, grad_d
                 1 / (b * temperature), **gradient,
             )  # fmt: skip
     return loss, grad
-
-
-def nt_xent(features, labels, temperature, denominator, want_grad):
-    return value_and_grad(features, labels, temperature, denominator, want_grad, features.dtype)

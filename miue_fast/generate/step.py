@@ -34,9 +34,8 @@ class Descent:
 
     def _has_kernels(self):
         """Whether every op of the step has one: the reference waits for the device, which a capture cannot."""
-        wide = torch.float32 if self.net.dtype is torch.float16 else self.net.dtype
         used = [("perturbed_input", self.net.dtype), ("projected_step_", self.delta.dtype)]
-        used += [] if on_logits(self.options.objective) else [("mi_ue_value_and_grad", wide)]
+        used += [] if on_logits(self.options.objective) else [("mi_ue_value_and_grad", self.net.dtype)]
         device = self.images.device.type
         return all(OPS[op].choose(self.options.backend, device, dtype).backend != "reference" for op, dtype in used)
 
@@ -104,10 +103,9 @@ class Descent:
                                       **net.stem.geometry)  # fmt: skip
 
         features = net.run(len(index), load)
-        half = features.dtype is torch.float16
-        loss, grad = value_and_grad(features.float() if half else features, labels, self.classes, o)
+        loss, grad = value_and_grad(features, labels, self.classes, o)
         bad[0] += ~loss.isfinite()
-        if half:  # only signs count: a power of two lifts the gradient out of half precision's underflow
+        if features.dtype is torch.float16:  # only signs count: a power of two lifts the gradient out of half precision's underflow
             grad = torch.ldexp(grad, -torch.frexp(grad.abs().amax()).exponent)
         if not o.classwise:
             net.back(grad.to(features.dtype), take, stem=net.stem is not None)

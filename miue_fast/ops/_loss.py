@@ -6,11 +6,11 @@ from .._registry import LIB
 
 
 def fake(features, labels, *args):
-    """(loss, grad) as the kernels return them; grad is empty when the op's `want_grad` is False."""
+    """(loss, grad) as the kernels return them: float32 (float64 for float64); grad is empty when the op's `want_grad` is False."""
     want_grad = args[-2] if isinstance(args[-2], bool) else True
     wide = torch.float64 if features.dtype == torch.float64 else torch.float32
     loss = torch.empty((), dtype=wide, device=features.device)
-    return loss, torch.empty(features.shape if want_grad else (0,), dtype=features.dtype, device=features.device)
+    return loss, torch.empty(features.shape if want_grad else (0,), dtype=wide, device=features.device)
 
 
 def truth(formula, drop):
@@ -30,7 +30,10 @@ def truth(formula, drop):
 
 
 def differentiable_in_features(name):
-    """The op returns its gradient beside its value; backward only scales it. Second derivatives are refused."""
+    """The op returns its gradient beside its value; backward only scales it. Second derivatives are refused.
+
+    Half-precision features get theirs rounded after the scale, so that loss scaling lifts it out of their underflow.
+    """
 
     def setup(ctx, inputs, output):
         if not inputs[-2]:
@@ -51,8 +54,10 @@ def _no_second_derivative(ctx, _):
 
 
 LIB.define("scaled_gradient(Tensor grad, Tensor scale, Tensor features) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
-LIB.impl("scaled_gradient", lambda grad, scale, features: (grad * scale).to(grad.dtype), "CompositeExplicitAutograd")
-torch.library.register_fake("miue_fast::scaled_gradient", lambda grad, scale, features: torch.empty_like(grad), lib=LIB)
+LIB.impl("scaled_gradient", lambda grad, scale, features: (grad * scale).to(features.dtype), "CompositeExplicitAutograd")
+torch.library.register_fake(
+    "miue_fast::scaled_gradient", lambda grad, scale, features: grad.new_empty(grad.shape, dtype=features.dtype), lib=LIB
+)
 torch.library.register_autograd("miue_fast::scaled_gradient", _no_second_derivative, lib=LIB)
 
 

@@ -39,7 +39,7 @@ def intra_class_distance(features, labels, *, normalize_dim=True, backend="auto"
     Differences are taken directly in fp32, inside a class only; a pair at distance 0 has gradient 0.
 
     Args:
-        features: [B, D] float32, float16, bfloat16 (float64 on the CPU), not normalised.
+        features: [B, D] float32, float16, bfloat16 (float64 on the CPU), not normalised. Gradients as in `nt_xent`.
         labels: [B], any integer dtype, any values.
         backend: "auto", "triton", "cuda", "cpu" or "reference".
 

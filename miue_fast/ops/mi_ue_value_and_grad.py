@@ -43,7 +43,8 @@ def mi_ue_value_and_grad(features, labels, temperature=0.1, zeta=0.1, *, denomin
         zeta: weight of the distance term; at 0 the term is not computed.
         backend: "auto", "triton", "cuda", "cpu" or "reference".
 
-    Returns: (loss, grad): a float32 scalar (float64 for float64) and d loss / d features [B, D] in the features' dtype.
+    Returns: (loss, grad): a scalar and d loss / d features [B, D], both float32 (float64 for float64): scale it before you round it to
+    float16, or the smallest values are lost.
     Deterministic on one machine and thread count. Errors: ValueError, BackendError as in `nt_xent`.
     """
     labels = _checks.features_and_labels("mi_ue_value_and_grad", features, labels)

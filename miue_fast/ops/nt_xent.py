@@ -45,9 +45,9 @@ def nt_xent(features, labels, temperature=0.1, *, denominator="all", backend="au
     one class then gives -inf.
 
     Args:
-        features: [B, D] float32, float16, bfloat16 (float64 on the CPU). Under loss scaling give float32 (`features.float()`): the
-            gradient of float16 features is rounded to them before it is scaled. Norms are clamped at 1e-8
-            (the gradient of a row below that is projected like any other row's, which the clamped formula would not do).
+        features: [B, D] float32, float16, bfloat16 (float64 on the CPU). Norms are clamped at 1e-8 (the gradient of a row below that is
+            projected like any other row's, which the clamped formula would not do). Gradients are float32 (float64 for float64) until
+            they have been multiplied by the loss's own: with loss scaling those of float16 features do not underflow.
         labels: [B], any integer dtype, any values.
         temperature: 1e-3 to 10. `t` is another name for it.
         backend: "auto", "triton", "cuda", "cpu" or "reference".

@@ -21,13 +21,13 @@ def intra_class_distance(features, labels, normalize_dim, want_grad):
             sums[i] = scale * torch.linalg.vector_norm(f[i] - f[rows], dim=1).sum()
     loss = torch.log1p(sums).mean()
     if not want_grad:
-        return loss, features.new_empty(0)
+        return loss, f.new_empty(0)
     share = scale / (count * (1 + sums))
-    grad = torch.empty_like(features, memory_format=torch.contiguous_format)
+    grad = torch.empty_like(f, memory_format=torch.contiguous_format)
     for rows in members:
         for i in rows.tolist():
             difference = f[i] - f[rows]
             distance = torch.linalg.vector_norm(difference, dim=1)
             weight = torch.where(distance == 0, 0, (share[i] + share[rows]) / distance)
-            grad[i] = (weight[:, None] * difference).sum(0).to(grad.dtype)
+            grad[i] = (weight[:, None] * difference).sum(0)
     return loss, grad

@@ -10,11 +10,9 @@ def formula(features, labels, temperature, zeta, denominator, normalize_dim):
 
 
 def mi_ue_value_and_grad(features, labels, temperature, zeta, denominator, normalize_dim):
-    """nt_xent + zeta * intra_class_distance, and its gradient; half-precision gradients are summed in fp32 and rounded once."""
-    dtype = features.dtype
-    wide = features if dtype.itemsize >= 4 else features.float()
-    loss, grad = nt_xent(wide, labels, temperature, denominator, True)
+    """nt_xent + zeta * intra_class_distance, and its gradient."""
+    loss, grad = nt_xent(features, labels, temperature, denominator, True)
     if zeta != 0:
-        distance, distance_grad = intra_class_distance(wide, labels, normalize_dim, True)
+        distance, distance_grad = intra_class_distance(features, labels, normalize_dim, True)
         loss, grad = loss + zeta * distance, grad + zeta * distance_grad
-    return loss, grad.to(dtype)
+    return loss, grad

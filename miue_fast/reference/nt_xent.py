@@ -45,13 +45,13 @@ def nt_xent(features, labels, temperature, denominator, want_grad):
         losses = torch.log(other_sum) + top / temperature - torch.log(same_sum) - own / temperature
         same_weight, other_weight = -1 / same_sum, 1 / other_sum
     if not want_grad:
-        return losses.mean(), features.new_empty(0)
-    grad = torch.empty_like(features, memory_format=torch.contiguous_format)
+        return losses.mean(), z.new_empty(0)
+    grad = torch.empty_like(z, memory_format=torch.contiguous_format)
     for c in chunks:
         s = z[c] @ z.T
         same = labels[c, None] == labels[None, :]
         pull = same_weight[c, None] * ((s - own[c, None]) / temperature).exp() + same_weight * ((s - own) / temperature).exp()
         push = other_weight[c, None] * ((s - top[c, None]) / temperature).exp() + other_weight * ((s - top) / temperature).exp()
         g = torch.where(same, pull, push) @ z / (count * temperature)
-        grad[c] = ((g - (g * z[c]).sum(1, keepdim=True) * z[c]) / norm[c]).to(grad.dtype)
+        grad[c] = (g - (g * z[c]).sum(1, keepdim=True) * z[c]) / norm[c]
     return losses.mean(), grad
