@@ -51,6 +51,15 @@ def test_covariance_summary_against_the_definitions():
         assert getattr(found, what) == pytest.approx(sum(getattr(row, what) for row in found.classes) / 3)
 
 
+@pytest.mark.parametrize("rows", [3, 40])
+def test_a_class_without_variance(rows):
+    """As float64 too, whose sums round."""
+    for dtype in (torch.float32, torch.float64):
+        found = class_covariance_summary(torch.full((rows, 12), 0.1, dtype=dtype), torch.zeros(rows, dtype=torch.int64))
+        assert (found.trace, found.effective_rank, found.logdet) == (0, 0, -math.inf)
+    assert class_covariance_summary(torch.full((rows, 12), 0.1, requires_grad=True), torch.zeros(rows, dtype=torch.int64)).trace == 0
+
+
 def test_more_features_than_images_take_the_gram_matrix(monkeypatch):
     """The same numbers as through the covariances, which are 20 x 20 here."""
     gen = torch.Generator().manual_seed(3)

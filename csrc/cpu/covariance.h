@@ -14,6 +14,10 @@ static void centre(const CovarianceJob<T>& job, int64_t k, int64_t p) {
         return static_cast<const char*>(args.features) + (job.order[i] * args.row_stride + p * NR<T>) * size;
     };
     Wide total[NV] = {};
+    // Doubles are summed less the first of them: of equal ones the mean is exact, as it is of floats summed in doubles.
+    const auto origin = [&](int v) {
+        return sizeof(T) == sizeof(double) && last > first ? __builtin_convertvector(load(rows + v * LANES<T>), Wide) : Wide{};
+    };
     for (int64_t i = first; i < last; i++) {
         T* x = rows + (i - first) * NR<T>;
         const char *source = source_of(i), *later = source_of(i + AHEAD < last ? i + AHEAD : i);
@@ -24,12 +28,12 @@ static void centre(const CovarianceJob<T>& job, int64_t k, int64_t p) {
             for (int v = 0; v < NV; v++) store(x + v * LANES<T>, V<T>{});
             widen(x, source, args.dtype, width);
         }
-        for (int v = 0; v < NV; v++) total[v] += __builtin_convertvector(load(x + v * LANES<T>), Wide);
+        for (int v = 0; v < NV; v++) total[v] += __builtin_convertvector(load(x + v * LANES<T>), Wide) - origin(v);
     }
     V<T> high[NV], low[NV];  // the mean as a sum of two numbers: the rounding of one would be the spread of a collapsed class
     T mean[NR<T>];
     for (int v = 0; v < NV; v++) {
-        total[v] /= last > first ? double(last - first) : 1.0;
+        total[v] = total[v] / (last > first ? double(last - first) : 1.0) + origin(v);
         high[v] = __builtin_convertvector(total[v], V<T>);
         low[v] = __builtin_convertvector(total[v] - __builtin_convertvector(high[v], Wide), V<T>);
         store(mean + v * LANES<T>, high[v]);

@@ -62,6 +62,7 @@ def class_covariance_summary(features, labels):
         fail(OP, "features", "finite values", "NaN or infinity")
     if not features.numel():
         fail(OP, "features", "one image and one feature at least", list(features.shape))
+    features = features.detach()
     values, classes = labels.unique(return_inverse=True)
     features, counts = features if features.dtype is torch.float64 else features.float(), classes.bincount()
     if counts.min() < 2:
@@ -83,6 +84,7 @@ def _gram_spectra(features, classes, count):
     fourth, spectra = [], []
     for k in range(count):
         rows = features[classes == k].double()
+        rows = rows - rows[0]  # first: equal rows leave exact zeros
         rows = rows - rows.mean(0)
         fourth.append(rows.square().sum(1).square().mean().item())
         some = torch.linalg.eigvalsh(rows @ rows.T / len(rows))

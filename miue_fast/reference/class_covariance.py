@@ -10,7 +10,8 @@ def class_covariance(features, labels, num_classes):
     covariances = torch.zeros(num_classes, width, width, dtype=wide, device=features.device)
     for number in labels.unique().tolist():
         rows = features[labels == number].double()
-        mean = rows.sum(0) / len(rows)
+        origin = rows[0] if wide == torch.float64 else 0  # of equal rows the mean is exact, as it is of float32 summed in float64
+        mean = (rows - origin).sum(0) / len(rows) + origin
         centred = (rows - mean).to(wide)
         product = centred.T @ centred / len(rows)
         counts[number], means[number] = len(rows), mean
