@@ -41,6 +41,7 @@ class Target:
     against: str | None = None
 
 
+MAIN = ("nt_xent", "intra_class_distance", "mi_ue_value_and_grad", "projected_step", "projected_step_", "perturbed_input")
 TARGETS = (
     Target("speed", "nt_xent B=512 D=512", 300, "eager"),
     Target("speed", "nt_xent B=512 D=512", 1.3, "strong"),
@@ -50,6 +51,7 @@ TARGETS = (
     Target("speed", "class_covariance B=8192 D=512 K=10", 1.5, "strong"),
     Target("speed", "projected_step 512x3x32x32", 8, "eager"),
     Target("speed", "perturbed_input 512x3x32x32 channels-last", 4, "eager"),
+    Target("overhead", "the losses and the image store's ops, tiny inputs", 15e-6),
     Target("overhead", "every op, tiny inputs", 15e-6),
     Target("speed", "PGD step ResNet-18 B=512", 2.5, "eager"),
     Target("speed", "PGD step ResNet-18 B=512", 1.1, "strong"),
@@ -61,7 +63,8 @@ def judged(rows, overhead):
     """Every target with what was measured and whether it is met (None: nothing was measured)."""
     for target in TARGETS:
         if target.kind == "overhead":
-            measured = max((o["overhead_s"] for o in overhead if o["overhead_s"] is not None), default=None)
+            counted = [o for o in overhead if target.workload.startswith("every") or o["op"] in MAIN]
+            measured = max((o["overhead_s"] for o in counted if o["overhead_s"] is not None), default=None)
         else:
             mine = [r for r in rows if r["workload"] == target.workload]
             ours, other = report.fastest(mine, "ours"), report.fastest(mine, target.against)
@@ -136,6 +139,8 @@ def parse(argv):
 def main(argv=None):
     options = parse(argv)
     torch.set_num_threads(options.threads)
+    # Inductor's pool of compiler processes starts with the first workload and works beside its timing.
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
     some = set(options.ops) != set(OPS)
     chosen = [w for w in workloads.cpu(options.quick) if w.op in options.ops]
     if options.memory:

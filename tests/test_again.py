@@ -1,6 +1,8 @@
 """A command given again, or beside other files: what goes on, what is refused, what is replaced, and what is never touched."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -8,6 +10,7 @@ from PIL import Image, ImageCms
 from test_cli import TINY, complaint, files, root, run  # noqa: F401 (root is a fixture)
 
 from miue_fast import cli, data, generate
+from miue_fast.data import atomic
 from miue_fast.generate import Interrupted, loop
 
 RANDOM = [*TINY, "--objective", "random"]
@@ -285,3 +288,23 @@ def test_what_can_be_told_before_the_work_is(root, tmp_path, capsys, monkeypatch
 def test_no_memory_is_one_line(root, tmp_path, capsys):  # noqa: F811
     words = ["generate", "--data", root / "train", "--out", tmp_path / "out", *TINY, "--width", 3_000_000]
     assert run(*words) == 2 and "memory: expected enough" in complaint(capsys)
+
+
+def test_a_folder_has_one_writer(tmp_path):
+    """A second run would sweep the first one's temporary files and write its own checkpoint between them."""
+    run = {"model": "small_resnet", "epochs": 1, "steps": 1, "progress": False}
+    dataset = data.shapes(40, seed=1)
+    holder = "import sys; from miue_fast import data\nwith data.only_writer(sys.argv[1]):\n    print('held', flush=True); sys.stdin.read()"
+    with subprocess.Popen([sys.executable, "-c", holder, tmp_path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "held\n"
+        unfinished = tmp_path / f".0123{atomic.TEMPORARY}"
+        unfinished.touch()
+        zeros = torch.zeros(dataset.images.shape)
+        for work in (lambda: generate(dataset, tmp_path, **run),
+                     lambda: data.export_folder(dataset, zeros, tmp_path, eps=8 / 255, overwrite=True)):  # fmt: skip
+            with pytest.raises(ValueError, match=r"^output: folder: expected one that no other run is writing to, got .* is at work$"):
+                work()
+        assert unfinished.exists() and len(list(tmp_path.iterdir())) == 1
+        other.kill()
+    generate(dataset, tmp_path, **run)  # a killed run holds nothing
+    assert not unfinished.exists() and (tmp_path / "manifest.json").exists()

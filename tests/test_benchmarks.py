@@ -202,10 +202,11 @@ def test_targets_are_judged():
     speed = bench.TARGETS[0]
     rows = [row | {"workload": speed.workload, "median_s": 1.0, "extra_bytes": 9_000_000}]
     rows += [rows[0] | {"role": "eager", "median_s": 299.0}, rows[0] | {"role": "strong", "median_s": 1.31}]
-    overhead = [{"overhead_s": 1e-6}, {"overhead_s": 16e-6}, {"overhead_s": None}]
+    overhead = [{"op": op, "overhead_s": s} for op, s in (("nt_xent", 1e-6), ("conv_forward", 16e-6), ("perturbed_input", None))]
     judged = {(t["kind"], t["workload"], t["against"]): t["met"] for t in bench.judged(rows, overhead)}
     assert judged["speed", speed.workload, "eager"] is False and judged["speed", speed.workload, "strong"] is True
     assert judged["memory", speed.workload, None] is False and judged["overhead", "every op, tiny inputs", None] is False
+    assert judged["overhead", "the losses and the image store's ops, tiny inputs", None] is True
     assert judged["memory", "nt_xent B=8192 D=512", None] is None, "nothing measured is neither met nor missed"
     known = {w.name for w in workloads.cpu()} | set(pgd_step.names(512))
     assert all(t.workload in known for t in bench.TARGETS if t.kind != "overhead")

@@ -1,7 +1,7 @@
 """Images in, poisoned images out. `load`, `shapes`, the poison store, exports and their verification."""
 
 from .align import align, poison_from_images
-from .atomic import check_outside, check_writable, sweep, write_file, write_files
+from .atomic import check_outside, check_writable, only_writer, sweep, write_file, write_files
 from .dataset import Dataset
 from .export import check_pickle, export_folder, export_npz, export_pickle, export_pt, other_images, remove_others
 from .interop import read_pickle
@@ -29,6 +29,7 @@ __all__ = [
     "load",
     "load_poison",
     "load_test",
+    "only_writer",
     "other_images",
     "poison_from_images",
     "quantise",

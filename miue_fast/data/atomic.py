@@ -2,7 +2,9 @@
 
 import contextlib
 import errno
+import fcntl
 import io
+import logging
 import os
 import secrets
 from pathlib import Path
@@ -88,6 +90,25 @@ def sweep(folder):
     """Removes the temporary files that a killed run left in `folder` (not below it)."""
     for leftover in Path(folder).glob(f".*{TEMPORARY}"):
         leftover.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def only_writer(folder):
+    """Holds `folder`, which exists, against every other run that holds it: it would sweep this one's files and write between them.
+
+    The lock is on the folder itself: no file stays, and it ends with the process however that ends. ValueError: another run has it.
+    """
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            fail("output", "folder", "one that no other run is writing to", f"{folder}, where one is at work")
+        except OSError as error:  # network file systems
+            logging.getLogger("miue_fast").warning("%s cannot be locked (%s): let no other run write there", folder, error.strerror)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def check_outside(folder, images):

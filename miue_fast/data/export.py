@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from .._checks import describe, fail
-from .atomic import check_writable, sweep, write_file
+from .atomic import check_writable, only_writer, sweep, write_file
 from .images import UnreadableError, quiet_decoding, read_image, read_look
 from .interop import PICKLES
 from .poison import CHUNK, ROUNDINGS, apply_poison, budget, check_delta, quantise
@@ -51,11 +51,6 @@ def export_folder(dataset, delta, out, *, eps, image_format="png", allow_lossy=F
     suffix, options = FORMATS[image_format]
     targets = list(target_paths(dataset, suffix).values())
     out = _prepare(dataset, Path(out), overwrite)
-    for folder in sorted({(out / target).parent for target in targets}):
-        folder.mkdir(parents=True, exist_ok=True)
-        if not folder.resolve().is_relative_to(out.resolve()):
-            fail("export", "out", "folders inside it", f"{folder}, a link out of it")
-        sweep(folder)
 
     def write(job):
         row, same_size = job
@@ -75,7 +70,12 @@ def export_folder(dataset, delta, out, *, eps, image_format="png", allow_lossy=F
         return [(row, done.get(row)) for row in rows]
 
     count = 0
-    with quiet_decoding(), ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+    with only_writer(out), quiet_decoding(), ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        for folder in sorted({(out / target).parent for target in targets}):
+            folder.mkdir(parents=True, exist_ok=True)
+            if not folder.resolve().is_relative_to(out.resolve()):
+                fail("export", "out", "folders inside it", f"{folder}, a link out of it")
+            sweep(folder)
         try:
             for start in range(0, len(dataset), CHUNK):
                 for _ in pool.map(write, jobs(start)):

@@ -66,30 +66,33 @@ def generate(data, out=None, *, preset="paper", model="resnet18", feature=None, 
     whole epoch.
     """
     options = choose(preset, {**({} if device is None else {"device": device}), **options})
-    keep = None if out is None else _open_folder(Path(out), resume, overwrite, options)
-    if tensorboard and keep is None:
-        _checks.fail("generate", "tensorboard", "an output folder to write to", "out=None")
-    dataset = data if isinstance(data, datasets.Dataset) else datasets.load(data)
-    check_labels("generate", dataset.labels, len(dataset.images), torch.device("cpu"))
-    if keep and dataset.root is not None:
-        datasets.check_outside(keep.parent, dataset.root)
-    if options.objective == "tap" and options.target_shift % len(dataset.classes) == 0:
-        _checks.fail("generate", "target_shift", f"no multiple of the {len(dataset.classes)} classes", options.target_shift)
-    if options.objective == "random":
-        return _random(dataset, options, keep, overwrite)
-    device = torch.device(options.device)
-    with _settings(device), _board(keep, tensorboard) as board:
-        torch.manual_seed(batches.derive(options.seed, 0, "network"))
-        network = _network(model, dataset, options).to(device)
-        feature = feature or default_layer(options.objective, model if isinstance(model, str) else network)
-        find_layer("generate", network, feature)
-        network, layout = _in_layout(network, options, dataset, device)
-        options = replace(options, channels_last=layout)
-        _probe(network, feature, dataset, device, logits_wanted=on_logits(options.objective))
-        run = _Run(network, feature, dataset, options, keep, _name(model), overwrite)
-        if keep and keep.exists() and not overwrite:
-            run.resume()
-        return run.finish(progress, board)
+    with contextlib.ExitStack() as held:
+        if out is not None:
+            held.enter_context(datasets.only_writer(datasets.check_writable(Path(out))))
+        keep = None if out is None else _open_folder(Path(out), resume, overwrite, options)
+        if tensorboard and keep is None:
+            _checks.fail("generate", "tensorboard", "an output folder to write to", "out=None")
+        dataset = data if isinstance(data, datasets.Dataset) else datasets.load(data)
+        check_labels("generate", dataset.labels, len(dataset.images), torch.device("cpu"))
+        if keep and dataset.root is not None:
+            datasets.check_outside(keep.parent, dataset.root)
+        if options.objective == "tap" and options.target_shift % len(dataset.classes) == 0:
+            _checks.fail("generate", "target_shift", f"no multiple of the {len(dataset.classes)} classes", options.target_shift)
+        if options.objective == "random":
+            return _random(dataset, options, keep, overwrite)
+        device = torch.device(options.device)
+        with _settings(device), _board(keep, tensorboard) as board:
+            torch.manual_seed(batches.derive(options.seed, 0, "network"))
+            network = _network(model, dataset, options).to(device)
+            feature = feature or default_layer(options.objective, model if isinstance(model, str) else network)
+            find_layer("generate", network, feature)
+            network, layout = _in_layout(network, options, dataset, device)
+            options = replace(options, channels_last=layout)
+            _probe(network, feature, dataset, device, logits_wanted=on_logits(options.objective))
+            run = _Run(network, feature, dataset, options, keep, _name(model), overwrite)
+            if keep and keep.exists() and not overwrite:
+                run.resume()
+            return run.finish(progress, board)
 
 
 class _Run:
@@ -131,11 +134,11 @@ class _Run:
     def finish(self, progress, board):
         o, count = self.options, len(self.images)
         done = len(self.history)
-        if not done and o.random_start:
-            self._random_start()
         with tqdm(total=o.epochs * count * (o.steps + 1), initial=done * count * (o.steps + 1), unit="image-step", unit_scale=True,
                   disable=not progress, dynamic_ncols=True) as bar:  # fmt: skip
             try:
+                if not done and o.random_start:
+                    self._random_start()
                 for epoch in range(done + 1, o.epochs + 1):
                     bar.set_description(f"epoch {epoch}/{o.epochs}")
                     row = self._epoch(epoch, bar.update)
@@ -266,7 +269,6 @@ def _open_folder(folder, resume, overwrite, options):
 
     A run goes on from its checkpoint; the objective random has none, and makes the same poison again.
     """
-    datasets.check_writable(folder)
     atomic.sweep(folder)
     path = folder / checkpoint.NAME
     if overwrite or (resume and options.objective != "random" and path.exists()):
@@ -348,12 +350,13 @@ def _probe(network, feature, dataset, device, logits_wanted):
 
 @contextlib.contextmanager
 def _settings(device):
-    """Deterministic cuDNN and a global random state of this run's own; both are put back."""
+    """Deterministic cuDNN and a global random state of this run's own; both are put back. (torch.manual_seed seeds every GPU.)"""
     cudnn = torch.backends.cudnn
     before = cudnn.deterministic, cudnn.benchmark
     try:
         cudnn.deterministic, cudnn.benchmark = True, False
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        gpus = range(torch.cuda.device_count()) if device.type == "cuda" or torch.cuda.is_initialized() else ()
+        with torch.random.fork_rng(devices=list(gpus)):
             yield
     finally:
         cudnn.deterministic, cudnn.benchmark = before

@@ -1,6 +1,7 @@
 """Runs what a report misses, keeps what is finished, and may be stopped at any moment."""
 
 import concurrent.futures
+import contextlib
 import json
 import multiprocessing
 import os
@@ -41,19 +42,21 @@ def run(config, folder, *, jobs=1, progress=True, make=True):
         fail("report", "config", "a Config (see report.read)", type(config).__name__)
     if not isinstance(jobs, int) or jobs < 1:
         fail("report", "jobs", "a whole number >= 1", repr(jobs))
-    data.check_writable(folder)
+    folder = data.check_writable(folder)
     sources = tasks.Sources(config, folder)
     _check(sources)
     failures = {}
-    for what, work in _stages(sources).items() if make else ():
-        with tqdm(total=len(work), desc=what, unit="", disable=not progress, dynamic_ncols=True) as bar:
-            try:
-                for task, error in _done([task for task in work if not _in_vain(sources, task, failures)], sources, jobs):
-                    failures |= {task: error} if error else {}
-                    bar.update()
-            except KeyboardInterrupt:
-                kept = len(list((sources.folder / "cells").glob("*.json")))
-                raise Interrupted(f"interrupted: {kept} finished parts are kept in {sources.folder}; the same command goes on") from None
+    with data.only_writer(folder) if make else contextlib.nullcontext():
+        for what, work in _stages(sources).items() if make else ():
+            with tqdm(total=len(work), desc=what, unit="", disable=not progress, dynamic_ncols=True) as bar:
+                try:
+                    for task, error in _done([task for task in work if not _in_vain(sources, task, failures)], sources, jobs):
+                        failures |= {task: error} if error else {}
+                        bar.update()
+                except KeyboardInterrupt:
+                    kept = len(list((sources.folder / "cells").glob("*.json")))
+                    told = f"interrupted: {kept} finished parts are kept in {sources.folder}; the same command goes on"
+                    raise Interrupted(told) from None
     found = collect(sources, failures)
     tasks.write(sources.folder / "report.json", found)
     return found, sources
