@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from miue_fast import freeze, models, perturb
+from miue_fast import freeze, generate, models, perturb
 from miue_fast._registry import OPS
 from miue_fast.frozen import layers
 from miue_fast.frozen.lower import NotLowered, lower
@@ -228,6 +228,39 @@ def test_odd_operations_equal_autograd():
 
     net = check(lively(Wrapped()), "odd", images_of(9))
     assert net.std is not None  # 1 - x / 2 became the input's normalisation
+
+
+class Spread(nn.Module):
+    """One channel that constants make several of: at the start, or in the middle."""
+
+    def __init__(self, where):
+        super().__init__()
+        self.where, self.inner = where, nn.Conv2d(2, 1, 3, padding=1)
+        self.conv, self.avgpool = nn.Conv2d(3, 8, 3, padding=1), nn.AdaptiveAvgPool2d(2)
+        self.fc = nn.Linear(32, 2)
+        self.register_buffer("mean", torch.tensor([0.1, 0.3, 0.5])[:, None, None])
+
+    def forward(self, x):
+        if self.where == "middle":
+            x = F.relu(self.inner(x))
+        return self.fc(self.avgpool(F.relu(self.conv((x - self.mean) / 0.25))).flatten(1))
+
+
+@pytest.mark.parametrize("where, channels", [("start", 1), ("middle", 2)])
+def test_one_channel_becomes_several(where, channels, caplog):
+    torch.manual_seed(5)
+    model = Spread(where).eval()
+    images = torch.rand(8, channels, 9, 9)
+    if where == "middle":
+        check(model, "avgpool", images.double())
+        return
+    net = freeze(model, channels=1)
+    assert not net.fused and net.reason == "a normalisation that spreads one channel over 3" and net.reason in caplog.text
+    labels, delta = torch.arange(8) % 2, torch.zeros_like(images)
+    moved = [perturb(model, images, labels, delta, steps=2, alpha=1 / 255, fused=fused) for fused in (True, False)]
+    assert torch.equal(*moved) and moved[0].abs().max() > 0
+    made = generate((images.mul(255).byte(), labels), model=model.train(), preset="paper", epochs=1, steps=1, progress=False)
+    assert made.delta.shape == images.shape
 
 
 @st.composite

@@ -15,7 +15,8 @@ log = logging.getLogger("miue_fast")
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
-def freeze(model, feature="avgpool", *, dtype=None, chunk=None, fused=True, fp8=False, channels_last=False, backend="auto"):
+def freeze(model, feature="avgpool", *, dtype=None, chunk=None, fused=True, fp8=False, channels_last=False, backend="auto",
+           channels=None):  # fmt: skip
     """The frozen network of an eval-mode model: `forward(images) -> features`, `input_grad(d_features) -> d_images`, `refold()`.
 
     Args:
@@ -32,6 +33,7 @@ def freeze(model, feature="avgpool", *, dtype=None, chunk=None, fused=True, fp8=
             is emulated, which is slow. What it does to the gradient's signs is in docs/performance-notes.md.
         channels_last: memory format of the autograd form; the fused one has no other.
         backend: of the ops: "auto", "triton", "cuda", "cpu" or "reference".
+        channels: of the images, where they are known: grayscale that the model's normalisation spreads over several has no fused form.
 
     Returns: a FrozenNet, or, for a network with an operation that has no fused layer, an AutogradNet with the same calls; one log line
     (and its `reason`) names that operation. Covered: convolution, batch norm, ReLU, sums, concatenation, max and average pooling,
@@ -61,7 +63,10 @@ def freeze(model, feature="avgpool", *, dtype=None, chunk=None, fused=True, fp8=
     reason = "fused=False"
     if fused:
         try:
-            return FrozenNet(model, lower(model, feature), dtype=dtype, chunk=chunk, backend=backend, fp8=fp8)
+            net = FrozenNet(model, lower(model, feature), dtype=dtype, chunk=chunk, backend=backend, fp8=fp8)
+            if channels == 1 and net.mean and len(net.mean) > 1:
+                raise NotLowered(f"a normalisation that spreads one channel over {len(net.mean)}")
+            return net
         except NotLowered as error:
             reason = str(error)
         if not fp8:

@@ -222,12 +222,13 @@ class Affine(Layer):
     def forward(self, tape, x, *, backend):
         flat = x.dim() == 2
         scale, shift = (v.flatten() if flat else v for v in (self.scale, self.shift))
-        y = torch.addcmul(shift, x.to(scale.dtype), scale).to(x.dtype)
+        y = dense(torch.addcmul(shift, x.to(scale.dtype), scale).to(x.dtype))
+        tape.sizes[self.inputs[0]] = x.shape  # one channel may become several
         return self._finish(tape, y, None, None, backend)
 
     def backward(self, tape, grad, owned, gradients):
         scale = self.scale.flatten() if grad.dim() == 2 else self.scale
-        gradients.add(self.inputs[0], (grad * scale).to(grad.dtype), True)
+        gradients.add(self.inputs[0], gather((grad * scale).to(grad.dtype), tape.sizes[self.inputs[0]]), True)
 
 
 @dataclass(eq=False)

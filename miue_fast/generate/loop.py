@@ -108,7 +108,8 @@ class _Run:
         self.trainer = Trainer(network, self.images, self.labels, self.delta if trains_on_delta(options.objective) else None, options)
         network.eval()
         net = freeze(network, feature, dtype=getattr(torch, options.dtype), chunk=options.network_chunk, fused=options.fused,
-                     fp8=options.fp8, channels_last=options.channels_last, backend=options.backend)  # fmt: skip
+                     fp8=options.fp8, channels_last=options.channels_last, backend=options.backend,
+                     channels=self.images.shape[1])  # fmt: skip
         self.descend = Descent(net, self.images, self.delta, options, len(dataset.classes))
         self.history = []
         self.fingerprint = dataset.fingerprint if keep else None

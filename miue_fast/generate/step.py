@@ -176,7 +176,7 @@ def perturb(model, images, labels, delta, *, steps=10, alpha, eps=8 / 255, tempe
         try:
             model.eval()
             net = freeze(model, feature, dtype=getattr(torch, options.dtype), chunk=network_chunk, fused=fused, fp8=fp8,
-                         channels_last=channels_last, backend=backend)  # fmt: skip
+                         channels_last=channels_last, backend=backend, channels=images.shape[1])  # fmt: skip
         finally:
             for module, mode in modes:
                 module.training = mode
