@@ -1,6 +1,7 @@
 """The CUDA kernels, run on the host through tests/shim: parity with the reference, repeatability, hostile indices."""
 
 import importlib.util
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -146,3 +147,11 @@ def test_empty_batch_and_one_class():
     assert loss == -torch.inf
     loss, grad = cuda_impl(OPS["nt_xent"]).fn(features, torch.zeros(5, dtype=torch.int64), 0.1, "all", True)
     assert loss == 0 and (grad == 0).all()
+
+
+def test_the_program_of_make_asan_compiles():
+    """It calls the kernels by their argument structs, and nothing else in CI does."""
+    flags = [*build.FLAGS.split(), f"-I{build.ROOT / 'tests/shim'}", f"-I{build.ROOT / 'csrc'}", "-include", "shim.h"]
+    source = build.ROOT / "tests/shim/sanitize.cpp"
+    done = subprocess.run([build.compiler(), *flags, "-x", "c++", "-fsyntax-only", source], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -414,3 +414,16 @@ def test_nothing_is_looked_up_and_memory_is_bounded(tmp_path):
         (folder / "test_batch").write_bytes(content)
         with pytest.raises(ValueError, match=r"^data: "):
             data.load(folder, split="test")
+
+
+def test_an_archive_larger_than_any_poison_is_not_unpacked(tmp_path, monkeypatch):
+    """Zeros: 200 MB in 200 KB. Nothing of it is read."""
+    dataset = data.shapes(20, seed=1)
+    packed = tmp_path / "delta.npz"
+    with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as archive, archive.open("delta.npy", "w", force_zip64=True) as file:
+        np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": (50_000_000,)})
+        for _ in range(200):
+            file.write(bytes(1_000_000))
+    monkeypatch.setattr(zipfile.ZipFile, "testzip", lambda self: pytest.fail("unpacked"))
+    with pytest.raises(ValueError, match=r"^poison: .*delta.npz: expected one bare tensor, got .*200000128 bytes of content, where .*"):
+        data.load_poison(packed, dataset)

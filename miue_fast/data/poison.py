@@ -158,6 +158,9 @@ def _read_manifest(path):
         raise ValueError(f"poison: {path}: expected an undamaged {FORMAT!r} manifest, got: {one_line(error)}") from error
 
 
+ROOM = 1 << 24  # bytes in an archive beside 16 per value of the images: float64, and the images with their labels
+
+
 def load_poison(path, dataset=None):
     """(delta fp32 [N, C, H, W], manifest or None).
 
@@ -178,7 +181,7 @@ def load_poison(path, dataset=None):
         return _load_store(path, dataset)
     if suffix in BARE:
         names = None if dataset is None else dataset.names
-        delta = read_pickle(path, names) if suffix in PICKLES else channels_first(_load_bare(path))
+        delta = read_pickle(path, names) if suffix in PICKLES else channels_first(_load_bare(path, dataset))
         check_delta(delta)
         delta = delta.detach().float().contiguous()
         return (delta if dataset is None else _expand(delta, dataset)), None
@@ -229,10 +232,13 @@ def _digest(file):
     return digest.hexdigest()
 
 
-def _load_bare(path):
+def _load_bare(path, dataset=None):
     try:
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
+                size = sum(member.file_size for member in archive.infolist())
+                if dataset is not None and size > (most := ROOM + 16 * dataset.images.numel()):
+                    raise ValueError(f"{size} bytes of content, where {most} are room for a poison of {len(dataset)} such images")
                 if (broken := archive.testzip()) is not None:
                     raise ValueError(f"a damaged member {broken}")
         if path.suffix.lower() == ".npz":

@@ -55,20 +55,21 @@ void twice(const char* what, int64_t bytes, const std::function<void(char*)>& op
 void losses(int64_t B, int64_t D, int classes, DType t) {
     const auto features = numbers(B * D, t, 0, 1);
     const auto labels = labels_of(B, classes);
-    const int64_t grad_bytes = B * D * bytes_of(t);
+    const int64_t grad_bytes = B * D * 4;
     for (const bool negatives : {false, true}) {
         twice(negatives ? "nt_xent negatives" : "nt_xent", grad_bytes + 4, [&](char* out) {
             std::vector<char> space(nt_xent_workspace_cuda(B, D, t, true) + 64, static_cast<char>(0xff));
             void* workspace = reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(space.data()) + 63) / 64 * 64);
-            nt_xent_cuda({features.data(), t, D, labels.data(), B, D, 0.1, negatives, out + grad_bytes, out, t, workspace}, nullptr);
+            nt_xent_cuda({features.data(), t, D, labels.data(), B, D, 0.1, negatives, out + grad_bytes, out, workspace}, nullptr);
         });
     }
     twice("intra_class_distance", grad_bytes + 4, [&](char* out) {
         std::vector<char> space(intra_class_distance_workspace_cuda(B, D, t, true) + 64, static_cast<char>(0xff));
         void* workspace = reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(space.data()) + 63) / 64 * 64);
         void* loss = out + grad_bytes;
-        intra_class_distance_cuda({features.data(), t, D, labels.data(), B, D, true, 0.5, nullptr, nullptr, loss, out, t, workspace},
-                                  nullptr);
+        for (void* addend : {static_cast<void*>(nullptr), static_cast<void*>(out)})  // then added to its own result in place
+            intra_class_distance_cuda({features.data(), t, D, labels.data(), B, D, true, 0.5, addend ? loss : nullptr, addend, loss, out,
+                                       workspace}, nullptr);
     });
 }
 
