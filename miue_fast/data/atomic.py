@@ -2,7 +2,6 @@
 
 import contextlib
 import errno
-import fcntl
 import io
 import logging
 import os
@@ -98,6 +97,8 @@ def only_writer(folder):
 
     The lock is on the folder itself: no file stays, and it ends with the process however that ends. ValueError: another run has it.
     """
+    import fcntl  # POSIX, as opening a folder is; without it the ops still import
+
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         try:
