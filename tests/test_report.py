@@ -253,6 +253,14 @@ def test_a_damaged_cell_is_told(place, tmp_path):
         report.run(config, tmp_path, progress=False)
 
 
+def test_a_report_has_its_folder_to_itself(place, tmp_path):
+    config = report.check(config_of(place))
+    with data.only_writer(tmp_path):
+        with pytest.raises(ValueError, match=r"^output: folder: expected one that no other run is writing to, got .* is at work$"):
+            report.run(config, tmp_path, progress=False)
+        assert report.run(config, tmp_path, progress=False, make=False)[0]["missing"], "what is there may be looked at meanwhile"
+
+
 def test_foreign_poisons(place, tmp_path):
     clean = data.load(place / "train.npz")
     data.export_pt(clean, data.random_noise(clean, 4 / 255, 0), tmp_path / "poison.pt")
