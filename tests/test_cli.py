@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from dataclasses import fields
 import pytest
 from PIL import Image
 
-from miue_fast import cli, data
+from miue_fast import _arguments, cli, data
 from miue_fast.generate import Options
 
 TINY = ["--model", "small_resnet", "--width", "4", "--epochs", "1", "--steps", "2", "--batch", "30", "--quiet"]
@@ -203,8 +204,14 @@ def test_jpeg_is_written_when_asked_for(root, tmp_path):
     assert run(*words) == 0 and run("verify", root / "train", tmp_path / "jpeg", "--eps", "1/255") == 1
 
 
+def test_every_command_has_its_arguments(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["--help"])
+    assert set(re.findall(r"^    (\w+) ", capsys.readouterr().out, re.MULTILINE)) == set(cli.COMMANDS)
+
+
 def test_options_are_those_of_the_dataclass(capsys):
-    assert set(cli.HELP) == {field.name for field in fields(Options)}
+    assert set(_arguments.HELP) == {field.name for field in fields(Options)}
     with pytest.raises(SystemExit) as left:
         cli.main(["generate", "--help"])
     told = capsys.readouterr().out
@@ -249,10 +256,10 @@ def test_a_bug_still_shows_its_traceback(monkeypatch, root):
 
 
 def test_number():
-    assert cli._number("8/255") == 8 / 255 and cli._number("0.1") == 0.1
+    assert _arguments._number("8/255") == 8 / 255 and _arguments._number("0.1") == 0.1
     for text in ("", "a", "1/0", "1/2/3", "/"):
         with pytest.raises(argparse.ArgumentTypeError):
-            cli._number(text)
+            _arguments._number(text)
 
 
 def test_info_and_version(capsys):
