@@ -21,6 +21,7 @@ import sys
 import tempfile
 import time
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import ceilings
@@ -136,7 +137,8 @@ def parity_of(case, emit):
                 if op.exact:
                     _support.assert_same_bits(_support.run(op, impl.fn, args), _support.run(op, op.reference.fn, args))
                 else:
-                    _support.checker(op)(op, args, [impl])
+                    for fn in (impl.fn, *measure.others(op, impl).values()):
+                        _support.checker(op)(op, args, [replace(impl, fn=fn)])
         except (RuntimeError, AssertionError) as error:  # BackendError and launch failures among them
             emit({"samples": count, "outcome": f"failed: sample {count + 1}: {measure.first_line(error)}"})
             return

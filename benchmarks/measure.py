@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from baselines import eager, other, strong
 
-from miue_fast import _environment
+from miue_fast import _environment, _native
 from miue_fast._registry import OPS
 from miue_fast.reference.conv_epilogue import unpack
 
@@ -27,6 +27,7 @@ SAMPLE = 1e-3  # seconds: faster calls are timed several at once
 GPU = "cuda"  # where the stages of device.py put their tensors; tests run them on "cpu"
 LATE = "left out: the time of its stage was over"
 ORACLE_ROWS = 128  # op.truth is B x B x D for some ops; larger batches use the float64 reference, itself checked on so many rows
+ONE_LAUNCH = 512  # rows that CUDA C++'s nt_xent takes in one
 
 
 class WrongResult(RuntimeError):
@@ -38,10 +39,23 @@ class Candidate:
     """One implementation of a workload's op, or the reason why it takes no part."""
 
     name: str
-    role: str  # "ours", "reference", "eager", "strong", "other"
+    role: str  # "ours", "candidate" (of the library, but no call takes it there), "reference", "eager", "strong", "other"
     fn: Callable
     reason: str | None
     oracle: Callable | None = None  # of what computes another function
+
+
+def others(op, impl):
+    """{name: fn} of what an implementation has beside the kernel that a call takes: nt_xent of a small batch as a large one takes it."""
+
+    def several_launches(*args):
+        _native.set_one_launch(False)
+        try:
+            return impl.fn(*args)
+        finally:
+            _native.set_one_launch(True)
+
+    return {"cuda, several launches": several_launches} if (op.name, impl.backend) == ("nt_xent", "cuda") else {}
 
 
 def candidates(workload, device, args, quick):
@@ -55,6 +69,8 @@ def candidates(workload, device, args, quick):
         if impl.backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1":
             reason = "runs in Triton's interpreter, whose time says nothing"
         yield Candidate(impl.backend, "reference" if impl is op.reference else "ours", impl.fn, reason)
+        for name, fn in others(op, impl).items() if device == "cuda" and workload.batch <= ONE_LAUNCH else ():
+            yield Candidate(name, "candidate", fn, reason)
     baselines = [("eager", "eager", getattr(eager, workload.op))]
     baselines += [(name, "strong", fn) for name, fn in strong.PATHS[workload.op].items()]
     for name, role, fn in baselines:

@@ -44,7 +44,8 @@ def exercise(op, backend, device):
             continue
         found = sorted((args for args in OPS[op].samples(device, dtype) if elements(args) <= LIMIT), key=elements, reverse=True)
         for args in found[:: -(-len(found) // SAMPLES) or 1]:
-            measure.results(OPS[op], impl.fn, args)
+            for fn in (impl.fn, *measure.others(OPS[op], impl).values()):
+                measure.results(OPS[op], fn, args)
             count += 1
     if device == "cuda":
         torch.cuda.synchronize()

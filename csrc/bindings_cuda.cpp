@@ -21,5 +21,6 @@ PYBIND11_MODULE(_cuda, m) {
           [](int64_t B, int64_t D, int t, bool g) { return intra_class_distance_workspace_cuda(B, D, DType(t), g); });
     m.def("class_covariance_workspace",
           [](int64_t B, int64_t D, int t, int64_t K) { return class_covariance_workspace_cuda(B, D, DType(t), K); });
+    m.def("nt_xent_one_launch", &nt_xent_one_launch);
     m.attr("build") = MIUE_BUILD_FLAGS;
 }

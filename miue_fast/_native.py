@@ -49,6 +49,11 @@ def set_cpu_level(name):
     _cpu.set_level(name)
 
 
+def set_one_launch(enabled):
+    """Whether CUDA C++'s nt_xent may take a small batch in one cooperative launch (it may): for tests and benchmarks."""
+    _cuda.nt_xent_one_launch(enabled)
+
+
 def _call(device, op, *args):
     if device.type == "cpu":
         return getattr(_cpu, op)(*args, torch.get_num_threads())

@@ -28,6 +28,7 @@ def module(tmp_path_factory):
 def on_host(module, monkeypatch):
     """CPU tensors go to the CUDA kernels; fresh memory is full of NaN."""
     monkeypatch.setattr(_native, "_cpu", module)
+    module.nt_xent_one_launch(False)  # its tests are its own
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
@@ -74,6 +75,16 @@ def same_bits(a, b):
     )
 
 
+def assert_near(op, args, got, plain, what):
+    truth = op.truth(*[x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in args])
+    for a, b, t in zip(got, plain, truth, strict=True):
+        assert (a.dtype, a.shape) == (b.dtype, t.shape)
+        if a.numel():
+            allowed = 2 * (b.double() - t).abs().max() + 4 * torch.finfo(a.dtype).eps * t.abs().max()
+            error = (a.double() - t).abs().max()
+            assert error <= allowed, f"{what}: error {error:.2e}, allowed {allowed:.2e}, of {t.abs().max():.2e}"
+
+
 @pytest.mark.parametrize("op, dtype", list(cases()))
 def test_parity(op, dtype):
     fn = cuda_impl(op).fn
@@ -88,13 +99,40 @@ def test_parity(op, dtype):
             assert_same_bits(got, plain)
             assert [a.stride() for a in got] == [b.stride() for b in plain]
             continue
-        truth = op.truth(*[x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in args])
-        for a, b, t in zip(got, plain, truth, strict=True):
-            assert (a.dtype, a.shape) == (b.dtype, t.shape)
-            if a.numel():
-                allowed = 2 * (b.double() - t).abs().max() + 4 * torch.finfo(a.dtype).eps * t.abs().max()
-                error = (a.double() - t).abs().max()
-                assert error <= allowed, f"sample {k}: error {error:.2e}, allowed {allowed:.2e}, of {t.abs().max():.2e}"
+        assert_near(op, args, got, plain, f"sample {k}")
+
+
+def small_batches(dtype):
+    """What nt_xent in one launch is tried on: the op's samples, one of the wide ones, and rows of several chunks and tiles of features."""
+    found = [args for args in OPS["nt_xent"].samples("cpu", dtype) if len(args[1]) < 100 or args[3:] == ("negatives", True)]
+    gen = torch.Generator().manual_seed(3)
+    for batch, width in [(10, 300), (5, 500)] if dtype == torch.float32 else [(10, 300), (9, 1000)]:
+        features = torch.rand(batch, width, generator=gen).to(dtype)
+        found.append((features, torch.arange(batch) % 3, 0.1, "all", True))
+    return found if dtype == torch.float32 else found[1::2]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_one_launch(module, dtype):
+    """Also against the blocks' order: the shim goes through them forwards and backwards by turns."""
+    module.nt_xent_one_launch(True)
+    op = OPS["nt_xent"]
+    for k, args in enumerate(small_batches(dtype)):
+        got = run(cuda_impl(op).fn, op, args)
+        assert_near(op, args, got, run(op.reference.fn, op, args), f"case {k}")
+        if k % 3 == 0:
+            assert all(same_bits(a, b) for a, b in zip(got, run(cuda_impl(op).fn, op, args), strict=True)), f"case {k} does not repeat"
+
+
+def test_one_launch_of_what_is_not_small(module):
+    """Too many rows or features for one launch go on in several, and the workspace serves both."""
+    for batch, width, dtype in [(513, 3, torch.float32), (3, 513, torch.float32), (3, 1025, torch.float16)]:
+        features, labels = torch.rand(batch, width, generator=torch.Generator().manual_seed(0)).to(dtype), torch.arange(batch) % 2
+        results = []
+        for enabled in (True, False):
+            module.nt_xent_one_launch(enabled)
+            results.append(_native.nt_xent(features, labels, 0.1, "all", False)[0])
+        assert same_bits(*results)
 
 
 def test_unknown_rows_are_left_alone():
@@ -129,8 +167,10 @@ def test_epilogues_aligned_or_not(dtype):
                 assert_same_bits(run(cuda_impl(op).fn, op, args), run(op.reference.fn, op, args))
 
 
+@pytest.mark.parametrize("one_launch", [False, True])
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
-def test_nonfinite_features_are_not_hidden(value):
+def test_nonfinite_features_are_not_hidden(module, value, one_launch):
+    module.nt_xent_one_launch(one_launch)
     features = torch.rand(5, 4, generator=torch.Generator().manual_seed(0))
     features[2, 1] = value
     for op, rest in (("nt_xent", (0.1, "all", True)), ("nt_xent", (0.1, "negatives", True)), ("intra_class_distance", (True, True))):
@@ -138,7 +178,9 @@ def test_nonfinite_features_are_not_hidden(value):
         assert loss.isnan() and grad[2].isnan().any()
 
 
-def test_empty_batch_and_one_class():
+@pytest.mark.parametrize("one_launch", [False, True])
+def test_empty_batch_and_one_class(module, one_launch):
+    module.nt_xent_one_launch(one_launch)
     for op, rest in (("nt_xent", (0.1, "all", True)), ("intra_class_distance", (True, True))):
         loss, grad = cuda_impl(OPS[op]).fn(torch.empty(0, 4), torch.empty(0, dtype=torch.int64), *rest)
         assert loss.isnan() and grad.shape == (0, 4)

@@ -60,6 +60,12 @@ def test_without_a_gpu(tmp_path, quick):
     assert os.listdir(tmp_path) == ["device.json"]
 
 
+def test_both_ways_of_a_small_batch_are_rows():
+    rows = device.blanks("loss", False, "no CUDA device")
+    assert {row["workload"] for row in rows if row["implementation"] == "cuda, several launches"} == {
+        "nt_xent B=512 D=512 bfloat16", "nt_xent B=512 D=512"}  # fmt: skip
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here: run benchmarks/device.py itself")
 def test_only_some_stages():
     assert not script("--stages", "ceilings").returncode

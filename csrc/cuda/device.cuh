@@ -1,11 +1,15 @@
 // What every kernel file shares: launch with its check, typed loads and stores, warp sums.
 #pragma once
+#ifdef __CUDACC__
+#include <cooperative_groups.h>
+#endif
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
 #include <cstdint>
 #include <string>
+#include <type_traits>
 
 #include "check.h"
 #include "ops.h"
@@ -32,6 +36,66 @@ void launch(const char* name, void (*kernel)(P...), int64_t x, int64_t y, [[mayb
 #endif
     const cudaError_t error = cudaGetLastError();
     if (error != cudaSuccess) throw BackendFailure(std::string(name) + ": " + cudaGetErrorString(error));
+}
+
+// The block's dynamic shared memory.
+template <class T>
+__device__ __forceinline__ T* dynamic_shared() {
+#ifdef __CUDACC__
+    extern __shared__ __align__(1024) char memory[];
+    return reinterpret_cast<T*>(memory);
+#else
+    return reinterpret_cast<T*>(shim::dynamic);
+#endif
+}
+
+// One launch in three phases: State::run(integral_constant<int, phase>, args) on every thread, the whole grid meeting in between.
+// A thread's State and a block's dynamic shared memory last through all of them. Every block has to be resident: cooperative_fits().
+#ifdef __CUDACC__
+template <class State, class Args>
+__global__ void __launch_bounds__(State::THREADS, 1) cooperative(Args args) {
+    State state;
+    state.run(std::integral_constant<int, 0>{}, args);
+    cooperative_groups::this_grid().sync();
+    state.run(std::integral_constant<int, 1>{}, args);
+    cooperative_groups::this_grid().sync();
+    state.run(std::integral_constant<int, 2>{}, args);
+}
+#endif
+
+template <class State, class Args>
+void launch_cooperative(const char* name, int64_t x, int64_t y, int shared, [[maybe_unused]] void* stream, Args args) {
+    const dim3 grid(static_cast<unsigned>(x), static_cast<unsigned>(y));
+#ifdef __CUDACC__
+    void* arguments[] = {&args};
+    cudaError_t error = cudaFuncSetAttribute(cooperative<State, Args>, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
+    if (error == cudaSuccess) {
+        error = cudaLaunchCooperativeKernel(reinterpret_cast<const void*>(cooperative<State, Args>), grid, dim3(State::THREADS), arguments,
+                                            shared, static_cast<cudaStream_t>(stream));
+    }
+    if (error != cudaSuccess) {
+        cudaGetLastError();  // it is reported here, and not to whoever asks next
+        throw BackendFailure(std::string(name) + ": " + cudaGetErrorString(error));
+    }
+#else
+    (void)name;
+    shim::launch_cooperative<State>(grid, State::THREADS, shared, args);
+#endif
+}
+
+// Whether the current device can hold that many blocks at once, one to a multiprocessor. False without a device: a launch says why.
+inline bool cooperative_fits([[maybe_unused]] int64_t blocks, [[maybe_unused]] int64_t shared) {
+#ifdef __CUDACC__
+    int device = 0, cooperative = 0, processors = 0, most = 0;
+    const bool known = cudaGetDevice(&device) == cudaSuccess &&
+                       cudaDeviceGetAttribute(&cooperative, cudaDevAttrCooperativeLaunch, device) == cudaSuccess &&
+                       cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device) == cudaSuccess &&
+                       cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) == cudaSuccess;
+    if (!known) cudaGetLastError();
+    return known && cooperative && blocks <= processors && shared <= most;
+#else
+    return true;
+#endif
 }
 
 constexpr float FLOAT_MAX = 3.4028235e38f;

@@ -1,4 +1,4 @@
-// The tensor-core product: the only inline PTX of the library. Its host twin is tests/shim/mma_twin.h.
+// The tensor-core product and what feeds it: the only inline PTX of the library. Host twins: tests/shim/mma_twin.h.
 #pragma once
 #include "device.cuh"
 
@@ -20,6 +20,40 @@ __device__ __forceinline__ void mma_row(float (&d)[N][4], const uint32_t (&a)[4]
     }
 #else
     shim::mma_row(d, a, b);
+#endif
+}
+
+// Four 8 x 8 matrices of 16-bit values from shared memory; lane l gives the address of row l % 8 of matrix l / 8 (16 bytes, aligned).
+// Register m is a piece of matrix m: row lane / 4, columns 2 (lane % 4) and the next; TRANSPOSED: column lane / 4, rows 2 (lane % 4) and the next.
+template <bool TRANSPOSED>
+__device__ __forceinline__ void ldmatrix(uint32_t& r0, uint32_t& r1, uint32_t& r2, uint32_t& r3, const uint16_t* row) {
+#ifdef __CUDACC__
+    const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(row));
+    if (TRANSPOSED) {
+        asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                     : "=r"(r0), "=r"(r1), "=r"(r2), "=r"(r3) : "r"(address) : "memory");
+    } else {
+        asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                     : "=r"(r0), "=r"(r1), "=r"(r2), "=r"(r3) : "r"(address) : "memory");
+    }
+#else
+    uint32_t r[4];
+    shim::ldmatrix<TRANSPOSED>(r, row);
+    r0 = r[0], r1 = r[1], r2 = r[2], r3 = r[3];
+#endif
+}
+
+// 16 bytes from global to shared memory, both aligned; under way until copies_done() of the same thread (and a barrier for the others).
+__device__ __forceinline__ void copy_async(void* to, const void* from) {
+#ifdef __CUDACC__
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(to))), "l"(from) : "memory");
+#else
+    memcpy(to, from, 16);
+#endif
+}
+__device__ __forceinline__ void copies_done() {
+#ifdef __CUDACC__
+    asm volatile("cp.async.wait_all;" ::: "memory");
 #endif
 }
 

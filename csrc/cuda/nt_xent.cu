@@ -1,18 +1,16 @@
-// NT-Xent: value and gradient (formulas: miue_fast/reference/nt_xent.py, docs/algorithm).
-//
-// Tensor cores take fp16 and truncate their sums, so a row is scaled by a power of two and split into hi, whole numbers up to 2^11, and lo,
-// the rest. hi*hi is then a sum of whole numbers, exact on a tensor core (below 2^24: each k-step is summed from zero and added in
-// fp32); the three products with lo are 2^-10 of it and their truncation does not matter. Together: fp32 accuracy or better.
+// NT-Xent: value and gradient (formulas: miue_fast/reference/nt_xent.py), in six kernels; number formats: nt_xent.cuh.
 //   pack_rows    hi, lo, norms
 //   row_sums     P, N (and the maximum, for `negatives`) of 64 rows against a span of columns
 //   finish_rows  one block: adds the spans in order, coefficients, loss
 //   weights      W r_j of one chunk x chunk square, as fp16 hi + lo with one power-of-two scale per row and 64 columns
 //   gradient     G += W q over that square; owner computes, no atomics
 //   project      (G - (G.z) z) / ||f||
+// A small batch takes one launch instead: nt_xent_small.cu.
 #include <algorithm>
+#include <atomic>
 #include <type_traits>
 
-#include "mma.cuh"
+#include "nt_xent.cuh"
 
 // The CPU tests lower both, so that few rows reach every loop.
 #ifndef MIUE_CHUNK
@@ -29,13 +27,11 @@ constexpr int TILE = 64;           // rows and columns of a block's tile
 constexpr int STEP = 32;           // depth of one stage in shared memory
 constexpr int STRIDE = STEP + 8;   // halves between rows of a stage: 32-bit fragment reads hit 32 banks
 constexpr int WIDE = TILE + 8;     // the same for the q stage of `gradient`
-constexpr float MIN_NORM = 1e-8f;
-constexpr int TOP_BIT = 10;        // operands are scaled to magnitudes below 2^11: whole numbers up to there are fp16
 
 struct Work {
     int64_t B, D, Bp, Dp;          // Bp, Dp: padded with zeros to whole tiles
     int64_t spans, chunk;
-    uint16_t *hi, *lo;             // [Bp, Dp] fp16 bits
+    uint16_t *hi, *lo;             // [Bp, Dp] fp16 bits; lo: of fp32 features
     double *inverse, *shift;       // [Bp] 1 / (norm * scale); shift of N
     float *base, *own;             // [Bp] clamped norm, ||z||
     float *P, *N;                  // [spans, Bp]
@@ -47,7 +43,7 @@ struct Work {
     int64_t bytes;
 };
 
-Work plan(int64_t B, int64_t D, bool want_grad, void* memory) {
+Work plan(int64_t B, int64_t D, bool split, bool want_grad, void* memory) {
     Work w{};
     char* next = static_cast<char*>(memory);
     auto take = [&](auto*& pointer, int64_t count) {
@@ -61,7 +57,7 @@ Work plan(int64_t B, int64_t D, bool want_grad, void* memory) {
     w.spans = tiles ? std::min(tiles, std::max<int64_t>(1, MIUE_SPANS / tiles)) : 0;
     w.chunk = std::min<int64_t>(w.Bp, MIUE_CHUNK);
     take(w.hi, w.Bp * w.Dp);
-    take(w.lo, w.Bp * w.Dp);
+    if (split) take(w.lo, w.Bp * w.Dp);
     take(w.inverse, w.Bp), take(w.shift, w.Bp), take(w.top, w.spans * w.Bp);
     for (float** p : {&w.base, &w.own, &w.same, &w.other}) take(*p, w.Bp);
     take(w.P, w.spans * w.Bp), take(w.N, w.spans * w.Bp);
@@ -75,47 +71,35 @@ Work plan(int64_t B, int64_t D, bool want_grad, void* memory) {
 }
 
 // One warp per row.
+template <bool SPLIT>
 __global__ void pack_rows(const void* features, DType dtype, int64_t stride, Work w) {
     const int lane = threadIdx.x % 32;
     const int64_t i = blockIdx.x * int64_t{WARPS} + threadIdx.x / 32;
-    double squares = 0;
-    float largest = 0, poison = 0;  // poison: NaN if the row has an infinite or NaN feature, else 0
+    Norm norm;
     if (i < w.B) {
-        for (int64_t d = lane; d < w.D; d += 32) {
-            const float x = load(features, dtype, i * stride + d);
-            squares += static_cast<double>(x) * x;
-            largest = fmaxf(largest, fabsf(x));
-            poison += x * 0.f;
-        }
+        for (int64_t d = lane; d < w.D; d += 32) norm.add(load(features, dtype, i * stride + d));
     }
-    for (int lanes = 16; lanes > 0; lanes /= 2) largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, lanes));
-    const double norm = sqrt(warp_sum(squares));
-    poison = warp_sum(poison);
-    const double clamped = norm < MIN_NORM ? MIN_NORM : norm;
-    const float base = static_cast<float>(clamped);
-    const bool finite = base <= FLOAT_MAX;
-    const float scale = finite ? ldexpf(1.f, TOP_BIT - ilogbf(fmaxf(largest, MIN_NORM))) : 0.f;
+    norm.finish();
     for (int64_t d = lane; d < w.Dp; d += 32) {
-        const float x = i < w.B && d < w.D ? load(features, dtype, i * stride + d) * scale : 0.f;
-        const float hi = rintf(x);
-        w.hi[i * w.Dp + d] = half_bits(hi);
-        w.lo[i * w.Dp + d] = half_bits(x - hi);
+        const float x = i < w.B && d < w.D ? load(features, dtype, i * stride + d) * norm.scale : 0.f;
+        uint16_t hi, lo;
+        operand<SPLIT>(x, hi, lo);
+        w.hi[i * w.Dp + d] = hi;
+        if (SPLIT) w.lo[i * w.Dp + d] = lo;
     }
-    if (lane == 0) {
-        w.base[i] = base;
-        w.inverse[i] = finite ? 1 / (clamped * scale) : 1.0;
-        w.own[i] = !finite ? poison : norm < MIN_NORM ? static_cast<float>(norm / MIN_NORM) : 1.f;
-    }
+    if (lane == 0) w.base[i] = norm.base, w.inverse[i] = norm.inverse, w.own[i] = norm.own;
 }
 
 // acc + small = 64 x 64 products of packed rows i0.. and j0..; warp w has rows 16w..16w+15 in mma layout.
+template <bool SPLIT>
 __device__ __forceinline__ void products(const Work& w, int64_t i0, int64_t j0, float (&acc)[8][4], float (&small)[8][4]) {
-    alignas(16) __shared__ uint16_t stage[4][TILE][STRIDE];  // i hi, j hi, i lo, j lo
+    constexpr int PARTS = SPLIT ? 2 : 1;
+    alignas(16) __shared__ uint16_t stage[2 * PARTS][TILE][STRIDE];  // i hi, j hi, i lo, j lo
     const int lane = threadIdx.x % 32, row = threadIdx.x / 32 * 16 + lane / 4, t = lane % 4;
-    uint4 next[4][2];
+    uint4 next[2 * PARTS][2];
     auto fetch = [&](int64_t k0) {
 #pragma unroll
-        for (int part = 0; part < 4; ++part) {
+        for (int part = 0; part < 2 * PARTS; ++part) {
 #pragma unroll
             for (int u = 0; u < 2; ++u) {
                 const int unit = threadIdx.x + THREADS * u;
@@ -133,7 +117,7 @@ __device__ __forceinline__ void products(const Work& w, int64_t i0, int64_t j0, 
     for (int64_t k0 = 0; k0 < w.Dp; k0 += STEP) {
         __syncthreads();
 #pragma unroll
-        for (int part = 0; part < 4; ++part) {
+        for (int part = 0; part < 2 * PARTS; ++part) {
 #pragma unroll
             for (int u = 0; u < 2; ++u) {
                 const int unit = threadIdx.x + THREADS * u;
@@ -147,7 +131,7 @@ __device__ __forceinline__ void products(const Work& w, int64_t i0, int64_t j0, 
             uint32_t a[2][4], b[2][8][2];
             auto pair = [&](int part, int r, int c) { return *reinterpret_cast<const uint32_t*>(&stage[part][r][k + c + 2 * t]); };
 #pragma unroll
-            for (int part = 0; part < 2; ++part) {
+            for (int part = 0; part < PARTS; ++part) {
                 a[part][0] = pair(2 * part, row, 0), a[part][1] = pair(2 * part, row + 8, 0);
                 a[part][2] = pair(2 * part, row, 8), a[part][3] = pair(2 * part, row + 8, 8);
 #pragma unroll
@@ -156,26 +140,10 @@ __device__ __forceinline__ void products(const Work& w, int64_t i0, int64_t j0, 
                     b[part][n][1] = pair(2 * part + 1, 8 * n + lane / 4, 8);
                 }
             }
-            float whole[8][4] = {};
-            mma_row(whole, a[0], b[0]);
-            mma_row(small, a[0], b[1]);
-            mma_row(small, a[1], b[0]);
-            mma_row(small, a[1], b[1]);
-#pragma unroll
-            for (int n = 0; n < 8; ++n) {
-#pragma unroll
-                for (int c = 0; c < 4; ++c) acc[n][c] += whole[n][c];
-            }
+            add_products<SPLIT>(acc, small, a, b);
         }
     }
 }
-
-struct Row {
-    int64_t label;
-    double inverse, shift;
-    float own, same, other;
-    bool real;  // false on padding
-};
 
 __device__ __forceinline__ Row row_of(const Work& w, const int64_t* labels, int64_t i, bool coefficients) {
     if (i >= w.B) return Row{0, 0, 0, 0, 0, 0, false};
@@ -183,77 +151,29 @@ __device__ __forceinline__ Row row_of(const Work& w, const int64_t* labels, int6
     return Row{labels[i], w.inverse[i], w.shift[i], w.own[i], w.same[i], w.other[i], true};
 }
 
-// Small temperatures magnify the last bits of a cosine, hence double. The diagonal is known: ||z||^2.
-__device__ __forceinline__ double cosine(float whole, float small, const Row& a, const Row& b, bool self) {
-    return self ? static_cast<double>(a.own) * a.own : (static_cast<double>(whole) + small) * a.inverse * b.inverse;
-}
-
-__device__ __forceinline__ float exp_of(double difference, double inv_t) { return expf(static_cast<float>(difference * inv_t)); }
-
 // Block (x: row tile, y: span of column tiles). Sums of every row over the span.
+template <bool SPLIT>
 __global__ void row_sums(Work w, const int64_t* labels, double inv_t, bool negatives) {
     __shared__ Row columns[TILE];
-    const int lane = threadIdx.x % 32, t = lane % 4;
+    const int lane = threadIdx.x % 32;
     const int64_t i0 = blockIdx.x * int64_t{TILE}, first = i0 + threadIdx.x / 32 * 16 + lane / 4, tiles = w.Bp / TILE;
     const int64_t begin = tiles * blockIdx.y / w.spans, end = tiles * (blockIdx.y + 1) / w.spans;
     const Row rows[2] = {row_of(w, labels, first, false), row_of(w, labels, first + 8, false)};
-    float P[2] = {0, 0}, N[2] = {0, 0};
-    double top[2];
-    for (int r = 0; r < 2; ++r) top[r] = negatives ? -INFINITY : rows[r].own;
+    Sums sums(rows, negatives);
     for (int64_t tile = begin; tile < end; ++tile) {
         const int64_t j0 = tile * TILE;
         float acc[8][4], small[8][4];
         __syncthreads();
         if (threadIdx.x < TILE) columns[threadIdx.x] = row_of(w, labels, j0 + threadIdx.x, false);
         __syncthreads();
-        products(w, i0, j0, acc, small);
-#pragma unroll
-        for (int r = 0; r < 2; ++r) {
-            const int64_t i = first + 8 * r;
-            double best = top[r];
-            if (negatives) {
-#pragma unroll
-                for (int n = 0; n < 8; ++n) {
-#pragma unroll
-                    for (int c = 0; c < 2; ++c) {
-                        const int k = 8 * n + 2 * t + c;
-                        const bool other = columns[k].real && columns[k].label != rows[r].label;
-                        if (other) best = fmax(best, cosine(acc[n][2 * r + c], small[n][2 * r + c], rows[r], columns[k], i == j0 + k));
-                    }
-                }
-                if (best > top[r]) {
-                    N[r] *= exp_of(top[r] - best, inv_t);
-                    top[r] = best;
-                }
-            }
-#pragma unroll
-            for (int n = 0; n < 8; ++n) {
-#pragma unroll
-                for (int c = 0; c < 2; ++c) {
-                    const int k = 8 * n + 2 * t + c;
-                    const bool same = columns[k].label == rows[r].label;
-                    const double s = cosine(acc[n][2 * r + c], small[n][2 * r + c], rows[r], columns[k], i == j0 + k);
-                    const float e = exp_of(s - (same ? rows[r].own : top[r]), inv_t);
-                    if (columns[k].real && same) P[r] += e;
-                    if (columns[k].real && !same) N[r] += e;
-                }
-            }
-        }
+        products<SPLIT>(w, i0, j0, acc, small);
+        sums.add(acc, small, rows, columns, first, j0, inv_t, negatives);
     }
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {  // the four lanes of a row
-        double best = top[r];
-        best = fmax(best, __shfl_xor_sync(0xffffffffu, best, 1));
-        best = fmax(best, __shfl_xor_sync(0xffffffffu, best, 2));
-        if (best > top[r]) N[r] *= exp_of(top[r] - best, inv_t);
-#pragma unroll
-        for (int lanes = 1; lanes < 4; lanes *= 2) {
-            P[r] += __shfl_xor_sync(0xffffffffu, P[r], lanes);
-            N[r] += __shfl_xor_sync(0xffffffffu, N[r], lanes);
-        }
-        if (t == 0) {
+    sums.finish(inv_t);
+    if (lane % 4 == 0) {
+        for (int r = 0; r < 2; ++r) {
             const int64_t at = blockIdx.y * w.Bp + first + 8 * r;
-            w.P[at] = P[r], w.N[at] = N[r], w.top[at] = best;
+            w.P[at] = sums.P[r], w.N[at] = sums.N[r], w.top[at] = sums.top[r];
         }
     }
 }
@@ -270,74 +190,44 @@ __global__ void finish_rows(Work w, double inv_t, bool negatives, float* loss) {
             P += w.P[k * w.Bp + i];
             N += w.N[k * w.Bp + i] * (negatives && part < top ? exp_of(part - top, inv_t) : 1.f);
         }
-        if (negatives) {
-            total += static_cast<double>(logf(N)) - logf(P) + (top - own) * inv_t;
-            w.same[i] = -1 / P, w.other[i] = 1 / N, w.shift[i] = top;
-        } else {
-            total += log1pf(N / P);
-            w.same[i] = -N / (P * (P + N)), w.other[i] = 1 / (P + N), w.shift[i] = own;
-        }
+        total += coefficients(P, N, top, own, inv_t, negatives, w.same[i], w.other[i], w.shift[i]);
     }
     total = block_sum(total);
     if (threadIdx.x == 0) *loss = static_cast<float>(total / w.B);
 }
 
 // Block (x: column tile, y: row tile) of the square whose corner is (row0, column0).
+template <bool SPLIT>
 __global__ void weights(Work w, const int64_t* labels, double inv_t, int64_t row0, int64_t column0) {
     __shared__ Row columns[TILE];
-    const int lane = threadIdx.x % 32, t = lane % 4, local = blockIdx.y * TILE + threadIdx.x / 32 * 16 + lane / 4;
+    const int lane = threadIdx.x % 32, local = blockIdx.y * TILE + threadIdx.x / 32 * 16 + lane / 4;
     const int64_t j0 = column0 + blockIdx.x * TILE;
     if (threadIdx.x < TILE) columns[threadIdx.x] = row_of(w, labels, j0 + threadIdx.x, true);
     __syncthreads();
     float acc[8][4], small[8][4];
-    products(w, row0 + blockIdx.y * TILE, j0, acc, small);
+    products<SPLIT>(w, row0 + blockIdx.y * TILE, j0, acc, small);
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
         const int64_t i = row0 + local + 8 * r;
-        const Row row = row_of(w, labels, i, true);
-        float largest = 0;
+        uint32_t hi[8], lo[8];
+        float scale;
+        pair_weights(acc, small, row_of(w, labels, i, true), columns, r, i, j0, inv_t, hi, lo, scale);
 #pragma unroll
         for (int n = 0; n < 8; ++n) {
-#pragma unroll
-            for (int c = 0; c < 2; ++c) {
-                const Row& column = columns[8 * n + 2 * t + c];
-                const bool self = i == j0 + 8 * n + 2 * t + c, same = row.label == column.label;
-                float& x = acc[n][2 * r + c];
-                const double s = cosine(x, small[n][2 * r + c], row, column, self);
-                const double mine = same ? row.own : row.shift, theirs = same ? column.own : column.shift;
-                const float e = exp_of(s - mine, inv_t), f = mine == theirs ? e : exp_of(s - theirs, inv_t);
-                x = (same ? row.same : row.other) * e + (same ? column.same : column.other) * f;
-                x *= static_cast<float>(column.inverse);
-                // A multiple of a unit z_i is removed by the projection: leaving it out saves its rounding.
-                if (!row.real || !column.real || (self && row.own == 1.f)) x = 0;
-                largest = fmaxf(largest, fabsf(x));
-            }
+            const int64_t at = (local + 8 * r) * w.chunk + blockIdx.x * TILE + 8 * n + 2 * (lane % 4);
+            *reinterpret_cast<uint32_t*>(w.w_hi + at) = hi[n];
+            *reinterpret_cast<uint32_t*>(w.w_lo + at) = lo[n];
         }
-        largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, 1));
-        largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, 2));
-        const int up = largest > 0 && largest <= FLOAT_MAX ? min(13 - ilogbf(largest), 120) : 0;
-#pragma unroll
-        for (int n = 0; n < 8; ++n) {
-            uint32_t hi = 0, lo = 0;
-#pragma unroll
-            for (int c = 0; c < 2; ++c) {
-                const float x = ldexpf(acc[n][2 * r + c], up);
-                const uint16_t bits = half_bits(x);
-                hi |= static_cast<uint32_t>(bits) << (16 * c);
-                lo |= static_cast<uint32_t>(half_bits(x - half_value(bits))) << (16 * c);
-            }
-            const int64_t at = (local + 8 * r) * w.chunk + blockIdx.x * TILE + 8 * n + 2 * t;
-            *reinterpret_cast<uint32_t*>(w.w_hi + at) = hi;
-            *reinterpret_cast<uint32_t*>(w.w_lo + at) = lo;
-        }
-        if (t == 0) w.w_scale[(local + 8 * r) * (w.chunk / TILE) + blockIdx.x] = ldexpf(1.f, -up);
+        if (lane % 4 == 0) w.w_scale[(local + 8 * r) * (w.chunk / TILE) + blockIdx.x] = scale;
     }
 }
 
 // Block (x: 64 features, y: row tile): G [64, 64] (+)= W [64, columns] q [columns, 64].
+template <bool SPLIT>
 __global__ void gradient(Work w, int64_t column0, int64_t columns, bool add) {
     alignas(16) __shared__ uint16_t w_stage[2][TILE][STRIDE];      // hi, lo
-    alignas(16) __shared__ uint16_t q_stage[2][STEP][WIDE];
+    constexpr int PARTS = SPLIT ? 2 : 1;
+    alignas(16) __shared__ uint16_t q_stage[PARTS][STEP][WIDE];
     const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, row = threadIdx.x / 32 * 16 + g;
     const int64_t i0 = blockIdx.y * int64_t{TILE}, d0 = blockIdx.x * int64_t{TILE};
     float acc[8][4];
@@ -348,7 +238,7 @@ __global__ void gradient(Work w, int64_t column0, int64_t columns, bool add) {
             acc[n][c] = add ? w.G[(i0 + row + c / 2 * 8) * w.Dp + d0 + 8 * n + 2 * t + c % 2] : 0.f;
         }
     }
-    uint4 w_next[2][2], q_next[2][2];
+    uint4 w_next[2][2], q_next[PARTS][2];
     auto fetch = [&](int64_t k0) {
 #pragma unroll
         for (int u = 0; u < 2; ++u) {
@@ -357,7 +247,7 @@ __global__ void gradient(Work w, int64_t column0, int64_t columns, bool add) {
             w_next[0][u] = *reinterpret_cast<const uint4*>(w.w_hi + from);
             w_next[1][u] = *reinterpret_cast<const uint4*>(w.w_lo + from);
 #pragma unroll
-            for (int part = 0; part < 2; ++part) {
+            for (int part = 0; part < PARTS; ++part) {
                 const int64_t at = (column0 + k0 + unit / 8) * w.Dp + d0 + unit % 8 * 8;
                 q_next[part][u] = *reinterpret_cast<const uint4*>((part ? w.lo : w.hi) + at);
             }
@@ -372,7 +262,7 @@ __global__ void gradient(Work w, int64_t column0, int64_t columns, bool add) {
 #pragma unroll
             for (int part = 0; part < 2; ++part) *reinterpret_cast<uint4*>(&w_stage[part][unit / 4][unit % 4 * 8]) = w_next[part][u];
 #pragma unroll
-            for (int part = 0; part < 2; ++part) *reinterpret_cast<uint4*>(&q_stage[part][unit / 8][unit % 8 * 8]) = q_next[part][u];
+            for (int part = 0; part < PARTS; ++part) *reinterpret_cast<uint4*>(&q_stage[part][unit / 8][unit % 8 * 8]) = q_next[part][u];
         }
         __syncthreads();
         if (k0 + STEP < columns) fetch(k0 + STEP);
@@ -380,7 +270,7 @@ __global__ void gradient(Work w, int64_t column0, int64_t columns, bool add) {
         const float scale[2] = {w.w_scale[(i0 + row) * (w.chunk / TILE) + scales], w.w_scale[(i0 + row + 8) * (w.chunk / TILE) + scales]};
 #pragma unroll
         for (int k = 0; k < STEP; k += 16) {
-            uint32_t a[2][4], b[2][8][2];
+            uint32_t a[2][4], b[PARTS][8][2];
 #pragma unroll
             for (int part = 0; part < 2; ++part) {
 #pragma unroll
@@ -389,7 +279,7 @@ __global__ void gradient(Work w, int64_t column0, int64_t columns, bool add) {
                 }
             }
 #pragma unroll
-            for (int part = 0; part < 2; ++part) {
+            for (int part = 0; part < PARTS; ++part) {
 #pragma unroll
                 for (int n = 0; n < 8; ++n) {
 #pragma unroll
@@ -401,7 +291,7 @@ __global__ void gradient(Work w, int64_t column0, int64_t columns, bool add) {
             }
             float sum[8][4] = {};
             mma_row(sum, a[1], b[0]);
-            mma_row(sum, a[0], b[1]);
+            if (SPLIT) mma_row(sum, a[0], b[PARTS - 1]);
             mma_row(sum, a[0], b[0]);
 #pragma unroll
             for (int n = 0; n < 8; ++n) {
@@ -432,18 +322,12 @@ __global__ void project(Work w, const void* features, DType dtype, int64_t strid
     }
 }
 
-}  // namespace
-
-int64_t nt_xent_workspace_cuda(int64_t B, int64_t D, DType, bool want_grad) {
-    return plan(B, D, want_grad, nullptr).bytes;
-}
-
-void nt_xent_cuda(const NtXentArgs& a, void* stream) {
-    require_dtype("nt_xent", "features", a.dtype, is_feature(a.dtype));
-    const Work w = plan(a.B, a.D, a.grad != nullptr, a.workspace);
+template <bool SPLIT>
+void several(const NtXentArgs& a, void* stream) {
+    const Work w = plan(a.B, a.D, SPLIT, a.grad != nullptr, a.workspace);
     const double inv_t = 1 / a.temperature;
-    launch("pack_rows", pack_rows, w.Bp / WARPS, 1, stream, a.features, a.dtype, a.row_stride, w);
-    launch("row_sums", row_sums, w.Bp / TILE, w.spans, stream, w, a.labels, inv_t, a.negatives);
+    launch("pack_rows", pack_rows<SPLIT>, w.Bp / WARPS, 1, stream, a.features, a.dtype, a.row_stride, w);
+    launch("row_sums", row_sums<SPLIT>, w.Bp / TILE, w.spans, stream, w, a.labels, inv_t, a.negatives);
     launch("finish_rows", finish_rows, 1, 1, stream, w, inv_t, a.negatives, static_cast<float*>(a.loss));
     if (!a.grad || a.D == 0) return;
     const float scale = static_cast<float>(1 / (static_cast<double>(a.B) * a.temperature));
@@ -451,12 +335,28 @@ void nt_xent_cuda(const NtXentArgs& a, void* stream) {
         const int64_t rows = std::min(w.chunk, w.Bp - row0);
         for (int64_t column0 = 0; column0 < w.Bp; column0 += w.chunk) {
             const int64_t columns = std::min(w.chunk, w.Bp - column0);
-            launch("weights", weights, columns / TILE, rows / TILE, stream, w, a.labels, inv_t, row0, column0);
-            launch("gradient", gradient, w.Dp / TILE, rows / TILE, stream, w, column0, columns, column0 > 0);
+            launch("weights", weights<SPLIT>, columns / TILE, rows / TILE, stream, w, a.labels, inv_t, row0, column0);
+            launch("gradient", gradient<SPLIT>, w.Dp / TILE, rows / TILE, stream, w, column0, columns, column0 > 0);
         }
         launch("project", project, rows / WARPS, 1, stream, w, a.features, a.dtype, a.row_stride, row0, scale,
                static_cast<float*>(a.grad));
     }
+}
+
+std::atomic<bool> one_launch{true};
+
+}  // namespace
+
+void nt_xent_one_launch(bool enabled) { one_launch = enabled; }
+
+int64_t nt_xent_workspace_cuda(int64_t B, int64_t D, DType dtype, bool want_grad) {
+    return std::max(plan(B, D, dtype == DType::f32, want_grad, nullptr).bytes, nt_xent_small_workspace(B, D, dtype));
+}
+
+void nt_xent_cuda(const NtXentArgs& a, void* stream) {
+    require_dtype("nt_xent", "features", a.dtype, is_feature(a.dtype));
+    if (one_launch && nt_xent_small_takes(a.B, a.D, a.dtype)) return nt_xent_small(a, stream);
+    a.dtype == DType::f32 ? several<true>(a, stream) : several<false>(a, stream);
 }
 
 }  // namespace miue

@@ -1,5 +1,6 @@
-// Host twin of mma.sync.m16n8k16 (fp16 in, fp32 out), from the fragment tables of the PTX ISA, independent of csrc/cuda/mma.cuh.
-// It is as inexact as tensor cores are: products are exact, then eight of them and the accumulator are cut (not rounded) to one bit
+// Host twins of mma.sync.m16n8k16 (fp16 in, fp32 out) and ldmatrix.x4, from the fragment tables of the PTX ISA, independent of
+// csrc/cuda/mma.cuh.
+// The product is as inexact as tensor cores are: products are exact, then eight of them and the accumulator are cut (not rounded) to one bit
 // below the last bit of the largest, and the sum is cut to fp32.
 #pragma once
 
@@ -60,6 +61,21 @@ void mma_row(float (&d)[N][4], const uint32_t (&a)[4], const uint32_t (&b)[N][2]
             for (int k = 0; k < 16; ++k) terms[k] = B[k][column];
             d[n][i] = sum_like_tensor_cores(A[row], terms, d[n][i]);
         }
+    }
+}
+
+// Thread T gets row T / 4 of matrix m, elements 2 (T % 4) and 2 (T % 4) + 1; transposed: the same of the transposed matrix.
+template <bool TRANSPOSED>
+void ldmatrix(uint32_t (&r)[4], const uint16_t* row) {
+    const auto& rows = exchange(row);
+    const int lane = threadIdx.x % 32;
+    for (int m = 0; m < 4; ++m) {
+        uint16_t pair[2];
+        for (int e = 0; e < 2; ++e) {
+            const int major = lane >> 2, minor = (lane & 3) * 2 + e;
+            pair[e] = TRANSPOSED ? rows[8 * m + minor][major] : rows[8 * m + major][minor];
+        }
+        r[m] = pair[0] | static_cast<uint32_t>(pair[1]) << 16;
     }
 }
 

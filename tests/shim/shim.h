@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <atomic>
 #include <barrier>
+#include <bit>
 #include <climits>
 #include <cmath>
 #include <cstdint>
@@ -40,6 +41,7 @@ struct alignas(16) uint4 { unsigned x, y, z, w; };
 struct alignas(16) float4 { float x, y, z, w; };
 inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
 inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
+inline float __uint_as_float(unsigned bits) { return std::bit_cast<float>(bits); }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 
 using cudaStream_t = void*;
@@ -88,6 +90,7 @@ struct Block {
 
 constinit inline thread_local Block* block = nullptr;
 constinit inline thread_local unsigned generation = 0;
+constinit inline thread_local char* dynamic = nullptr;  // shared memory whose size the launch gives
 
 // Every lane gives `mine` and gets the 32 values of its warp.
 template <class T>
@@ -100,8 +103,9 @@ const T (&exchange(const T& mine))[32] {
     return *reinterpret_cast<const T(*)[32]>(all);
 }
 
+// work() on each thread of a block, which goes through the blocks by itself.
 template <class F>
-void launch(dim3 grid, int threads, F kernel) {
+void block_of_threads(dim3 grid, int threads, F work) {
     Block shared(threads);
     std::vector<std::jthread> pool;
     for (int k = 0; k < threads; ++k) {
@@ -110,15 +114,49 @@ void launch(dim3 grid, int threads, F kernel) {
             gridDim = grid;
             blockDim = dim3(threads);
             threadIdx = {static_cast<unsigned>(k), 0, 0};
-            for (unsigned y = 0; y < grid.y; ++y) {
-                for (unsigned x = 0; x < grid.x; ++x) {
-                    blockIdx = {x, y, 0};
-                    kernel();
-                    shared.gate.arrive_and_wait();
-                }
-            }
+            work();
         });
     }
+}
+
+template <class F>
+void launch(dim3 grid, int threads, F kernel) {
+    block_of_threads(grid, threads, [&] {
+        for (unsigned y = 0; y < grid.y; ++y) {
+            for (unsigned x = 0; x < grid.x; ++x) {
+                blockIdx = {x, y, 0};
+                kernel();
+                block->gate.arrive_and_wait();
+            }
+        }
+    });
+}
+
+// A grid that meets between its three phases: each phase goes through all blocks, forwards at one launch and backwards at the next, so that
+// a block that needs what another one makes in the same phase gives other results from launch to launch.
+template <class State, class Args>
+void launch_cooperative(dim3 grid, int threads, size_t bytes, const Args& args) {
+    static std::atomic<unsigned> launches{0};
+    const bool backwards = launches++ % 2;
+    const unsigned blocks = grid.x * grid.y;
+    struct alignas(1024) Kilobyte { char bytes[1024]; };
+    std::vector<std::vector<Kilobyte>> memory(blocks, std::vector<Kilobyte>((bytes + 1023) / 1024));
+    for (auto& one : memory) std::memset(one.data(), 0xff, one.size() * 1024);
+    block_of_threads(grid, threads, [&] {
+        std::vector<State> states(blocks);
+        const auto phase = [&](auto number) {
+            for (unsigned k = 0; k < blocks; ++k) {
+                const unsigned at = backwards ? blocks - 1 - k : k;
+                blockIdx = {at % grid.x, at / grid.x, 0};
+                dynamic = memory[at].data()->bytes;
+                states[at].run(number, args);
+                block->gate.arrive_and_wait();
+            }
+        };
+        phase(std::integral_constant<int, 0>{});
+        phase(std::integral_constant<int, 1>{});
+        phase(std::integral_constant<int, 2>{});
+    });
 }
 
 }  // namespace shim
