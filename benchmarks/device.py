@@ -137,8 +137,9 @@ def parity_of(case, emit):
                 if op.exact:
                     _support.assert_same_bits(_support.run(op, impl.fn, args), _support.run(op, op.reference.fn, args))
                 else:
-                    for fn in (impl.fn, *measure.others(op, impl).values()):
-                        _support.checker(op)(op, args, [replace(impl, fn=fn)])
+                    _support.checker(op)(op, args, [impl])
+                    for form in measure.forms(op, impl):
+                        _support.check_losses(op, args, [replace(impl, fn=form.fn)], form.weights)
         except (RuntimeError, AssertionError) as error:  # BackendError and launch failures among them
             emit({"samples": count, "outcome": f"failed: sample {count + 1}: {measure.first_line(error)}"})
             return

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from baselines import eager, other, strong
 
-from miue_fast import _environment, _native
+from miue_fast import _environment, _native, _triton
 from miue_fast._registry import OPS
 from miue_fast.reference.conv_epilogue import unpack
 
@@ -27,7 +27,6 @@ SAMPLE = 1e-3  # seconds: faster calls are timed several at once
 GPU = "cuda"  # where the stages of device.py put their tensors; tests run them on "cpu"
 LATE = "left out: the time of its stage was over"
 ORACLE_ROWS = 128  # op.truth is B x B x D for some ops; larger batches use the float64 reference, itself checked on so many rows
-ONE_LAUNCH = 512  # rows that CUDA C++'s nt_xent takes in one
 
 
 class WrongResult(RuntimeError):
@@ -45,8 +44,18 @@ class Candidate:
     oracle: Callable | None = None  # of what computes another function
 
 
-def others(op, impl):
-    """{name: fn} of what an implementation has beside the kernel that a call takes: nt_xent of a small batch as a large one takes it."""
+@dataclass(frozen=True)
+class Form:
+    """Another kernel of an implementation than the one that a call of this size takes."""
+
+    name: str
+    fn: Callable
+    rows: int  # up to which a call takes the other one
+    weights: float = 0.0  # relative rounding of the gradient's weights, see tests/_support.py
+
+
+def forms(op, impl):
+    """nt_xent of a small batch as a large one takes it."""
 
     def several_launches(*args):
         _native.set_one_launch(False)
@@ -55,7 +64,18 @@ def others(op, impl):
         finally:
             _native.set_one_launch(True)
 
-    return {"cuda, several launches": several_launches} if (op.name, impl.backend) == ("nt_xent", "cuda") else {}
+    def as_large(*args):
+        before = _triton.set_stored_rows(0)
+        try:
+            return impl.fn(*args)
+        finally:
+            _triton.set_stored_rows(before)
+
+    found = {
+        "cuda": Form("cuda, several launches", several_launches, 512),
+        "triton": Form("triton, as a large batch", as_large, 2048, 2**-11),
+    }
+    return [found[impl.backend]] if op.name == "nt_xent" and impl.backend in found else []
 
 
 def candidates(workload, device, args, quick):
@@ -69,8 +89,9 @@ def candidates(workload, device, args, quick):
         if impl.backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1":
             reason = "runs in Triton's interpreter, whose time says nothing"
         yield Candidate(impl.backend, "reference" if impl is op.reference else "ours", impl.fn, reason)
-        for name, fn in others(op, impl).items() if device == "cuda" and workload.batch <= ONE_LAUNCH else ():
-            yield Candidate(name, "candidate", fn, reason)
+        for form in forms(op, impl) if device == "cuda" else ():
+            if workload.batch <= form.rows:
+                yield Candidate(form.name, "candidate", form.fn, reason)
     baselines = [("eager", "eager", getattr(eager, workload.op))]
     baselines += [(name, "strong", fn) for name, fn in strong.PATHS[workload.op].items()]
     for name, role, fn in baselines:

@@ -44,7 +44,7 @@ def exercise(op, backend, device):
             continue
         found = sorted((args for args in OPS[op].samples(device, dtype) if elements(args) <= LIMIT), key=elements, reverse=True)
         for args in found[:: -(-len(found) // SAMPLES) or 1]:
-            for fn in (impl.fn, *measure.others(OPS[op], impl).values()):
+            for fn in (impl.fn, *(form.fn for form in measure.forms(OPS[op], impl))):
                 measure.results(OPS[op], fn, args)
             count += 1
     if device == "cuda":

@@ -12,6 +12,7 @@ from unittest import mock
 import torch
 import triton
 from miue_fast.kernels.triton import (
+    _common,
     class_covariance,
     conv_epilogue,
     convolution,
@@ -78,11 +79,12 @@ def recorded(*calls):
 
 
 def launches():
-    """{capability: launches}; convolutions take other tiles where there is no TMA."""
-    same = recorded(losses, statistics, pointwise)
-    found = {90: same | recorded(convolutions, convolutions_in_fp8)}
-    with mock.patch.object(convolution, "_large", lambda like: False):
-        return found | {80: same | recorded(convolutions)}
+    """{capability: launches}; large blocks take other tiles and kernels."""
+    same = recorded(statistics, pointwise)
+    found = {90: same | recorded(losses, convolutions, convolutions_in_fp8)}
+    older = {"capability": lambda tensor: (8, 0)}
+    with mock.patch.multiple(_common, **older), mock.patch.multiple(nt_xent, **older):
+        return found | {80: same | recorded(losses, convolutions)}
 
 
 def losses():
@@ -92,6 +94,9 @@ def losses():
             nt_xent.nt_xent(features, labels, 0.1, "all", True)
             if dtype != torch.float16:
                 nt_xent.nt_xent(features, labels, 0.1, "negatives", True)
+        for width in (40, 100, 200, 512, 600):  # every width of the resident form, and one that is not
+            features = torch.zeros(nt_xent.STORED_ROWS + 192, width, dtype=dtype)
+            nt_xent.nt_xent(features, torch.arange(len(features)) % 10, 0.1, "all", True)
         nt_xent.nt_xent(features[:, ::2], labels, 0.1, "all", False)
         for width in (70, 512, 2048, 2304):
             intra_class_distance.intra_class_distance(torch.zeros(48, width, dtype=dtype), torch.arange(48) % 3, True, True)

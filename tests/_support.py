@@ -121,11 +121,12 @@ def oracle(op, args):
     return (loss, grad) if loss.isfinite() else op.reference.fn(*exact)
 
 
-def conditioning(args):
+def conditioning(args, weights=0.0):
     """What four roundings of every cosine do to nt_xent and its gradient: (loss, grad, grad weighted by the row norms).
 
     To first order: with A = d loss / d logits, the loss moves by sum |A| / t, and row i of the gradient with respect to the unit
     rows, a sum over A_ij + A_ji, by (1 + 1/t) of its absolute terms. The distance term takes direct differences: no allowance.
+    weights: a relative rounding of each A_ij + A_ji, where an implementation stores them.
     """
     features, labels, temperature = args[:3]
     denominator, norms = next(a for a in args if isinstance(a, str)), row_norms(features)
@@ -137,7 +138,7 @@ def conditioning(args):
     a = torch.autograd.grad(sum(terms).mean(), logits)[0].abs()
     # "negatives" subtracts two logarithms; "all" is log1p(N / P), which does not cancel.
     size = max(term.abs().max() for term in terms) if denominator == "negatives" else 0.0
-    change = rounding * (1 + 1 / temperature) / temperature * (a.sum(1) + a.sum(0))[:, None]
+    change = (rounding * (1 + 1 / temperature) + weights) / temperature * (a.sum(1) + a.sum(0))[:, None]
     return rounding * (size + a.sum() / temperature), (change / norms).max(), change.max()
 
 
@@ -147,15 +148,15 @@ def sure(truth, dtype):
     return ~((truth.abs().double() / limits.max - 1).abs() <= 4 * limits.eps)
 
 
-def check_losses(op, args, impls):
-    """Every implementation against the float64 oracle; returns (plain, truth)."""
+def check_losses(op, args, impls, weights=0.0):
+    """Every implementation against the float64 oracle; returns (plain, truth). weights: see `conditioning`."""
     truth, plain = oracle(op, args), op.reference.fn(*args)
     for p, t in zip(plain, truth):
         fits = t.abs() <= torch.finfo(p.dtype).max
         assert torch.equal(p.isfinite() | ~sure(t, p.dtype), fits | ~sure(t, p.dtype)), (
             "the reference has NaN or Inf where the oracle has a number"
         )
-    moved = conditioning(args) if impls and op.name != "intra_class_distance" and len(args[0]) else (0.0, 0.0, 0.0)
+    moved = conditioning(args, weights) if impls and op.name != "intra_class_distance" and len(args[0]) else (0.0, 0.0, 0.0)
     for impl in impls:
         got = run(op, impl.fn, args)
         assert_close(got[0], plain[0], truth[0], moved[0])

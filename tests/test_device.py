@@ -62,8 +62,22 @@ def test_without_a_gpu(tmp_path, quick):
 
 def test_both_ways_of_a_small_batch_are_rows():
     rows = device.blanks("loss", False, "no CUDA device")
-    assert {row["workload"] for row in rows if row["implementation"] == "cuda, several launches"} == {
-        "nt_xent B=512 D=512 bfloat16", "nt_xent B=512 D=512"}  # fmt: skip
+    for name, batches in (("cuda, several launches", (512,)), ("triton, as a large batch", (512, 2048))):
+        wanted = {f"nt_xent B={batch} D=512{dtype}" for batch in batches for dtype in (" bfloat16", "")}
+        assert {row["workload"] for row in rows if row["implementation"] == name} == wanted
+
+
+def test_the_other_forms_pass_the_checks():
+    """In Triton's interpreter, as the parity stage and compute-sanitizer run them."""
+    pytest.importorskip("triton")
+    code = (
+        "import device, measure; from device import OPS; op = OPS['nt_xent'];"
+        "print(*[form.name for impl in op.impls for form in measure.forms(op, impl)]); measure.GPU = 'cpu';"
+        "device.parity_of({'op': 'nt_xent', 'implementation': 'triton', 'dtype': 'float16'}, print)"
+    )
+    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(BENCHMARKS)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert "triton, as a large batch" in done.stdout and "'outcome': 'right'" in done.stdout, done.stdout + done.stderr
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here: run benchmarks/device.py itself")

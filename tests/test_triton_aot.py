@@ -30,7 +30,16 @@ import aot_report
 SHARED = {80: 163 * 1024, 90: 227 * 1024}  # bytes one block may have
 TENSOR_CORE = {80: "HMMA", 90: "HGMMA", "fp8": "QGMMA"}
 EXACT = (projected_step.__name__, perturbed_input.__name__, conv_epilogue.__name__)
-PRODUCTS = ("_sums_kernel", "_gradient_kernel", "_convolution_kernel", "_stem_kernel", "_input_grad_kernel", "_stem_grad_kernel")
+PRODUCTS = (
+    "_sums_kernel",
+    "_gradient_kernel",
+    "_resident_sums_kernel",
+    "_resident_gradient_kernel",
+    "_convolution_kernel",
+    "_stem_kernel",
+    "_input_grad_kernel",
+    "_stem_grad_kernel",
+)
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +80,7 @@ def test_compiles_without_spills(launches, capability, tmp_path, monkeypatch):
 
 
 def test_e4m3_is_refused_before_it_exists(monkeypatch):
-    monkeypatch.setattr(convolution, "_capability", lambda tensor: (8, 0))
+    monkeypatch.setattr(convolution, "capability", lambda tensor: (8, 0))
     with pytest.raises(RuntimeError, match=r"^conv_forward: e4m3 products need compute capability 8\.9 or later, this GPU has 8\.0$"):
         convolutions_in_fp8()
 
@@ -87,8 +96,12 @@ def test_every_configuration_is_compiled(launches):
 
     every = [launch for of_one in launches.values() for launch in of_one.values()]
     tiles = ("BM", "BN", "BK", "BD", "num_warps", "num_stages")
-    for kernel, table in (("_sums_kernel", nt_xent.SUMS), ("_gradient_kernel", nt_xent.GRADIENT)):
-        assert all(config in list(chosen(kernel, *tiles)) for config in table.values()), kernel
+    tables = {"_sums_kernel": nt_xent.SUMS, "_gradient_kernel": nt_xent.GRADIENT}
+    tables |= {"_resident_sums_kernel": nt_xent.RESIDENT_SUMS, "_resident_gradient_kernel": nt_xent.RESIDENT_GRADIENT}
+    for kernel, table in tables.items():
+        more = () if isinstance(next(iter(table)), tuple) else ("WIDTH",)
+        wanted = [config | dict.fromkeys(more, width) for width, config in table.items()]
+        assert all(config in list(chosen(kernel, *tiles, *more)) for config in wanted), kernel
     for grad in (False, True):
         wanted = [{**tile, "GRAD": grad} for tile in intra_class_distance.TILES]
         assert all(config in list(chosen("_pairs_kernel", *wanted[0])) for config in wanted)

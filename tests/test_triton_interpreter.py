@@ -74,12 +74,24 @@ else:
 
     @HALF_AND_SINGLE
     @pytest.mark.parametrize("programs", [1, 256], ids=["one-split", "many-splits"])
-    @pytest.mark.parametrize("rows", [0, 2048], ids=["recomputed", "stored"])
-    def test_interpreted_forms_of_nt_xent(rows, programs, dtype, monkeypatch):
-        monkeypatch.setattr(nt_xent, "STORED_ROWS", rows)
+    @pytest.mark.parametrize("form", ["stored", "recomputed", "resident"])
+    def test_interpreted_forms_of_nt_xent(form, programs, dtype, monkeypatch):
+        """The resident form rounds its weights to fp16, half a unit in the last of 11 bits; the others keep 22."""
+        if form == "resident" and dtype == torch.float32:
+            pytest.skip("for half precision")
+        monkeypatch.setattr(nt_xent, "STORED_ROWS", 2048 if form == "stored" else 0)
+        monkeypatch.setattr(nt_xent, "capability", lambda tensor: (9, 0) if form == "resident" else (8, 0))
         monkeypatch.setattr(nt_xent, "PROGRAMS", programs)
+        monkeypatch.setattr(nt_xent, "RESIDENT_PROGRAMS", programs)
         for width, denominator in ((70, "all"), (130, "negatives")):
-            check_losses(OPS["nt_xent"], (*make(150, width, 3, dtype), 0.1, denominator, True), [triton_impl("nt_xent")])
+            args = *make(150, width, 3, dtype), 0.1, denominator, True
+            check_losses(OPS["nt_xent"], args, [triton_impl("nt_xent")], 2**-11 if form == "resident" else 0.0)
+
+    def test_interpreted_resident_form_of_the_samples(monkeypatch):
+        """Every sample of the op: zero rows, lone members, tight clusters, low temperatures."""
+        monkeypatch.setattr(nt_xent, "STORED_ROWS", 0)
+        for args in OPS["nt_xent"].samples("cpu", torch.float16):
+            check_losses(OPS["nt_xent"], args, [triton_impl("nt_xent")], 2**-11)
 
     @HALF_AND_SINGLE
     def test_interpreted_wide_rows(dtype):

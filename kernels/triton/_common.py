@@ -12,6 +12,16 @@ def on_device_of(tensor):
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
+def capability(tensor):
+    """Of the GPU; the interpreter stands in for a Hopper."""
+    return torch.cuda.get_device_capability(tensor.device) if tensor.is_cuda else (9, 0)
+
+
+def large_blocks(tensor):
+    """Whether the GPU has wgmma or its successor, TMA and 227 KB of shared memory for a block: sm_90, sm_100, sm_103."""
+    return capability(tensor)[0] in (9, 10)
+
+
 @triton.jit
 def log(x):
     """ln(x) of 0 and of normal x > 0 to about one ulp; the hardware's lg2 has only an absolute error bound near 1."""

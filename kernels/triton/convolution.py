@@ -14,7 +14,7 @@ from functools import lru_cache
 import torch
 import triton
 import triton.language as tl
-from miue_fast.kernels.triton._common import on_device_of
+from miue_fast.kernels.triton._common import capability, large_blocks, on_device_of
 from miue_fast.kernels.triton._store import load_image, store_row
 from miue_fast.kernels.triton.conv_epilogue import as_words, from_words, mask_bytes, to_words
 from miue_fast.kernels.triton.projected_step import move, projected_step_
@@ -253,8 +253,8 @@ def _check(op, weight, size, stride, padding, dilation, groups):
     )  # fmt: skip
     if weight.dtype == FP8:
         supported = supported and k % 32 == c % 32 == 0  # wgmma reduces 32 of them at a time
-        if (capability := _capability(weight)) < (8, 9):
-            raise RuntimeError(f"{op}: e4m3 products need compute capability 8.9 or later, this GPU has {capability[0]}.{capability[1]}")
+        if (has := capability(weight)) < (8, 9):
+            raise RuntimeError(f"{op}: e4m3 products need compute capability 8.9 or later, this GPU has {has[0]}.{has[1]}")
     if not supported:
         raise RuntimeError(
             f"{op}: no Triton kernel for {str(weight.dtype)[6:]} weights {list(weight.shape)} on {h}x{w}, stride {list(stride)}, "
@@ -262,14 +262,9 @@ def _check(op, weight, size, stride, padding, dilation, groups):
         )
 
 
-def _capability(tensor):
-    """Of the GPU; the interpreter stands in for a Hopper."""
-    return torch.cuda.get_device_capability(tensor.device) if tensor.is_cuda else (9, 0)
-
-
 def _large(tensor):
-    """Whether the large tiles serve: sm_90, sm_100, sm_103."""
-    return _capability(tensor)[0] in (9, 10) and tensor.dtype != torch.float32
+    """Whether the large tiles serve."""
+    return large_blocks(tensor) and tensor.dtype != torch.float32
 
 
 def _dividing(tile, reduction):

@@ -1,9 +1,14 @@
-"""NT-Xent value and gradient in four launches: unit rows, row sums over column tiles, coefficients and loss, gradient.
+"""NT-Xent value and gradient in four launches: unit rows, row sums over column tiles, coefficients and loss, gradient (two if resident).
 
 Rows are scaled by powers of two to norms in [2^12, 2^13) and held as fp16: exact for half-precision features, and as a sum
 hi + lo for fp32 features. Products of such operands are exact in fp32 accumulators, so similarities are as good as fp32 at the
 fp16 rate of the tensor cores. The gradient's weights are split into hi + lo in the same way.
-Below STORED_ROWS the similarities are kept (at most 16 MB, in L2); above, the gradient recomputes them tile by tile.
+Up to STORED_ROWS the similarities are kept (at most 16 MB, in L2); above, they are computed a second time for the gradient:
+* "resident", half-precision features of up to 512 columns on a Hopper (227 KB of shared memory, sums in registers): a program keeps its
+  rows in shared memory and reads every other row once, for its similarities and for the gradient, like the keys that are the values of an
+  attention. There is no room for two parts of the weights: they are rounded to fp16 (2^-11), and so are those in G . z, so that only what
+  is orthogonal to z sees the rounding.
+* "recomputed", all others: tile by tile, for each slab of the gradient's columns.
 """
 
 import math
@@ -11,7 +16,7 @@ import math
 import torch
 import triton
 import triton.language as tl
-from miue_fast.kernels.triton._common import log, log1p, on_device_of, power_of_two_over
+from miue_fast.kernels.triton._common import capability, log, log1p, on_device_of, power_of_two_over
 
 STORED_ROWS = 2048
 WIDTH = 64  # rows are padded to a multiple of it, so that no product needs a mask along K
@@ -29,6 +34,21 @@ GRADIENT = {
     ("recomputed", 1): {"BM": 64, "BN": 64, "BK": 32, "BD": 256, "num_warps": 8, "num_stages": 3},
     ("recomputed", 2): {"BM": 64, "BN": 32, "BK": 32, "BD": 128, "num_warps": 8, "num_stages": 3},
 }
+# By the width of the padded rows, which is a power of two here.
+RESIDENT_SUMS = {
+    512: {"BM": 128, "BN": 32, "num_warps": 8, "num_stages": 2},
+    256: {"BM": 128, "BN": 64, "num_warps": 8, "num_stages": 2},
+    128: {"BM": 128, "BN": 64, "num_warps": 8, "num_stages": 3},
+    64: {"BM": 128, "BN": 64, "num_warps": 8, "num_stages": 3},
+}
+RESIDENT_GRADIENT = {
+    512: {"BM": 64, "BN": 64, "num_warps": 8, "num_stages": 2},
+    256: {"BM": 64, "BN": 64, "num_warps": 4, "num_stages": 2},
+    128: {"BM": 128, "BN": 64, "num_warps": 8, "num_stages": 3},
+    64: {"BM": 128, "BN": 64, "num_warps": 8, "num_stages": 3},
+}
+RESIDENT_PROGRAMS = 128  # of a gradient: one for each multiprocessor; a constant, as below
+PROJECT = {"ROWS": 4, "BD": 128, "num_warps": 4}
 PROGRAMS = 256  # enough to fill any GPU; a constant, so that the order of the sums depends on the shape alone
 
 
@@ -95,6 +115,24 @@ def _exp(x, rate):
 
 
 @triton.jit
+def _add_pairs(same_sum, other_sum, top, s, row_own, row_labels, labels, columns, B, rate, NEGATIVES: tl.constexpr):
+    """P, N and N's shift with the pairs of one tile."""
+    live = (columns < B)[None, :]
+    same = row_labels[:, None] == tl.load(labels + columns, mask=columns < B, other=0)[None, :]
+    e = _exp(s - row_own[:, None], rate)
+    same_sum += tl.sum(tl.where(same & live, e, 0.0), 1)
+    other = live & ~same
+    if NEGATIVES:
+        highest = tl.maximum(top, tl.max(tl.where(other, s, float("-inf")), 1))
+        fading = tl.where(top == float("-inf"), 0.0, _exp(top - highest, rate))
+        e = _exp(s - highest[:, None], rate)
+        other_sum *= fading
+        top = highest
+    other_sum += tl.sum(tl.where(other, e, 0.0), 1)
+    return same_sum, other_sum, top
+
+
+@triton.jit
 def _sums_kernel(
     hi, lo, inverse, own, labels, similarity, same_sums, other_sums, tops, B, padded, width, rate, tiles,
     NEGATIVES: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
@@ -112,18 +150,34 @@ def _sums_kernel(
         s = _similarities(hi, lo, inverse, own, rows, columns, width, BM, BN, BK)
         if similarity is not None:
             tl.store(similarity + rows[:, None].to(tl.int64) * padded + columns[None, :], s)
-        live = (columns < B)[None, :]
-        same = row_labels[:, None] == tl.load(labels + columns, mask=columns < B, other=0)[None, :]
-        e = _exp(s - row_own[:, None], rate)
-        same_sum += tl.sum(tl.where(same & live, e, 0.0), 1)
-        other = live & ~same
-        if NEGATIVES:
-            highest = tl.maximum(top, tl.max(tl.where(other, s, float("-inf")), 1))
-            fading = tl.where(top == float("-inf"), 0.0, _exp(top - highest, rate))
-            e = _exp(s - highest[:, None], rate)
-            other_sum *= fading
-            top = highest
-        other_sum += tl.sum(tl.where(other, e, 0.0), 1)
+        same_sum, other_sum, top = _add_pairs(same_sum, other_sum, top, s, row_own, row_labels, labels, columns, B, rate, NEGATIVES)
+    tl.store(same_sums + split * padded + rows, same_sum)
+    tl.store(other_sums + split * padded + rows, other_sum)
+    if NEGATIVES:
+        tl.store(tops + split * padded + rows, top)
+
+
+@triton.jit
+def _resident_sums_kernel(
+    hi, inverse, own, labels, same_sums, other_sums, tops, B, padded, rate, tiles,
+    NEGATIVES: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """The same of rows that stay in shared memory."""
+    rows = tl.program_id(0) * BM + tl.arange(0, BM)
+    split = tl.program_id(1).to(tl.int64)
+    row_labels = tl.load(labels + rows, mask=rows < B, other=0)
+    row_own = tl.load(own + rows)
+    row_inverse = tl.load(inverse + rows)
+    mine = tl.load(hi + rows[:, None].to(tl.int64) * WIDTH + tl.arange(0, WIDTH)[None, :])
+    same_sum = tl.zeros((BM,), tl.float32)
+    other_sum = tl.zeros((BM,), tl.float32)
+    top = tl.full((BM,), float("-inf"), tl.float32)
+    for tile in range(split * tiles, tl.minimum((split + 1) * tiles, padded // BN)):
+        columns = tile * BN + tl.arange(0, BN)
+        theirs = tl.load(hi + columns[:, None].to(tl.int64) * WIDTH + tl.arange(0, WIDTH)[None, :])
+        s = tl.dot(mine, theirs.T, input_precision="ieee") * (row_inverse[:, None] * tl.load(inverse + columns)[None, :])
+        s = tl.where(rows[:, None] == columns[None, :], (row_own * row_own)[:, None], s)
+        same_sum, other_sum, top = _add_pairs(same_sum, other_sum, top, s, row_own, row_labels, labels, columns, B, rate, NEGATIVES)
     tl.store(same_sums + split * padded + rows, same_sum)
     tl.store(other_sums + split * padded + rows, other_sum)
     if NEGATIVES:
@@ -132,13 +186,16 @@ def _sums_kernel(
 
 @triton.jit
 def _coefficients_kernel(
-    own, same_sums, other_sums, tops, top, pull, push, loss, power, B, padded, rate, share, splits,
+    own, same_sums, other_sums, tops, top, pull, push, log_pull, log_push, loss, power, B, padded, rate, share, splits,
     NEGATIVES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One program: merges the partial sums in order; two coefficients per row, the loss, and the weights' power of two."""
+    """One program: merges the partial sums in order; two coefficients per row, the loss, and the weights' power of two.
+
+    log_pull, log_push: for the resident gradient, log2 of the coefficients times exp(-shift / t); -inf on padding.
+    """
     total = tl.zeros((BLOCK,), tl.float32)
     largest = tl.zeros((BLOCK,), tl.float32)
-    for first in range(0, B, BLOCK):
+    for first in range(0, padded, BLOCK):
         rows = first + tl.arange(0, BLOCK)
         live = rows < B
         row_own = tl.load(own + rows, mask=live, other=0)
@@ -167,6 +224,12 @@ def _coefficients_kernel(
             row_push = tl.div_rn(1.0, same_sum + other_sum)
         tl.store(pull + rows, row_pull, mask=live)
         tl.store(push + rows, row_push, mask=live)
+        if log_pull is not None:
+            inside = rows < padded
+            bits = 1.4426950408889634
+            tl.store(log_pull + rows, tl.where(live, log(-row_pull) * bits - row_own * rate, float("-inf")), mask=inside)
+            shift = highest if NEGATIVES else row_own
+            tl.store(log_push + rows, tl.where(live, log(row_push) * bits - shift * rate, float("-inf")), mask=inside)
         total += tl.where(live, value, 0.0)
         largest = tl.maximum(largest, tl.where(live, -row_pull * same_sum, 0.0))
     tl.store(loss, tl.sum(total) * share)
@@ -225,6 +288,65 @@ def _gradient_kernel(
     tl.store(grad + rows[:, None].to(tl.int64) * D + d[None, :], out, mask=inside)
 
 
+@triton.jit
+def _resident_gradient_kernel(
+    parts, along, hi, inverse, log_pull, log_push, labels, power, B, padded, rate, tiles,
+    BM: tl.constexpr, BN: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """[BM, WIDTH] of G = W z over `tiles` column tiles, and of G . z, both to be scaled by _project_kernel.
+
+    W_ij = +-(exp2(s_ij / t + a_i) + exp2(s_ij / t + a_j)), in logarithms to base 2, a of the pair's kind.
+    """
+    rows = tl.program_id(0) * BM + tl.arange(0, BM)
+    split = tl.program_id(1).to(tl.int64)
+    d = tl.arange(0, WIDTH)
+    row_labels = tl.load(labels + rows, mask=rows < B, other=0)
+    row_pull = tl.load(log_pull + rows)
+    row_push = tl.load(log_push + rows)
+    row_rate = tl.load(inverse + rows) * rate
+    scale = tl.load(power) * 4096
+    mine = tl.load(hi + rows[:, None].to(tl.int64) * WIDTH + d[None, :])
+    g = tl.zeros((BM, WIDTH), tl.float32)
+    dot = tl.zeros((BM,), tl.float32)
+    for tile in range(split * tiles, tl.minimum((split + 1) * tiles, padded // BN)):
+        columns = tile * BN + tl.arange(0, BN)
+        theirs = tl.load(hi + columns[:, None].to(tl.int64) * WIDTH + d[None, :])
+        raw = tl.dot(mine, theirs.T, input_precision="ieee")
+        column_inverse = tl.load(inverse + columns)[None, :]
+        same = row_labels[:, None] == tl.load(labels + columns, mask=columns < B, other=0)[None, :]
+        logit = raw * row_rate[:, None] * column_inverse
+        w = tl.exp2(logit + tl.where(same, row_pull[:, None], row_push[:, None]))
+        w += tl.exp2(logit + tl.where(same, tl.load(log_pull + columns)[None, :], tl.load(log_push + columns)[None, :]))
+        w *= column_inverse * scale  # inverse is in (2^-13, 2^-12]
+        w = tl.where(same, -w, w).to(tl.float16)
+        dot += tl.sum(w.to(tl.float32) * raw, 1)
+        g = tl.dot(w, theirs, g, input_precision="ieee")
+    tl.store(parts + (split * B + rows[:, None]) * WIDTH + d[None, :], g, mask=(rows < B)[:, None])
+    tl.store(along + split * padded + rows, dot)
+
+
+@triton.jit
+def _project_kernel(
+    grad, parts, along, hi, inverse, norms, power, B, D, padded, width, splits, factor, ROWS: tl.constexpr, BD: tl.constexpr
+):
+    """df = (G - (G . z) z) / ||f|| of the sums of the parts, in order; grad may be the only part of rows without padding."""
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    d = tl.program_id(1) * BD + tl.arange(0, BD)
+    inside = (rows < B)[:, None] & (d < D)[None, :]
+    at = rows[:, None] * width + d[None, :]
+    g = tl.zeros((ROWS, BD), tl.float32)
+    dot = tl.zeros((ROWS,), tl.float32)
+    source = parts + at
+    for split in range(0, splits):
+        g += tl.load(source, mask=inside, other=0)
+        dot += tl.load(along + split * padded + rows)
+        source += B * width  # several parts are of at most 8,192 rows
+    row_inverse = tl.load(inverse + rows)
+    z = tl.load(hi + at, mask=inside, other=0).to(tl.float32) * row_inverse[:, None]
+    out = (g - (dot * row_inverse)[:, None] * z) * tl.div_rn(factor, tl.load(norms + rows) * (tl.load(power) * 4096))[:, None]
+    tl.store(grad + rows[:, None] * D + d[None, :], out, mask=inside)
+
+
 def nt_xent(features, labels, temperature, denominator, want_grad):
     b, d = features.shape
     device = features.device
@@ -234,11 +356,16 @@ def nt_xent(features, labels, temperature, denominator, want_grad):
         return loss.fill_(torch.nan), grad
     if d > 1 and features.stride(1) != 1:
         features = features.contiguous()
-    form = "stored" if b <= STORED_ROWS else "recomputed"
     pieces = 2 if features.dtype == torch.float32 else 1
-    sums, gradient = SUMS[form, pieces], GRADIENT[form, pieces]
-    padded = triton.cdiv(b, sums["BM"]) * sums["BM"]
     width = triton.cdiv(max(d, 1), WIDTH) * WIDTH
+    form = "stored" if b <= STORED_ROWS else "recomputed"
+    resident = form == "recomputed" and pieces == 1 and width <= max(RESIDENT_SUMS) and capability(features)[0] == 9
+    if resident:
+        width = triton.next_power_of_2(width)
+        sums, gradient = RESIDENT_SUMS[width], RESIDENT_GRADIENT[width]
+    else:
+        sums, gradient = SUMS[form, pieces], GRADIENT[form, pieces]
+    padded = triton.cdiv(b, sums["BM"]) * sums["BM"]
     row_tiles, column_tiles = padded // sums["BM"], padded // sums["BN"]
     per_split = triton.cdiv(column_tiles, triton.cdiv(PROGRAMS, row_tiles))
     splits = triton.cdiv(column_tiles, per_split)
@@ -246,24 +373,48 @@ def nt_xent(features, labels, temperature, denominator, want_grad):
 
     halves = torch.empty((pieces, padded, width), dtype=torch.float16, device=device)
     hi, lo = halves[0], halves[1] if pieces == 2 else None
-    inverse, norms, own, top, pull, push, power = torch.empty((7, padded), dtype=torch.float32, device=device)
+    inverse, norms, own, top, pull, push, power, log_pull, log_push = torch.empty((9, padded), dtype=torch.float32, device=device)
+    log_pull, log_push = (log_pull, log_push) if resident else (None, None)
     top = top if negatives else own
     same_sums, other_sums, tops = torch.empty((3, splits, padded), dtype=torch.float32, device=device)
     similarity = torch.empty((padded, padded), dtype=torch.float32, device=device) if want_grad and form == "stored" else None
     rate = math.log2(math.e) / temperature
     with on_device_of(features):
         _unit_kernel[(padded // UNIT["ROWS"],)](features, features.stride(0), hi, lo, inverse, norms, own, b, d, width, **UNIT)
-        _sums_kernel[(row_tiles, splits)](
-            hi, lo, inverse, own, labels, similarity, same_sums, other_sums, tops, b, padded, width, rate, per_split,
-            NEGATIVES=negatives, **sums,
-        )  # fmt: skip
+        if resident:
+            _resident_sums_kernel[(row_tiles, splits)](
+                hi, inverse, own, labels, same_sums, other_sums, tops, b, padded, rate, per_split,
+                NEGATIVES=negatives, WIDTH=width, **sums,
+            )  # fmt: skip
+        else:
+            _sums_kernel[(row_tiles, splits)](
+                hi, lo, inverse, own, labels, similarity, same_sums, other_sums, tops, b, padded, width, rate, per_split,
+                NEGATIVES=negatives, **sums,
+            )  # fmt: skip
         _coefficients_kernel[(1,)](
-            own, same_sums, other_sums, tops, top, pull, push, loss, power, b, padded, rate, 1 / b, splits,
+            own, same_sums, other_sums, tops, top, pull, push, log_pull, log_push, loss, power, b, padded, rate, 1 / b, splits,
             NEGATIVES=negatives, BLOCK=1024, num_warps=8,
         )  # fmt: skip
-        if grad.numel():
+        if grad.numel() and resident:
+            _resident_gradient(grad, hi, inverse, norms, log_pull, log_push, labels, power, b, d, padded, width, rate,
+                               1 / (b * temperature), gradient)  # fmt: skip
+        elif grad.numel():
             _gradient_kernel[(padded // gradient["BM"], triton.cdiv(d, gradient["BD"]))](
                 grad, hi, lo, inverse, norms, own, top, pull, push, labels, similarity, power, b, d, padded, width, rate,
                 1 / (b * temperature), **gradient,
             )  # fmt: skip
     return loss, grad
+
+
+def _resident_gradient(grad, hi, inverse, norms, log_pull, log_push, labels, power, b, d, padded, width, rate, factor, tile):
+    row_tiles, column_tiles = padded // tile["BM"], padded // tile["BN"]
+    per_split = triton.cdiv(column_tiles, triton.cdiv(RESIDENT_PROGRAMS, row_tiles))
+    splits = triton.cdiv(column_tiles, per_split)
+    parts = grad if splits == 1 and d == width else grad.new_empty((splits, b, width))
+    along = grad.new_empty((splits, padded))
+    _resident_gradient_kernel[(row_tiles, splits)](
+        parts, along, hi, inverse, log_pull, log_push, labels, power, b, padded, rate, per_split, WIDTH=width, **tile
+    )
+    _project_kernel[(padded // PROJECT["ROWS"], triton.cdiv(d, PROJECT["BD"]))](
+        grad, parts, along, hi, inverse, norms, power, b, d, padded, width, splits, factor, **PROJECT
+    )

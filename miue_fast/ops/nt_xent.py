@@ -47,7 +47,8 @@ def nt_xent(features, labels, temperature=0.1, *, denominator="all", backend="au
     Args:
         features: [B, D] float32, float16, bfloat16 (float64 on the CPU). Norms are clamped at 1e-8 (the gradient of a row below that is
             projected like any other row's, which the clamped formula would not do). Gradients are float32 (float64 for float64) until
-            they have been multiplied by the loss's own: with loss scaling those of float16 features do not underflow.
+            they have been multiplied by the loss's own: with loss scaling those of float16 features do not underflow. Triton on a Hopper
+            rounds the pairs' weights to float16 (2^-11 each) for more than 2,048 half-precision rows of at most 512 columns.
         labels: [B], any integer dtype, any values.
         temperature: 1e-3 to 10. `t` is another name for it.
         backend: "auto", "triton", "cuda", "cpu" or "reference".
