@@ -34,6 +34,36 @@ void launch(const char* name, void (*kernel)(P...), int64_t x, int64_t y, [[mayb
     if (error != cudaSuccess) throw BackendFailure(std::string(name) + ": " + cudaGetErrorString(error));
 }
 
+// The same with a number of threads and of bytes of dynamic shared memory.
+template <class... P, class... A>
+void launch_wide(const char* name, void (*kernel)(P...), int64_t x, int64_t y, int threads, int shared_bytes, [[maybe_unused]] void* stream,
+                 A... args) {
+    if (x == 0 || y == 0) return;
+    const dim3 grid(static_cast<unsigned>(x), static_cast<unsigned>(y));
+#ifdef __CUDACC__
+    cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+    if (error == cudaSuccess) {
+        kernel<<<grid, threads, shared_bytes, static_cast<cudaStream_t>(stream)>>>(static_cast<P>(args)...);
+        error = cudaGetLastError();
+    }
+    if (error != cudaSuccess) throw BackendFailure(std::string(name) + ": " + cudaGetErrorString(error));
+#else
+    shim::launch(grid, threads, [&] { kernel(static_cast<P>(args)...); }, shared_bytes);
+    static_cast<void>(name);
+#endif
+}
+
+// The dynamic shared memory of a block that launch_wide started.
+template <class T>
+__device__ __forceinline__ T* dynamic_shared() {
+#ifdef __CUDACC__
+    extern __shared__ __align__(1024) unsigned char dynamic_bytes[];
+    return reinterpret_cast<T*>(dynamic_bytes);
+#else
+    return reinterpret_cast<T*>(shim::block->dynamic.data());
+#endif
+}
+
 constexpr float FLOAT_MAX = 3.4028235e38f;
 
 inline void require_dtype(const char* op, const char* argument, DType got, bool ok) {

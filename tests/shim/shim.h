@@ -8,6 +8,8 @@
 #include <climits>
 #include <cmath>
 #include <cstdint>
+#include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <memory>
 #include <thread>
@@ -26,6 +28,7 @@
 #define __host__
 #define __forceinline__ inline
 #define __shared__ static
+#define __launch_bounds__(...)
 
 using std::max;
 using std::min;
@@ -80,10 +83,22 @@ struct Warp {
     alignas(16) char slots[2][32][128];  // two generations: one barrier per exchange is enough
 };
 
+struct Warpgroup {
+    Barrier gate{128};
+};
+
+struct alignas(16) Line {
+    char bytes[16];
+};
+
 struct Block {
     Barrier gate;
     std::vector<Warp> warps;
-    explicit Block(int threads) : gate(threads), warps(threads / 32) {}
+    std::vector<Warpgroup> groups;
+    std::vector<Line> dynamic;  // shared memory, full of NaN
+    explicit Block(int threads, int bytes) : gate(threads), warps(threads / 32), groups(threads / 128), dynamic(bytes / 16) {
+        if (bytes) std::memset(dynamic.data(), 0xff, bytes);
+    }
 };
 
 constinit inline thread_local Block* block = nullptr;
@@ -101,8 +116,8 @@ const T (&exchange(const T& mine))[32] {
 }
 
 template <class F>
-void launch(dim3 grid, int threads, F kernel) {
-    Block shared(threads);
+void launch(dim3 grid, int threads, F kernel, int dynamic_bytes = 0) {
+    Block shared(threads, dynamic_bytes);
     std::vector<std::jthread> pool;
     for (int k = 0; k < threads; ++k) {
         pool.emplace_back([&, k] {
@@ -141,3 +156,4 @@ inline float __fdiv_rn(float a, float b) { return a / b; }
 inline unsigned long long atomicAdd(unsigned long long* p, unsigned long long x) { return __atomic_fetch_add(p, x, __ATOMIC_RELAXED); }
 
 #include "mma_twin.h"
+#include "wgmma_twin.h"
