@@ -45,6 +45,10 @@ class Op:
     def reference(self) -> Impl:
         return self.impls[-1]
 
+    def samples_of(self, impl, device, dtype):
+        """The samples that an implementation takes."""
+        return (args for args in self.samples(device, dtype) if not impl.refuses(*args))
+
     def choose(self, backend: str, device: str, dtype: torch.dtype) -> Impl:
         """The implementation that serves (device, dtype); BackendError lists every backend with its reason."""
         key = (backend, device, dtype)

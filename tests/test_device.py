@@ -115,7 +115,7 @@ def test_ceilings_run(small):
 
 
 def test_layers_run_and_fill_the_tables(small, tmp_path, monkeypatch):
-    refused = {"layers.4.conv1/forward": "failed: alone, it crashed"}
+    refused = {"layers.4.conv1/forward/triton": "failed: alone, it crashed"}
     rows = device.run_stages(["layers"], 600, options(quick=False), None, refused=refused)
     assert len(rows) == 2 * (4 * 2 * 4 + 3)
     bad = [row for row in rows if row["reason"]]
@@ -231,7 +231,9 @@ def test_parity_shares_its_work_out(small, monkeypatch):
     for name, op in list(OPS.items()):
         monkeypatch.setitem(OPS, name, replace(op, impls=tuple(replace(i, missing=lambda: None) for i in op.impls)))
     rows, refused = device.parity(60, None)
-    assert refused == {} and {(row["op"], row["implementation"]) for row in rows} == {(op, b) for op in OPS for b in ("triton", "cuda")}
+    hopper = {(op, "wgmma") for op in ("conv_forward", "conv_input_grad")}
+    assert refused == {}
+    assert {(row["op"], row["implementation"]) for row in rows} == {(op, b) for op in OPS for b in ("triton", "cuda")} | hopper
     assert sum(spec["job"] == "layer" for spec in asked) == len(layers.distinct())
     assert sum(len(spec["cases"]) for spec in asked if spec["job"] == "parity") == len(rows)
     monkeypatch.setattr(device, "END", 3)
@@ -252,7 +254,7 @@ def test_the_check_of_a_layer_runs(small):
     layers.check(0, seen.append)
     assert [(row["layer"], row["pass"], row["reason"]) for row in seen] == [("conv1", name, None) for name in layers.PASSES]
     assert device._layer_outcome(0, seen[:1], "its process ended with SIGSEGV") == {
-        "conv1/input gradient": "failed: alone, its process ended with SIGSEGV"}  # fmt: skip
+        "conv1/input gradient/triton": "failed: alone, its process ended with SIGSEGV"}  # fmt: skip
     assert device._layer_outcome(0, seen[:1], measure.LATE) == {}
 
 

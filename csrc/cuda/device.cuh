@@ -57,7 +57,7 @@ void launch_wide(const char* name, void (*kernel)(P...), int64_t x, int64_t y, i
 template <class T>
 __device__ __forceinline__ T* dynamic_shared() {
 #ifdef __CUDACC__
-    extern __shared__ __align__(1024) unsigned char dynamic_bytes[];
+    extern __shared__ __align__(128) unsigned char dynamic_bytes[];
     return reinterpret_cast<T*>(dynamic_bytes);
 #else
     return reinterpret_cast<T*>(shim::block->dynamic.data());

@@ -117,6 +117,7 @@ const T (&exchange(const T& mine))[32] {
 
 template <class F>
 void launch(dim3 grid, int threads, F kernel, int dynamic_bytes = 0) {
+    if (dynamic_bytes > 232448) std::abort();  // more than a block may have on Hopper
     Block shared(threads, dynamic_bytes);
     std::vector<std::jthread> pool;
     for (int k = 0; k < threads; ++k) {
