@@ -1,8 +1,9 @@
 """Every distinct convolution of the frozen CIFAR ResNet-18 on a GPU in bf16, with the epilogue it really has, forward and input gradient.
 
 cudnn: the convolution alone, in the setting `generate` runs in (deterministic); "cudnn, any": with cuDNN's own search and no such limit.
-cuda: that convolution and this library's epilogue kernel. triton: one kernel. wgmma: one kernel, for the layers that it takes.
-For the stem also the input gradient with the projected step: triton in one kernel, "triton, two steps" and cuda through memory. Each is timed as a CUDA graph over operands larger than the L2.
+cuda: that convolution and this library's epilogue kernel. triton: one kernel. wgmma: one kernel, for the layers that it takes. For the stem
+also the input gradient with the projected step: triton in one kernel, "triton, two steps" and cuda through memory. Each is timed as a CUDA
+graph over operands larger than the L2.
 """
 
 import contextlib
@@ -74,8 +75,8 @@ def blanks(quick, reason=None):
                 moved = batch * _bytes(row, name)
                 for implementation in implementations(row, name):
                     yield {"layer": row.layer, "layers": count, "key": list(row.key), "batch": batch, "pass": name,
-                           "table_key": table_key(row.key, name), "implementation": implementation, "reason": reason or _missing(implementation),
-                           "error_of_allowed": None, "median_s": None, "p10_s": None, "p90_s": None, "samples": 0,
+                           "table_key": table_key(row.key, name), "implementation": implementation,
+                           "reason": reason or _missing(implementation), "error_of_allowed": None, "median_s": None, "p10_s": None, "p90_s": None, "samples": 0,
                            "flop": row.flop * batch, "bytes": moved, "of_ceiling": None}  # fmt: skip
 
 

@@ -36,7 +36,7 @@ def cuda_missing():
 
 
 def wgmma_missing():
-    """Why the Hopper kernels of `_cuda` do not run here, or None."""
+    """Why `conv64`, which is for Hopper, does not run here, or None."""
     if reason := cuda_missing():
         return reason
     capability = torch.cuda.get_device_capability()

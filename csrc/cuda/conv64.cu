@@ -1,11 +1,11 @@
-// A 3x3 convolution of 64 to 64 channels (stride 1, padding 1) for Hopper. The weights stay in shared memory, a tile of the image is copied
-// there once, with its halo, and the nine taps are nine products over it whose descriptors are shifted by a few pixels.
+// A 3x3 convolution of 64 to 64 channels (stride 1, padding 1) for Hopper. The weights stay in shared memory, a tile of the image is
+// copied there once, with its halo, and the nine taps are nine products over it whose descriptors are shifted by a few pixels.
 //
-// Tile: `rows` rows of one image, or several whole images. Its pixels lie in a row of W + 1 each: a pixel of zeros, then the W of the image,
-// so that the right neighbour of a row's last pixel is the next row's zero; between images lies a row of zeros. Output position
-// m = row (W + 1) + x needs pixel m + r (W + 1) + s for tap (r, s): one shift for the whole tile. The position after each row is wasted.
-// Channels lie in eight planes of 8 (16 bytes), each [pixel][16 bytes]: the layout of core matrices without swizzle, in which a shift by any
-// number of pixels starts at a multiple of 16 bytes. (With the 128-byte swizzle it would start inside the 1,024-byte pattern.)
+// Tile: `rows` rows of one image, or several whole images. A row is a pixel of zeros and then the W pixels of the image, so that the
+// right neighbour of a row's last pixel is the next row's zero; between images lies a row of zeros. The output at row y, column x is
+// position m = y (W + 1) + x and needs pixel m + r (W + 1) + s for tap (r, s): one shift for the whole tile. One position per row is
+// wasted. Channels lie in eight planes of 8 (16 bytes), each [pixel][16 bytes]: the layout of core matrices without swizzle, in which a
+// shift by any number of pixels is a descriptor. (With the 128-byte swizzle it would start inside the 1,024-byte pattern.)
 // A plane has an odd number of pixels: the eight planes of a pixel are then written to different banks.
 //
 // Each of the two warpgroups of a block works through tiles of its own with two buffers; they share the weights only, so that one
@@ -190,7 +190,7 @@ __global__ void __launch_bounds__(GROUP* GROUPS) conv64(Conv a) {
             if (a.residual) {
                 uint32_t w[2];
                 load_transposed(w, rows + j * 8 * PLANES * 16);
-                v[0] += value<T>(w[0] & 0xffff), v[1] += value<T>(w[0] >> 16), v[2] += value<T>(w[1] & 0xffff), v[3] += value<T>(w[1] >> 16);
+                v[0] += value<T>(w[0]), v[1] += value<T>(w[0] >> 16), v[2] += value<T>(w[1]), v[3] += value<T>(w[1] >> 16);
             }
             const uint32_t pairs[2] = {packed<T>(v[0], v[1]), packed<T>(v[2], v[3])};
             store_transposed(rows + j * 8 * PLANES * 16, pairs);
@@ -280,17 +280,19 @@ auto kernel_for(int n) {
 
 void conv64_cuda(const Conv64Args& a, void* stream) {
     require_dtype("conv64", "x", a.dtype, a.dtype == DType::f16 || a.dtype == DType::bf16);
-    require(a.W >= 4 && a.W <= 64 && a.H >= 1, "conv64", "size", "H >= 1 and W in 4..64", std::to_string(a.H) + " x " + std::to_string(a.W));
-    require(a.B * a.H <= INT32_MAX, "conv64", "size", "fewer than 2^31 rows of pixels", std::to_string(a.B) + " images");
-    require(aligned(a.x) && aligned(a.weight) && aligned(a.residual) && aligned(a.y), "conv64", "memory", "multiples of 16 bytes", "others");
+    const std::string size = std::to_string(a.H) + " x " + std::to_string(a.W), count = std::to_string(a.B) + " images";
+    const bool sixteen = aligned(a.x) && aligned(a.weight) && aligned(a.residual) && aligned(a.y);
+    require(a.W >= 4 && a.W <= 64 && a.H >= 1, "conv64", "size", "H >= 1 and W in 4..64", size);
+    require(a.H <= INT32_MAX && a.B <= INT32_MAX / a.H, "conv64", "size", "fewer than 2^31 rows of pixels", count);
+    require(sixteen, "conv64", "memory", "multiples of 16 bytes", "other addresses");
     const int multiprocessors = hopper_multiprocessors();
     if (a.B == 0) return;
     const int H = static_cast<int>(a.H), W = static_cast<int>(a.W);
     const Plan p = cheapest(a.B, H, W, multiprocessors * GROUPS);
-    const Conv c{static_cast<const uint16_t*>(a.x), static_cast<const uint16_t*>(a.weight), static_cast<const uint16_t*>(a.residual), a.bias,
-                 static_cast<uint16_t*>(a.y), a.mask_out, a.mask_in, a.relu, a.transpose, a.reverse, static_cast<int>(a.B), H, W, p.images,
-                 p.rows, p.tiles_per_image, static_cast<int>(p.tiles), p.plane, reciprocal(W + 1), reciprocal(p.rows + 1), reciprocal(W),
-                 reciprocal(p.rows)};
+    const auto halves = [](const void* from) { return static_cast<const uint16_t*>(from); };
+    const Conv c{halves(a.x), halves(a.weight), halves(a.residual), a.bias, static_cast<uint16_t*>(a.y), a.mask_out, a.mask_in, a.relu,
+                 a.transpose, a.reverse, static_cast<int>(a.B), H, W, p.images, p.rows, p.tiles_per_image, static_cast<int>(p.tiles),
+                 p.plane, reciprocal(W + 1), reciprocal(p.rows + 1), reciprocal(W), reciprocal(p.rows)};
     const int64_t blocks = std::min<int64_t>(multiprocessors, ceil_div(p.tiles, GROUPS));
     launch_wide("conv64", a.dtype == DType::f16 ? kernel_for<DType::f16>(p.n) : kernel_for<DType::bf16>(p.n), blocks, 1, GROUP * GROUPS,
                 p.shared, stream, c);

@@ -1,4 +1,4 @@
-// The tensor-core product: the only inline PTX of the library. Its host twin is tests/shim/mma_twin.h.
+// The tensor-core product of one warp. Its host twin is tests/shim/mma_twin.h; the only other inline PTX is wgmma.cuh.
 #pragma once
 #include "device.cuh"
 

@@ -39,6 +39,8 @@ __device__ __forceinline__ void copy_async(void* to, const void* from, bool ther
 __device__ __forceinline__ void finish_copies() {
 #ifdef __CUDACC__
     asm volatile("cp.async.wait_all;\nfence.proxy.async.shared::cta;" ::: "memory");
+#else
+    shim::finish_copies();
 #endif
 }
 
@@ -58,12 +60,16 @@ __device__ __forceinline__ void wgmma_begin([[maybe_unused]] float (&d)[R]) {
 #pragma unroll
     for (int k = 0; k < R; ++k) asm volatile("" : "+f"(d[k])::"memory");
     asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+#else
+    shim::wgmma_begin();
 #endif
 }
 
 __device__ __forceinline__ void wgmma_commit() {
 #ifdef __CUDACC__
     asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+#else
+    shim::wgmma_commit();
 #endif
 }
 
@@ -74,6 +80,8 @@ __device__ __forceinline__ void wgmma_wait([[maybe_unused]] float (&d)[R]) {
     asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
 #pragma unroll
     for (int k = 0; k < R; ++k) asm volatile("" : "+f"(d[k])::"memory");
+#else
+    shim::wgmma_wait();
 #endif
 }
 
@@ -124,7 +132,8 @@ __device__ __forceinline__ void wgmma(float (&d)[N / 2], uint64_t a, uint64_t b)
 // give the rows of the first, lanes 8-15 of the second. m[i] in lane l: numbers l / 4 of the rows 2 (l % 4) and 2 (l % 4) + 1 (high half).
 __device__ __forceinline__ void store_transposed(void* row, const uint32_t (&m)[2]) {
 #ifdef __CUDACC__
-    asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};" ::"r"(shared_address(row)), "r"(m[0]), "r"(m[1]) : "memory");
+    asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};"
+                 ::"r"(shared_address(row)), "r"(m[0]), "r"(m[1]) : "memory");
 #else
     shim::store_transposed(row, m);
 #endif
@@ -132,7 +141,8 @@ __device__ __forceinline__ void store_transposed(void* row, const uint32_t (&m)[
 
 __device__ __forceinline__ void load_transposed(uint32_t (&m)[2], const void* row) {
 #ifdef __CUDACC__
-    asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];" : "=r"(m[0]), "=r"(m[1]) : "r"(shared_address(row)) : "memory");
+    asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];"
+                 : "=r"(m[0]), "=r"(m[1]) : "r"(shared_address(row)) : "memory");
 #else
     shim::load_transposed(m, row);
 #endif

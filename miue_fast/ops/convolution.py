@@ -62,7 +62,7 @@ def why_not_triton(weight, size, stride, padding, dilation, groups):
     return None
 
 
-why_not_wgmma = _native.why_not_conv64
+why_not_wgmma = _native.why_not_conv64  # why `wgmma` does not take a layer, or None
 
 
 def quantised(x):
@@ -206,8 +206,11 @@ define(
     fake=_fake,
     samples=_samples,
     dtypes=DOUBLES | {FP8},
-    impls=_impls("conv_forward", _native.conv_forward, wgmma=[
-        (_native.conv64_forward, lambda x, weight, bias, residual, *conv: why_not_wgmma(weight, x.shape, *conv[:4]))]),
+    impls=_impls(
+        "conv_forward",
+        _native.conv_forward,
+        wgmma=[(_native.conv64_forward, lambda x, weight, bias, residual, *conv: why_not_wgmma(weight, x.shape, *conv[:4]))],
+    ),
     route=lambda x, weight, bias, residual, *conv: _route("conv_forward", weight, x.shape, *conv[:4]),
 )
 define(
@@ -218,8 +221,11 @@ define(
     samples=_grad_samples,
     dtypes=DOUBLES | {FP8},
     check=aligned("conv_input_grad", 3),
-    impls=_impls("conv_input_grad", _native.conv_input_grad, wgmma=[
-        (_native.conv64_input_grad, lambda grad, weight, addend, mask, size, *conv: why_not_wgmma(weight, size, *conv[:4]))]),
+    impls=_impls(
+        "conv_input_grad",
+        _native.conv_input_grad,
+        wgmma=[(_native.conv64_input_grad, lambda grad, weight, addend, mask, size, *conv: why_not_wgmma(weight, size, *conv[:4]))],
+    ),
     route=lambda grad, weight, addend, mask, size, *conv: _route("conv_input_grad", weight, size, *conv[:4]),
 )
 define(

@@ -1,6 +1,8 @@
 // Host twins of csrc/cuda/wgmma.cuh from the tables of the PTX ISA: descriptors are decoded from their bits, every thread computes its
 // own part of D out of the block's dynamic shared memory. The products are as inexact as those of mma_twin.h.
+// Copies and products happen as late as they may: a copy leaves NaN behind until it is waited for, a product is made in wgmma_wait.
 #pragma once
+#include <functional>
 
 namespace shim {
 
@@ -16,13 +18,42 @@ inline uint32_t shared_address(const void* p) {
     std::abort();
 }
 
+struct Copy {
+    void* to;
+    const void* from;  // null: zeros
+};
+inline thread_local std::vector<Copy> copies;
+inline thread_local std::vector<std::function<void()>> issued, committed;
+inline thread_local bool fenced = false;
+
 inline void copy_async(void* to, const void* from, bool there) {
     if (shared_address(to) % 16 || (there && reinterpret_cast<uintptr_t>(from) % 16)) wrong("cp.async of 16 bytes at another address");
-    if (there) {
-        std::memcpy(to, from, 16);
-    } else {
-        std::memset(to, 0, 16);
+    std::memset(to, 0xff, 16);
+    copies.push_back({to, there ? from : nullptr});
+}
+
+inline void finish_copies() {
+    for (const Copy& copy : copies) {
+        if (copy.from) {
+            std::memcpy(copy.to, copy.from, 16);
+        } else {
+            std::memset(copy.to, 0, 16);
+        }
     }
+    copies.clear();
+}
+
+inline void wgmma_begin() { fenced = true; }
+
+inline void wgmma_commit() {
+    committed.insert(committed.end(), issued.begin(), issued.end());
+    issued.clear();
+}
+
+inline void wgmma_wait() {
+    for (const auto& product : committed) product();
+    committed.clear();
+    fenced = false;
 }
 
 inline void warpgroup_barrier() { block->groups[threadIdx.x / 128].gate.arrive_and_wait(); }
@@ -46,7 +77,7 @@ struct Operand {
 };
 
 template <int N>
-void wgmma(float (&d)[N / 2], uint64_t a, uint64_t b, bool brain) {
+void product(float (&d)[N / 2], uint64_t a, uint64_t b, bool brain) {
     const Operand left(a), right(b);
     const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
     float rows[2][16], column[16];
@@ -58,6 +89,12 @@ void wgmma(float (&d)[N / 2], uint64_t a, uint64_t b, bool brain) {
             for (int k = 0; k < 2; ++k) d[4 * eight + 2 * k + odd] = sum_like_tensor_cores(rows[k], column, d[4 * eight + 2 * k + odd]);
         }
     }
+}
+
+template <int N>
+void wgmma(float (&d)[N / 2], uint64_t a, uint64_t b, bool brain) {
+    if (!fenced) wrong("wgmma without wgmma.fence");
+    issued.push_back([&d, a, b, brain] { product<N>(d, a, b, brain); });
 }
 
 // stmatrix and ldmatrix .m8n8.x2.trans: lane 8 i + k holds the address of row k of matrix i; of the transposed matrix lane l holds row
