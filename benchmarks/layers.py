@@ -76,8 +76,8 @@ def blanks(quick, reason=None):
                 for implementation in implementations(row, name):
                     yield {"layer": row.layer, "layers": count, "key": list(row.key), "batch": batch, "pass": name,
                            "table_key": table_key(row.key, name), "implementation": implementation,
-                           "reason": reason or _missing(implementation), "error_of_allowed": None, "median_s": None, "p10_s": None, "p90_s": None, "samples": 0,
-                           "flop": row.flop * batch, "bytes": moved, "of_ceiling": None}  # fmt: skip
+                           "reason": reason or _missing(implementation), "error_of_allowed": None, "median_s": None, "p10_s": None,
+                           "p90_s": None, "samples": 0, "flop": row.flop * batch, "bytes": moved, "of_ceiling": None}  # fmt: skip
 
 
 def _bytes(row, name):
