@@ -111,13 +111,13 @@ def _crashed(ended):
 
 
 def _layer_outcome(number, found, ended):
-    """{layer/pass: why} of what Triton did wrong; what was not reached because of the time is not refused."""
+    """{layer/pass/backend: why} of what went wrong; what was not reached because of the time is not refused."""
     layer, _ = layers.distinct()[number]
-    seen = {f"{row['layer']}/{row['pass']}": row["reason"] for row in found}
+    seen = {layers.case(row["layer"], row["pass"], row["implementation"]): row["reason"] for row in found}
     out = {key: reason for key, reason in seen.items() if reason}
-    missing = [name for name in layers.passes(layer) if f"{layer.layer}/{name}" not in seen]
+    missing = [key for key in (layers.case(layer.layer, *c) for c in layers.checked(layer)) if key not in seen]
     if missing and _crashed(ended):
-        out[f"{layer.layer}/{missing[0]}"] = f"failed: alone, {ended}"
+        out[missing[0]] = f"failed: alone, {ended}"
     return out
 
 
@@ -131,7 +131,7 @@ def parity_of(case, emit):
     torch.utils.deterministic.fill_uninitialized_memory = True
     op, count = OPS[case["op"]], 0
     impl = next(i for i in op.impls if i.backend == case["implementation"])
-    for args in op.samples(measure.GPU, getattr(torch, case["dtype"])):
+    for args in op.samples_of(impl, measure.GPU, getattr(torch, case["dtype"])):
         try:
             with measure.true_float32():
                 if op.exact:

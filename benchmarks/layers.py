@@ -1,8 +1,9 @@
 """Every distinct convolution of the frozen CIFAR ResNet-18 on a GPU in bf16, with the epilogue it really has, forward and input gradient.
 
 cudnn: the convolution alone, in the setting `generate` runs in (deterministic); "cudnn, any": with cuDNN's own search and no such limit.
-cuda: that convolution and this library's epilogue kernel. triton: one kernel. For the stem also the input gradient with the projected
-step: triton in one kernel, "triton, two steps" and cuda through memory. Each is timed as a CUDA graph over operands larger than the L2.
+cuda: that convolution and this library's epilogue kernel. triton: one kernel. wgmma: one kernel, for the layers that it takes. For the stem
+also the input gradient with the projected step: triton in one kernel, "triton, two steps" and cuda through memory. Each is timed as a CUDA
+graph over operands larger than the L2.
 """
 
 import contextlib
@@ -17,12 +18,13 @@ import workloads
 
 from miue_fast import _measured
 from miue_fast._registry import OPS
+from miue_fast.ops.convolution import why_not_wgmma
 from miue_fast.reference.conv_epilogue import mask_bytes
 from miue_fast.reference.convolution import convolve, convolve_back
 
 BATCHES = (512, 2048)
 PASSES = {"forward": "conv_forward", "input gradient": "conv_input_grad", "step": "conv_input_grad_step_"}
-OURS = ("cuda", "triton")  # what `auto` chooses from
+OURS = ("cuda", "triton", "wgmma")  # what `auto` chooses from
 LIBRARY = ("cudnn", "cudnn, any")
 MOST_SETS = 16
 
@@ -40,8 +42,29 @@ def passes(row):
     return [p for p in PASSES if p != "step" or row.key[0] == 3]
 
 
-def implementations(name):
-    return (*OURS, "triton, two steps") if name == "step" else (*LIBRARY, *OURS)
+def implementations(row, name):
+    if name == "step":
+        return "cuda", "triton", "triton, two steps"
+    return *LIBRARY, "cuda", "triton", *["wgmma"] * (why_not_wgmma(*_layer(row.key), [1, 1], 1) is None)
+
+
+def checked(row):
+    """(pass, backend) of the kernels that `check` runs alone."""
+    return [(name, backend) for name in passes(row) for backend in ("triton", "wgmma") if backend in implementations(row, name)]
+
+
+def case(layer, name, implementation):
+    """The key of a pass of a layer with a backend."""
+    return f"{layer}/{name}/{implementation.split(',')[0]}"
+
+
+def _missing(implementation):
+    """Why `wgmma` does not run on this GPU. (Where Triton and cuDNN do not run, that is a failure.)"""
+    return impl_of("conv_forward", "wgmma").missing() if implementation == "wgmma" else None
+
+
+def impl_of(op, backend):
+    return next(impl for impl in OPS[op].impls if impl.backend == backend)
 
 
 def blanks(quick, reason=None):
@@ -50,11 +73,11 @@ def blanks(quick, reason=None):
         for row, count in distinct():
             for name in passes(row):
                 moved = batch * _bytes(row, name)
-                for implementation in implementations(name):
+                for implementation in implementations(row, name):
                     yield {"layer": row.layer, "layers": count, "key": list(row.key), "batch": batch, "pass": name,
-                           "table_key": table_key(row.key, name), "implementation": implementation, "reason": reason,
-                           "error_of_allowed": None, "median_s": None, "p10_s": None, "p90_s": None, "samples": 0,
-                           "flop": row.flop * batch, "bytes": moved, "of_ceiling": None}  # fmt: skip
+                           "table_key": table_key(row.key, name), "implementation": implementation,
+                           "reason": reason or _missing(implementation), "error_of_allowed": None, "median_s": None, "p10_s": None,
+                           "p90_s": None, "samples": 0, "flop": row.flop * batch, "bytes": moved, "of_ceiling": None}  # fmt: skip
 
 
 def _bytes(row, name):
@@ -67,9 +90,14 @@ def identity(row):
     return row["layer"], row["batch"], row["pass"], row["implementation"]
 
 
-def table_key(key, name):
+def _layer(key):
+    """(weight, size, stride, padding) of a key."""
     c, k, r, stride, h, w = key[:6]
-    return _measured.key(PASSES[name], torch.empty(k, c, r, r, dtype=torch.bfloat16, device="meta"), (1, c, h, w), [stride, stride])
+    return torch.empty(k, c, r, r, dtype=torch.bfloat16, device="meta"), (1, c, h, w), [stride, stride], [r // 2, r // 2]
+
+
+def table_key(key, name):
+    return _measured.key(PASSES[name], *_layer(key)[:3])
 
 
 def operands(key, name, batch, seed):
@@ -113,9 +141,9 @@ def function(implementation, name):
             return lambda x, weight, bias, residual, stride, padding, dilation, groups, relu, want_mask: convolve(
                 x, weight, stride, padding, dilation, groups)  # fmt: skip
         return lambda grad, weight, addend, mask, size, *conv: convolve_back(grad, weight, size, *conv)
-    kernel = {op: {i.backend: i.fn for i in OPS[op].impls}[implementation.split(",")[0]] for op in (*PASSES.values(), "projected_step_")}
     if implementation != "triton, two steps":
-        return kernel[PASSES[name]]
+        return impl_of(PASSES[name], implementation).fn
+    kernel = {op: impl_of(op, "triton").fn for op in ("conv_input_grad", "projected_step_")}
 
     def two_steps(delta, index, grad, weight, images, flip, stride, padding, dilation, groups, alpha, eps, nonfinite):
         size = [len(grad), *images.shape[1:]]
@@ -126,12 +154,12 @@ def function(implementation, name):
 
 
 def check(number, emit):
-    """Triton's kernels of one distinct layer against float64, at the smaller batch: in a process of its own, which may crash. It also
-    leaves the compiled kernels in Triton's cache for the timing."""
+    """The kernels of one distinct layer against float64, at the smaller batch: in a process of its own, which may crash. It also
+    leaves the compiled ones in Triton's cache for the timing."""
     row, _ = distinct()[number]
-    for name in passes(row):
-        reason = _gate(operands(row.key, name, BATCHES[0], 1), name, "triton")[1]
-        emit({"layer": row.layer, "pass": name, "reason": reason})
+    for name, backend in checked(row):
+        reason = None if _missing(backend) else _gate(operands(row.key, name, BATCHES[0], 1), name, backend)[1]
+        emit({"layer": row.layer, "pass": name, "implementation": backend, "reason": reason})
 
 
 def _gate(args, name, implementation, known=None):
@@ -147,15 +175,14 @@ def _gate(args, name, implementation, known=None):
 
 
 def run(quick, deadline, emit, refused):
-    """refused: {layer/pass: why} of Triton kernels that `check` found wrong, or that crashed there."""
+    """refused: {`case`: why} of kernels that `check` found wrong, or that crashed there."""
     rows = list(blanks(quick))
     groups = {}
     for row in rows:
         groups.setdefault((row["layer"], row["batch"], row["pass"]), []).append(row)
     for (layer, batch, name), group in groups.items():
         for row in group:
-            if row["implementation"].startswith("triton"):
-                row["reason"] = refused.get(f"{layer}/{name}")
+            row["reason"] = row["reason"] or refused.get(case(layer, name, row["implementation"]))
         if time.monotonic() > deadline:
             for row in group:
                 row["reason"] = row["reason"] or measure.LATE
@@ -216,10 +243,10 @@ def fastest(rows):
 
 
 def table(rows):
-    """{key of miue_fast/_measured.py: "triton" or "cuda"}: who needs less time for all layers of that shape together at B = 512."""
+    """{key of miue_fast/_measured.py: one of OURS}: who needs less time for all layers of that shape together at B = 512."""
     found = {}
     for row in rows:
         if row["batch"] == BATCHES[0] and row["implementation"] in OURS:
-            sums = found.setdefault(row["table_key"], dict.fromkeys(OURS, 0.0))
-            sums[row["implementation"]] += row["layers"] * (row["median_s"] or math.inf)
+            sums, name = found.setdefault(row["table_key"], {}), row["implementation"]
+            sums[name] = sums.get(name, 0.0) + row["layers"] * (row["median_s"] or math.inf)
     return {key: min(sums, key=sums.get) for key, sums in sorted(found.items()) if min(sums.values()) < math.inf}

@@ -142,13 +142,13 @@ def _layers(rows):
         shape = f"{c} -> {k}, {r}x{r}{f' / {stride}' if stride > 1 else ''} @ {h}x{w}"
         found = {row["implementation"]: row for row in group}
         cells = [_median(found.get(column)) for column in LAYER_COLUMNS]
-        ours = [row for row in group if row["median_s"] and row["implementation"] in ("cuda", "triton")]
+        ours = [row for row in group if row["median_s"] and row["implementation"] in ("cuda", "triton", "wgmma")]
         best = min(ours, key=lambda row: row["median_s"], default=None)
         ceiling = f"{best['of_ceiling']:.0%} ({best['implementation']})" if best and best["of_ceiling"] else "-"
         yield layer, shape, batch, name, *cells, ceiling, "; ".join(dict.fromkeys(row["reason"] for row in group if row["reason"]))
 
 
-LAYER_COLUMNS = ("cudnn, any", "cudnn", "cuda", "triton", "triton, two steps")
+LAYER_COLUMNS = ("cudnn, any", "cudnn", "cuda", "triton", "wgmma", "triton, two steps")
 
 
 def _median(row):

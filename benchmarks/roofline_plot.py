@@ -6,7 +6,7 @@ import roofline
 matplotlib.use("Agg")
 from matplotlib import pyplot
 
-COLOURS = {"cudnn, any": "#999999", "cuda": "#1f77b4", "triton": "#d62728"}
+COLOURS = {"cudnn, any": "#999999", "cuda": "#1f77b4", "triton": "#d62728", "wgmma": "#2ca02c"}
 MARKS = {"forward": "o", "input gradient": "s", "step": "^"}
 
 

@@ -2,7 +2,7 @@
 
     python benchmarks/sanitizer.py [--tools memcheck racecheck initcheck] [--minutes 9] [--out FILE]
 
-Every op, backend (triton, cuda) and dtype runs on a few samples of up to 65,536 values, in one process per tool, op and backend.
+Every op, backend (triton, cuda, wgmma) and dtype runs on a few samples of up to 65,536 values, in one process per tool, op and backend.
 PyTorch's allocator is told to keep no memory, so that an access past a tensor's end is one past an allocation. Without a GPU or the
 tool each row says so.
 Its report is docs/gpu-sanitizer.md: `--page` writes it from the JSON.
@@ -25,7 +25,7 @@ from miue_fast._registry import OPS
 
 TOOLS = ("memcheck", "racecheck", "initcheck")
 SAMPLES, LIMIT = 4, 1 << 16  # of each dtype; values in all arguments of one
-BACKENDS = ("triton", "cuda")
+BACKENDS = ("triton", "cuda", "wgmma")
 RESULT = report.RESULTS / "gpu_sanitizer.json"
 PAGE = report.ROOT / "docs" / "gpu-sanitizer.md"
 FOUND = 86  # exit code of a process in which the tool found something
@@ -42,7 +42,7 @@ def exercise(op, backend, device):
     for dtype in sorted(impl.dtypes, key=str):
         if OPS[op].why_not(impl, device, dtype):
             continue
-        found = sorted((args for args in OPS[op].samples(device, dtype) if elements(args) <= LIMIT), key=elements, reverse=True)
+        found = sorted((args for args in OPS[op].samples_of(impl, device, dtype) if elements(args) <= LIMIT), key=elements, reverse=True)
         for args in found[:: -(-len(found) // SAMPLES) or 1]:
             for fn in (impl.fn, *(form.fn for form in measure.forms(OPS[op], impl))):
                 measure.results(OPS[op], fn, args)

@@ -137,6 +137,28 @@ struct ConvGradEpilogueArgs {
     int64_t count;
 };
 
+// A 3x3 convolution of 64 to 64 channels, stride 1, padding 1: y = relu(x * weight + bias + residual), or its input gradient. Hopper only.
+//   x, residual, y: [B, H, W, 64] f16 or bf16, W in 4..64; residual may be null
+//   weight   [64][3][3][64]: with `transpose` the first 64 are summed over, else the last; `reverse` takes the taps back to front.
+//            Forward from [K][3][3][C]: neither. Input gradient: reverse, and transpose unless the memory is [C][3][3][K]
+//   bias     [64] f32 or null
+//   mask_out the ReLU's bits as above (8 B H W bytes) or null
+//   mask_in  what has no bit here becomes 0, not with relu; or null
+// All but the masks are multiples of 16 bytes. Sums in f32, (product + bias) first, rounded once.
+struct Conv64Args {
+    void* y;
+    DType dtype;
+    const void* x;
+    const void* weight;
+    bool transpose, reverse;
+    const float* bias;
+    const void* residual;
+    bool relu;
+    uint8_t* mask_out;
+    const uint8_t* mask_in;
+    int64_t B, H, W;
+};
+
 int64_t nt_xent_workspace_cpu(int64_t B, int64_t D, DType dtype, bool want_grad);
 int64_t intra_class_distance_workspace_cpu(int64_t B, int64_t D, DType dtype, bool want_grad);
 int64_t class_covariance_workspace_cpu(int64_t B, int64_t D, DType dtype, int64_t K);
@@ -165,5 +187,6 @@ void projected_step_inplace_cuda(const ProjectedStepInplaceArgs&, void* stream);
 void perturbed_input_cuda(const PerturbedInputArgs&, void* stream);
 void conv_epilogue_cuda(const ConvEpilogueArgs&, void* stream);
 void conv_grad_epilogue_cuda(const ConvGradEpilogueArgs&, void* stream);
+void conv64_cuda(const Conv64Args&, void* stream);
 
 }  // namespace miue

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-TABLE = Path(__file__).with_name("measured_convolutions.json")  # {device name: {key: "triton" or "cuda"}}
+TABLE = Path(__file__).with_name("measured_convolutions.json")  # {device name: {key: "triton", "cuda" or "wgmma"}}
 
 
 def key(op, weight, size, stride):
@@ -25,5 +25,5 @@ def _table():
 
 
 def faster(op, weight, size, stride):
-    """ "triton" or "cuda" (cuDNN and an epilogue kernel) where this GPU's table has the layer, else "cuda"."""
+    """ "triton", "cuda" (cuDNN and an epilogue kernel) or "wgmma" where this GPU's table has the layer, else "cuda"."""
     return _table().get(_name(weight.device), {}).get(key(op, weight, size, stride), "cuda")

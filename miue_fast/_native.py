@@ -35,6 +35,14 @@ def cuda_missing():
     return _cuda_reason or (None if torch.cuda.is_available() else "no CUDA device")
 
 
+def wgmma_missing():
+    """Why `conv64`, which is for Hopper, does not run here, or None."""
+    if reason := cuda_missing():
+        return reason
+    capability = torch.cuda.get_device_capability()
+    return None if capability == (9, 0) else "needs compute capability 9.0, this GPU has {}.{}".format(*capability)
+
+
 def build_flags():
     return {"cpu": _cpu.build if _cpu else None, "cuda": _cuda.build if _cuda else None}
 
@@ -179,6 +187,48 @@ def conv_input_grad(grad, weight, addend, mask, size, stride, padding, dilation,
     if addend is not None or mask is not None:
         conv_grad_epilogue_(out, addend, mask)
     return out
+
+
+def why_not_conv64(weight, size, stride, padding, dilation, groups):
+    """Why `conv64` does not take this layer, or None."""
+    if weight.dtype not in (torch.float16, torch.bfloat16):
+        return f"{str(weight.dtype)[6:]} (float16 or bfloat16)"
+    if list(weight.shape) != [64, 64, 3, 3] or groups != 1:
+        return f"a weight {list(weight.shape)}, groups {groups} ([64, 64, 3, 3], 1)"
+    if not list(stride) == list(padding) == list(dilation) == [1, 1]:
+        return f"stride {list(stride)}, padding {list(padding)}, dilation {list(dilation)} (1 each)"
+    if size[2] < 1 or not 4 <= size[3] <= 64 or size[0] * size[2] >= 1 << 31:
+        return f"images {list(size)} (4 to 64 columns, fewer than 2^31 rows in all)"
+    return None
+
+
+def _sixteen(tensor):
+    """The tensor, or a copy of it that starts at a multiple of 16 bytes."""
+    return tensor if tensor is None or tensor.data_ptr() % 16 == 0 else tensor.clone(memory_format=torch.preserve_format)
+
+
+def _conv64(op, x, weight, bias, residual, relu, mask_out, mask_in, size, conv, back=False):
+    if reason := why_not_conv64(weight, size, *conv):
+        raise BackendError(f"{op}: wgmma does not take {reason}")
+    direct = back and weight.permute(1, 2, 3, 0).is_contiguous()  # the summed channels are innermost in memory
+    weight = weight if direct else weight.contiguous(memory_format=torch.channels_last)
+    y = torch.empty(size, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    x, weight, residual = _sixteen(x), _sixteen(weight), _sixteen(residual)
+    _call(x.device, "conv64", y.data_ptr(), _CODES[x.dtype], x.data_ptr(), weight.data_ptr(), back and not direct, back, _ptr(bias),
+          _ptr(residual), relu, _ptr(mask_out), _ptr(mask_in), size[0], size[2], size[3])  # fmt: skip
+    return y
+
+
+def conv64_forward(x, weight, bias, residual, stride, padding, dilation, groups, relu, want_mask, scale=None):
+    mask = torch.empty(mask_bytes(x.numel()) if want_mask else 0, dtype=torch.uint8, device=x.device)
+    conv = stride, padding, dilation, groups
+    y = _conv64("conv_forward", x, weight, bias, residual, relu, mask if want_mask else None, None, list(x.shape), conv)
+    return y, mask
+
+
+def conv64_input_grad(grad, weight, addend, mask, size, stride, padding, dilation, groups, scale=None):
+    conv = stride, padding, dilation, groups
+    return _conv64("conv_input_grad", grad, weight, None, addend, False, None, mask, size, conv, back=True)
 
 
 def conv_input_grad_step_(delta, index, grad, weight, images, flip, stride, padding, dilation, groups, alpha, eps, nonfinite):

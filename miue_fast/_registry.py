@@ -8,7 +8,7 @@ import torch
 
 LIB = torch.library.Library("miue_fast", "DEF")
 OPS: dict[str, "Op"] = {}
-BACKENDS = ("auto", "triton", "cuda", "cpu", "reference")
+BACKENDS = ("auto", "triton", "cuda", "wgmma", "cpu", "reference")
 log = logging.getLogger("miue_fast")
 
 
@@ -25,6 +25,7 @@ class Impl:
     devices: frozenset
     dtypes: frozenset
     missing: Callable[[], str | None]  # why it is not available here, or None
+    refuses: Callable = lambda *args: None  # the arguments of fn -> why it does not take them (then fn raises BackendError), or None
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,10 @@ class Op:
     @property
     def reference(self) -> Impl:
         return self.impls[-1]
+
+    def samples_of(self, impl, device, dtype):
+        """The samples that an implementation takes."""
+        return (args for args in self.samples(device, dtype) if not impl.refuses(*args))
 
     def choose(self, backend: str, device: str, dtype: torch.dtype) -> Impl:
         """The implementation that serves (device, dtype); BackendError lists every backend with its reason."""

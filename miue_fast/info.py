@@ -13,6 +13,7 @@ RUN_ON = {
     "cpu": "CPU (generic, AVX2 and AVX-512)",
     "triton": "interpreter on the CPU; compiled for sm_80 and sm_90; **never on a GPU**",
     "cuda": "host shim on the CPU; compiled for sm_80 and sm_90a; **never on a GPU**",
+    "wgmma": "host shim on the CPU; compiled for sm_90a; **never on a GPU**",
 }
 
 
@@ -23,7 +24,7 @@ def matrix():
 
 def markdown():
     """The op x backend table of the README: the dtypes each implementation takes, and where that backend has really run."""
-    backends = ("reference", "cpu", "triton", "cuda")
+    backends = ("reference", "cpu", "triton", "cuda", "wgmma")
     short = {"float64": "f64", "float32": "f32", "float16": "f16", "bfloat16": "bf16", "float8_e4m3fn": "e4m3", "int8": "int8"}
     lines = ["| op | " + " | ".join(backends) + " |", "|---" * (len(backends) + 1) + "|"]
     for name, op in OPS.items():

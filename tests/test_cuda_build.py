@@ -23,6 +23,7 @@ CALLS = {
     "perturbed_input": (0, 0, False, 0, 4, 0, -1, 0.1, 0, 0, [], [], 1, 1, 4, 4, 1),
     "conv_epilogue": (0, 0, 0, 0, True, 0, 4, 64),
     "conv_grad_epilogue": (0, 0, 0, 1 << 20, 64),
+    "conv64": (0, 1, 0, 0, False, False, 0, 0, True, 0, 0, 1, 4, 4),
 }
 
 
@@ -31,7 +32,7 @@ def test_call_without_a_gpu_reports_the_driver(op):
     if torch.cuda.is_available():
         pytest.skip("there is a GPU: null pointers would reach it")
     for _ in range(2):
-        with pytest.raises(BackendError, match=rf"^{op}: \w+: .*(driver|device)"):
+        with pytest.raises(BackendError, match=rf"^{op}: (\w+: )?.*(driver|device)"):
             _native._call(NOWHERE, op, *CALLS[op])
 
 
@@ -40,6 +41,10 @@ def test_bad_dtype_is_the_callers_error():
         _native._call(NOWHERE, "nt_xent", 0, 3, *CALLS["nt_xent"][2:])
     with pytest.raises(ValueError, match=r"^conv_epilogue_: y: expected .*, got code 3$"):
         _native._call(NOWHERE, "conv_epilogue", 0, 3, *CALLS["conv_epilogue"][2:])
+    for change, match in [({1: 0}, "x: expected .*, got code 0"), ({13: 65}, "size: expected H >= 1 and W in 4..64, got 4 x 65"),
+                          ({2: 8}, "memory: expected multiples of 16 bytes"), ({11: 1 << 31}, "size: expected fewer than")]:  # fmt: skip
+        with pytest.raises(ValueError, match=f"^conv64: {match}"):
+            _native._call(NOWHERE, "conv64", *(change.get(k, v) for k, v in enumerate(CALLS["conv64"])))
     with pytest.raises(ValueError, match=r"^perturbed_input: mean and std: expected at most 16 channels on a GPU, got 17$"):
         _native._call(NOWHERE, "perturbed_input", *CALLS["perturbed_input"][:10], [0.0] * 17, [1.0] * 17, 1, 17, 4, 4, 1)
 
@@ -76,13 +81,19 @@ def test_machine_code_of_every_kernel():
         elif "REG:" in line:
             kernels[arch, name] = {key: int(value) for key, value in re.findall(r"(\w+):(\d+)", line)}
     names = {name for _, name in kernels}
-    assert len(names) >= 17
+    assert len(names) >= 23
     assert set(kernels) == {(arch, name) for arch in ("sm_80", "sm_90a") for name in names}
     for key, used in kernels.items():
         assert (used["STACK"], used["LOCAL"]) == (0, 0), f"{key} spills: {used}"
         assert used["REG"] <= 255 and used["SHARED"] <= 48 << 10, f"{key}: {used}"
     assert ".ptx" in subprocess.run([cuobjdump, "-lptx", binary], capture_output=True, text=True, check=True).stdout
     sass = subprocess.run([cuobjdump, "-sass", "-arch", "sm_90a", binary], capture_output=True, text=True, check=True).stdout
-    products = [part.split()[0] for part in sass.split("Function : ")[1:] if "HMMA" in part]
+    parts = {part.split()[0]: part for part in sass.split("Function : ")[1:]}
+    products = [name for name, part in parts.items() if "HMMA" in part]
     products = {re.search(r"row_sums|weights|gradient|cooperative.*nt_xent_small", name)[0].split("I")[0] for name in products}
     assert products == {"row_sums", "weights", "gradient", "cooperative"}
+    # The convolution of 64 channels: 36 products in a row (nine taps of four) and one wait for all of them; three tiles, two dtypes.
+    wide = {name: part for name, part in parts.items() if "conv64" in name}
+    assert {name: (part.count("HGMMA"), part.count("WARPGROUP.DEPBAR")) for name, part in wide.items()} == dict.fromkeys(wide, (36, 1))
+    assert sorted(re.search(r"DTypeE(\d)ELi(\d+)", name).groups() for name in wide) == [(t, n) for t in "12" for n in ("136", "176", "72")]
+    assert all("UTMA" not in part and "LDGSTS" in part for part in wide.values())

@@ -9,8 +9,9 @@ import torch
 from _support import CONVOLUTIONS, LOSSES, OPS, STATISTICS, assert_same_bits, checker
 
 from miue_fast import _native
+from miue_fast._registry import BackendError
 from miue_fast.ops.conv_epilogue import activations
-from miue_fast.reference.conv_epilogue import mask_bytes
+from miue_fast.reference.conv_epilogue import mask_bytes, unpack
 
 spec = importlib.util.spec_from_file_location("shim_build", Path(__file__).parent / "shim/build.py")
 build = importlib.util.module_from_spec(spec)
@@ -34,23 +35,24 @@ def on_host(module, monkeypatch):
     torch.use_deterministic_algorithms(False)
 
 
-def cuda_impl(op):
-    return next(impl for impl in op.impls if impl.backend == "cuda")
+def cuda_impl(op, backend="cuda"):
+    return next(impl for impl in op.impls if impl.backend == backend)
 
 
 def cases():
     for op in OPS.values():
-        for dtype in sorted(cuda_impl(op).dtypes, key=str):
-            yield pytest.param(op, dtype, id=f"{op.name}-{str(dtype)[6:]}")
+        for impl in op.impls:
+            for dtype in sorted(impl.dtypes, key=str) if impl.backend in ("cuda", "wgmma") else ():
+                yield pytest.param(op, impl, dtype, id=f"{op.name}-{impl.backend}-{str(dtype)[6:]}")
 
 
-def samples(op, dtype):
+def samples(op, impl, dtype):
     """(number, arguments), without what takes 128 OS threads seconds: half of the half-precision losses, two thirds of mi_ue (the same
     kernels again), all but one wide batch of the distance."""
     half = op.name in LOSSES and dtype != torch.float32
     every = 3 if op.name == "mi_ue_value_and_grad" else 2 if half else 1
     wide = 0
-    for k, args in enumerate(op.samples("cpu", dtype)):
+    for k, args in enumerate(op.samples_of(impl, "cpu", dtype)):
         if op.name in ("intra_class_distance", "mi_ue_value_and_grad") and len(args[1]) > 100:
             wide += 1
             if op.name != "intra_class_distance" or dtype != torch.float32 or wide > 1:
@@ -85,15 +87,15 @@ def assert_near(op, args, got, plain, what):
             assert error <= allowed, f"{what}: error {error:.2e}, allowed {allowed:.2e}, of {t.abs().max():.2e}"
 
 
-@pytest.mark.parametrize("op, dtype", list(cases()))
-def test_parity(op, dtype):
-    fn = cuda_impl(op).fn
-    for k, args in samples(op, dtype):
+@pytest.mark.parametrize("op, impl, dtype", list(cases()))
+def test_parity(op, impl, dtype):
+    fn = impl.fn
+    for k, args in samples(op, impl, dtype):
         got, plain = run(fn, op, args), run(op.reference.fn, op, args)
         if k % 8 == 2:
             assert all(same_bits(a, b) for a, b in zip(got, run(fn, op, args), strict=True)), f"sample {k} does not repeat"
         if op.name in (*CONVOLUTIONS, *STATISTICS):
-            checker(op)(op, args, [cuda_impl(op)])
+            checker(op)(op, args, [impl])
             continue
         if op.exact:
             assert_same_bits(got, plain)
@@ -165,6 +167,83 @@ def test_epilogues_aligned_or_not(dtype):
                                ("conv_grad_epilogue_", (y, residual, mask))]:  # fmt: skip
                 op = OPS[name]
                 assert_same_bits(run(cuda_impl(op).fn, op, args), run(op.reference.fn, op, args))
+
+
+WIDE = [1, 1], [1, 1], [1, 1], 1
+
+
+def wide(b, h, w, dtype=torch.bfloat16, seed=0):
+    """[b, 64, h, w] channels-last."""
+    gen = torch.Generator().manual_seed(seed)
+    return torch.randn(b, h, w, 64, generator=gen).to(dtype).permute(0, 3, 1, 2)
+
+
+def test_weights_of_the_gradient_in_both_orders_of_memory():
+    """As a checkpoint has them, and with the summed channels innermost, as a frozen network keeps them: the same bits."""
+    grad, weight = wide(1, 4, 6), wide(64, 3, 3, seed=1) / 24
+    inner = weight.permute(1, 2, 3, 0).contiguous().permute(3, 0, 1, 2)
+    op, impl = OPS["conv_input_grad"], cuda_impl(OPS["conv_input_grad"], "wgmma")
+    for fitting in (weight, inner, weight.contiguous()):
+        args = grad, fitting, None, None, list(grad.shape), *WIDE
+        checker(op)(op, args, [impl])
+        assert_same_bits(run(impl.fn, op, args), run(impl.fn, op, (grad, weight, *args[2:])))
+
+
+def test_one_pixel_reaches_its_neighbours_and_no_other():
+    """In the corners and next to the seams of a tile, of lines and of images, for each of the three tile sizes."""
+    impl, weight = cuda_impl(OPS["conv_forward"], "wgmma"), torch.arange(1.0, 10).view(1, 1, 3, 3) * torch.eye(64)[:, :, None, None]
+    weight = weight.half().contiguous(memory_format=torch.channels_last)
+    for b, h, w in ((3, 2, 5), (1, 5, 64), (2, 13, 12)):
+        x = torch.zeros(b, 64, h, w).half().contiguous(memory_format=torch.channels_last)
+        for at, (image, row, column) in enumerate([(0, 0, 0), (b - 1, h - 1, w - 1), (0, h - 1, w - 1), (b - 1, 0, 0), (0, h // 2, w - 1)]):
+            x[image, 7 * at, row, column] = 1
+        got, _ = impl.fn(x, weight, None, None, *WIDE, False, False)
+        assert torch.equal(got, torch.nn.functional.conv2d(x.float(), weight.float(), padding=1).half())
+
+
+def test_widths():
+    """The tile is chosen by the width, and must fit into the shared memory of a block (the shim looks)."""
+    weight = wide(64, 3, 3, seed=1) / 24
+    op, impl = OPS["conv_forward"], cuda_impl(OPS["conv_forward"], "wgmma")
+    for width in range(4, 65, 6):
+        checker(op)(op, (wide(1, 2, width), weight, None, None, *WIDE, True, True), [impl])
+
+
+def test_memory_that_no_16_byte_access_takes():
+    op, impl = OPS["conv_forward"], cuda_impl(OPS["conv_forward"], "wgmma")
+    whole = [torch.randn(2 * 15 * 64 + 1).bfloat16()[1:].view(2, 3, 5, 64).permute(0, 3, 1, 2) for _ in range(2)]
+    odd = torch.randn(64 * 9 * 64 + 1).bfloat16()[1:].view(64, 3, 3, 64).permute(0, 3, 1, 2) / 24
+    args = whole[0], odd, None, whole[1], *WIDE, True, True
+    checker(op)(op, args, [impl])
+
+
+def test_what_is_not_finite_stays_with_its_neighbours():
+    x, weight = wide(1, 6, 7, torch.float16), wide(64, 3, 3, torch.float16, seed=1) / 24
+    x[0, 3, 2, 6], x[0, 5, 5, 0] = torch.nan, torch.inf
+    y, mask = cuda_impl(OPS["conv_forward"], "wgmma").fn(x, weight, None, None, *WIDE, True, True)
+    touched = torch.zeros(6, 7, dtype=torch.bool)
+    touched[1:4, 5:] = touched[4:, :2] = True
+    assert y.isfinite()[0, :, ~touched].all() and not y.isfinite()[0].all(0)[touched].any()
+    nan = y.isnan().permute(0, 2, 3, 1).flatten()
+    assert unpack(mask, y).permute(0, 2, 3, 1).flatten()[nan].all(), "NaN has its bit"
+
+
+def test_an_empty_batch_and_what_is_refused():
+    op, impl = OPS["conv_forward"], cuda_impl(OPS["conv_forward"], "wgmma")
+    weight = wide(64, 3, 3)
+    y, mask = impl.fn(wide(0, 4, 4), weight, None, None, *WIDE, True, True)
+    assert y.shape == (0, 64, 4, 4) and not mask.numel()
+    x = wide(1, 4, 4)
+    for args, part in [
+        ((x, weight[:32], None, None, *WIDE), r"a weight \[32, 64, 3, 3\], groups 1"),
+        ((x.float(), weight.float(), None, None, *WIDE), "float32"),
+        ((x, weight, None, None, [2, 2], *WIDE[1:]), r"stride \[2, 2\]"),
+        ((wide(1, 4, 65), weight, None, None, *WIDE), r"images \[1, 64, 4, 65\]"),
+        ((wide(1, 4, 3), weight, None, None, *WIDE), r".*4 to 64 columns"),
+    ]:
+        assert op.why_not(impl, "cuda", args[1].dtype) or impl.refuses(*args, False, False)
+        with pytest.raises(BackendError, match=f"^conv_forward: wgmma does not take {part}"):
+            impl.fn(*args, False, False)
 
 
 @pytest.mark.parametrize("one_launch", [False, True])

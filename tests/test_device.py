@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from miue_fast import _measured
+from miue_fast import _measured, _native
 from miue_fast._registry import OPS
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
@@ -86,6 +86,9 @@ def test_only_some_stages():
     assert not (BENCHMARKS / "results" / "device.json").exists(), "written without a GPU"
 
 
+EVERY = layers.distinct
+
+
 @pytest.fixture
 def small(monkeypatch, tmp_path_factory):
     """Everything that device.py's processes do, on the CPU in this one: sizes of a few pixels, and a stand-in for the GPU's backends."""
@@ -135,7 +138,7 @@ def test_ceilings_run(small):
 
 
 def test_layers_run_and_fill_the_tables(small, tmp_path, monkeypatch):
-    refused = {"layers.4.conv1/forward": "failed: alone, it crashed"}
+    refused = {"layers.4.conv1/forward/triton": "failed: alone, it crashed"}
     rows = device.run_stages(["layers"], 600, options(quick=False), None, refused=refused)
     assert len(rows) == 2 * (4 * 2 * 4 + 3)
     bad = [row for row in rows if row["reason"]]
@@ -151,6 +154,32 @@ def test_layers_run_and_fill_the_tables(small, tmp_path, monkeypatch):
     (tmp_path / "table.json").write_text('{"another GPU": {"a layer": "triton"}}')
     assert report.write_table({"layer_times": rows, "environment": {"gpu": "a CPU"}}) == len(table)
     assert json.loads((tmp_path / "table.json").read_text()) == {"another GPU": {"a layer": "triton"}, "a CPU": table}
+
+
+def test_the_layer_that_wgmma_takes(small, monkeypatch):
+    """It is checked, timed beside the others where there is a Hopper, and in the table where it is the fastest."""
+    entry = next(entry for entry in EVERY() if entry[0].layer == "layers.0.conv1")
+    monkeypatch.setattr(layers, "distinct", lambda: [entry])
+    rows = device.run_stages(["layers"], 600, options(), None, refused={})
+    assert {row["reason"] for row in rows if row["implementation"] == "wgmma"} == {_native.wgmma_missing()}
+    assert set(layers.table(rows).values()) <= {"cuda", "triton"} and not device.wrong({"layer_times": rows, "epoch": [], "parity": [],
+                                                                                      "rows": [], "pgd_step": {"rows": []}})  # fmt: skip
+    for op in ("conv_forward", "conv_input_grad"):
+        there = [replace(i, fn=OPS[op].reference.fn, missing=lambda: None) if i.backend == "wgmma" else i for i in OPS[op].impls]
+        monkeypatch.setitem(OPS, op, replace(OPS[op], impls=tuple(there)))
+    seen = []
+    layers.check(0, seen.append)
+    assert [(row["pass"], row["implementation"], row["reason"]) for row in seen] == [
+        (name, backend, None) for name in ("forward", "input gradient") for backend in ("triton", "wgmma")]  # fmt: skip
+    assert device._layer_outcome(0, seen[:3], "its process ended with SIGSEGV") == {
+        "layers.0.conv1/input gradient/wgmma": "failed: alone, its process ended with SIGSEGV"}  # fmt: skip
+    rows = device.run_stages(["layers"], 600, options(), None, refused={"layers.0.conv1/forward/wgmma": "failed: alone, it crashed"})
+    timed = {(row["pass"], row["implementation"]) for row in rows if row["median_s"]}
+    assert ("input gradient", "wgmma") in timed and ("forward", "wgmma") not in timed and ("forward", "triton") in timed
+    for row in rows:
+        row["median_s"] = 1.0 if row["implementation"] == "wgmma" else 2.0
+    assert set(layers.table(rows).values()) == {"wgmma"}
+    assert {(row["forward"], row["backward"]) for row in layers.fastest(rows)} <= {("wgmma", "wgmma"), (None, None)}
 
 
 def test_a_wrong_layer_is_not_timed(small, monkeypatch):
@@ -251,7 +280,9 @@ def test_parity_shares_its_work_out(small, monkeypatch):
     for name, op in list(OPS.items()):
         monkeypatch.setitem(OPS, name, replace(op, impls=tuple(replace(i, missing=lambda: None) for i in op.impls)))
     rows, refused = device.parity(60, None)
-    assert refused == {} and {(row["op"], row["implementation"]) for row in rows} == {(op, b) for op in OPS for b in ("triton", "cuda")}
+    hopper = {(op, "wgmma") for op in ("conv_forward", "conv_input_grad")}
+    assert refused == {}
+    assert {(row["op"], row["implementation"]) for row in rows} == {(op, b) for op in OPS for b in ("triton", "cuda")} | hopper
     assert sum(spec["job"] == "layer" for spec in asked) == len(layers.distinct())
     assert sum(len(spec["cases"]) for spec in asked if spec["job"] == "parity") == len(rows)
     monkeypatch.setattr(device, "END", 3)
@@ -272,7 +303,7 @@ def test_the_check_of_a_layer_runs(small):
     layers.check(0, seen.append)
     assert [(row["layer"], row["pass"], row["reason"]) for row in seen] == [("conv1", name, None) for name in layers.PASSES]
     assert device._layer_outcome(0, seen[:1], "its process ended with SIGSEGV") == {
-        "conv1/input gradient": "failed: alone, its process ended with SIGSEGV"}  # fmt: skip
+        "conv1/input gradient/triton": "failed: alone, its process ended with SIGSEGV"}  # fmt: skip
     assert device._layer_outcome(0, seen[:1], measure.LATE) == {}
 
 
@@ -335,7 +366,7 @@ def made_up():
     for row in layers.blanks(False):
         triton = row["implementation"] == "triton" and row["pass"] == "forward"
         seconds = (1.5e-4 if triton else 2e-4) * row["batch"] / 512
-        rows.append(row | {"median_s": seconds, "p10_s": seconds, "p90_s": seconds, "samples": 9, "error_of_allowed": 0.5})
+        rows.append(row | {"reason": None, "median_s": seconds, "p10_s": seconds, "p90_s": seconds, "samples": 9, "error_of_allowed": 0.5})
     record["layer_times"] = layers.with_ceilings(rows, record["ceilings"])
     record["layers"] = list(layers.fastest(rows))
     fill = {"error_of_allowed": 0.5, "rate": 1e9, "launch": "graph", "reason": None}

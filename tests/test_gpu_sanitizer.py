@@ -70,7 +70,7 @@ def test_without_a_gpu(tmp_path, capsys):
     assert sanitizer.missing() == "no CUDA device"
     assert sanitizer.main(["--out", str(tmp_path / "s.json")]) == 0
     record = report.load(tmp_path / "s.json")
-    assert len(record["rows"]) == 3 * 2 * len(OPS)
+    assert len(record["rows"]) == 3 * (2 * len(OPS) + 2)  # wgmma: two convolutions
     assert {row["outcome"] for row in record["rows"]} == {"not run: no CUDA device"}
     nameless(record)
     assert "| nt_xent | triton | not run: no CUDA device (0 samples) |" in capsys.readouterr().out

@@ -23,7 +23,9 @@ def test_the_ops():
 @ALL
 def test_implementations(op):
     names = [impl.backend for impl in op.impls]
-    assert names == [b for b in BACKENDS if b != "auto"] and op.reference.backend == "reference"
+    everywhere = [b for b in BACKENDS if b not in ("auto", "wgmma")]
+    assert [b for b in names if b != "wgmma"] == everywhere and op.reference.backend == "reference"
+    assert ("wgmma" in names) == (op.name in ("conv_forward", "conv_input_grad"))
     assert op.reference.missing() is None
     for impl in op.impls:
         assert impl.dtypes <= op.reference.dtypes and impl.devices <= op.reference.devices
@@ -97,5 +99,5 @@ def test_a_refusal_lists_every_backend_with_its_reason():
 
 
 def test_an_unknown_backend_is_a_value_error():
-    with pytest.raises(ValueError, match=r"^nt_xent: backend: expected one of auto, triton, cuda, cpu, reference, got 'fast'$"):
+    with pytest.raises(ValueError, match=r"^nt_xent: backend: expected one of auto, triton, cuda, wgmma, cpu, reference, got 'fast'$"):
         miue_fast.nt_xent(torch.eye(2), torch.tensor([0, 1]), backend="fast")

@@ -14,11 +14,12 @@ SIZE, CONV = [2, 32, 8, 8], ([1, 1], [1, 1], [1, 1], 1)
 
 @pytest.fixture
 def machine(monkeypatch):
-    """set(triton=reason, cuda=reason, measured=backend) makes a machine."""
+    """make(triton=reason, cuda=reason, wgmma=reason, measured=backend) makes a machine."""
 
-    def make(triton=None, cuda=None, measured="cuda"):
+    def make(triton=None, cuda=None, wgmma=None, measured="cuda"):
         monkeypatch.setattr(convolution._triton, "missing", lambda: triton)
         monkeypatch.setattr(convolution._native, "cuda_missing", lambda: cuda)
+        monkeypatch.setattr(convolution._native, "wgmma_missing", lambda: cuda or wgmma)
         monkeypatch.setattr(convolution, "faster", lambda *args: measured)
         monkeypatch.setattr(convolution, "_told", set())
 
@@ -41,6 +42,12 @@ def weight(k=32, c=32, r=3, dtype=torch.bfloat16):
         ({}, weight(dtype=torch.float32).to(FP8), "triton"),
         ({"triton": "not installed"}, weight(dtype=torch.float32).to(FP8), "reference"),
         ({}, weight(c=0), "cuda"),
+        ({}, weight(k=64, c=64), "cuda"),  # not where nobody measured it
+        ({"measured": "wgmma"}, weight(k=64, c=64), "wgmma"),
+        ({"measured": "wgmma"}, weight(k=64, c=32), "cuda"),  # wgmma has no kernel for it
+        ({"measured": "wgmma", "wgmma": "capability 8.0"}, weight(k=64, c=64), "cuda"),
+        ({"measured": "wgmma", "triton": "not installed"}, weight(k=64, c=64), "wgmma"),
+        ({"measured": "wgmma", "cuda": "not built"}, weight(k=64, c=64), "triton"),
     ],
 )
 def test_route(machine, have, layer, expected, caplog):

@@ -38,6 +38,25 @@ void launch(const char* name, void (*kernel)(P...), int64_t x, int64_t y, [[mayb
     if (error != cudaSuccess) throw BackendFailure(std::string(name) + ": " + cudaGetErrorString(error));
 }
 
+// The same with a number of threads and of bytes of dynamic shared memory.
+template <class... P, class... A>
+void launch_wide(const char* name, void (*kernel)(P...), int64_t x, int64_t y, int threads, int shared_bytes, [[maybe_unused]] void* stream,
+                 A... args) {
+    if (x == 0 || y == 0) return;
+    const dim3 grid(static_cast<unsigned>(x), static_cast<unsigned>(y));
+#ifdef __CUDACC__
+    cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+    if (error == cudaSuccess) {
+        kernel<<<grid, threads, shared_bytes, static_cast<cudaStream_t>(stream)>>>(static_cast<P>(args)...);
+        error = cudaGetLastError();
+    }
+    if (error != cudaSuccess) throw BackendFailure(std::string(name) + ": " + cudaGetErrorString(error));
+#else
+    shim::launch(grid, threads, [&] { kernel(static_cast<P>(args)...); }, shared_bytes);
+    static_cast<void>(name);
+#endif
+}
+
 // The block's dynamic shared memory.
 template <class T>
 __device__ __forceinline__ T* dynamic_shared() {
@@ -45,7 +64,7 @@ __device__ __forceinline__ T* dynamic_shared() {
     extern __shared__ __align__(1024) char memory[];
     return reinterpret_cast<T*>(memory);
 #else
-    return reinterpret_cast<T*>(shim::dynamic);
+    return reinterpret_cast<T*>(shim::dynamic->data());
 #endif
 }
 
@@ -111,6 +130,32 @@ __device__ __forceinline__ float half_value(uint16_t bits) { return __half2float
 __device__ __forceinline__ uint16_t half_bits(float x) { return __half_as_ushort(__float2half_rn(x)); }
 __device__ __forceinline__ float bfloat_value(uint16_t bits) { return __bfloat162float(__ushort_as_bfloat16(bits)); }
 __device__ __forceinline__ uint16_t bfloat_bits(float x) { return __bfloat16_as_ushort(__float2bfloat16_rn(x)); }
+
+// Address in the shared window, as descriptors and shared-memory instructions take it.
+__device__ __forceinline__ uint32_t shared_address(const void* p) {
+#ifdef __CUDACC__
+    return static_cast<uint32_t>(__cvta_generic_to_shared(p));
+#else
+    return shim::shared_address(p);
+#endif
+}
+
+// 16 bytes from global to shared memory, or 16 zeros where not `there`; both addresses are multiples of 16. Under way until copies_done()
+// of the same thread; for the other threads until a barrier after that.
+__device__ __forceinline__ void copy_async(void* to, const void* from, bool there = true) {
+#ifdef __CUDACC__
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(there ? 16 : 0) : "memory");
+#else
+    shim::copy_async(to, from, there);
+#endif
+}
+__device__ __forceinline__ void copies_done() {
+#ifdef __CUDACC__
+    asm volatile("cp.async.wait_all;" ::: "memory");
+#else
+    shim::copies_done();
+#endif
+}
 
 // One number as stored (u8 and i8 are not scaled). The switch is uniform over the grid.
 __device__ __forceinline__ float load(const void* p, DType t, int64_t at) {

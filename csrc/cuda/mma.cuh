@@ -1,4 +1,4 @@
-// The tensor-core product and what feeds it: the only inline PTX of the library. Host twins: tests/shim/mma_twin.h.
+// The tensor-core product of one warp and what feeds it. Host twins: tests/shim/mma_twin.h. Inline PTX is here, in device.cuh and in wgmma.cuh.
 #pragma once
 #include "device.cuh"
 
@@ -28,7 +28,7 @@ __device__ __forceinline__ void mma_row(float (&d)[N][4], const uint32_t (&a)[4]
 template <bool TRANSPOSED>
 __device__ __forceinline__ void ldmatrix(uint32_t& r0, uint32_t& r1, uint32_t& r2, uint32_t& r3, const uint16_t* row) {
 #ifdef __CUDACC__
-    const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(row));
+    const uint32_t address = shared_address(row);
     if (TRANSPOSED) {
         asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                      : "=r"(r0), "=r"(r1), "=r"(r2), "=r"(r3) : "r"(address) : "memory");
@@ -40,20 +40,6 @@ __device__ __forceinline__ void ldmatrix(uint32_t& r0, uint32_t& r1, uint32_t& r
     uint32_t r[4];
     shim::ldmatrix<TRANSPOSED>(r, row);
     r0 = r[0], r1 = r[1], r2 = r[2], r3 = r[3];
-#endif
-}
-
-// 16 bytes from global to shared memory, both aligned; under way until copies_done() of the same thread (and a barrier for the others).
-__device__ __forceinline__ void copy_async(void* to, const void* from) {
-#ifdef __CUDACC__
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(to))), "l"(from) : "memory");
-#else
-    memcpy(to, from, 16);
-#endif
-}
-__device__ __forceinline__ void copies_done() {
-#ifdef __CUDACC__
-    asm volatile("cp.async.wait_all;" ::: "memory");
 #endif
 }
 

@@ -1,7 +1,8 @@
 """Frozen convolutions: forward with a fused epilogue, input gradient with a fused epilogue, and the stem's with the projected step.
 
 The backends `cpu` and `cuda` take PyTorch's library (oneDNN, cuDNN) for the convolution and this package's C++ for what follows;
-`triton` is one kernel. `auto` on a GPU takes, per layer, what `measured_convolutions.json` says is faster; unmeasured: cuDNN.
+`triton` is one kernel; `wgmma` is one CUDA C++ kernel for Hopper and the 3x3 layers of 64 channels in float16 and bfloat16
+(csrc/cuda/conv64.cu). `auto` on a GPU takes, per layer, what `measured_convolutions.json` says is faster; unmeasured: cuDNN.
 Operands in e4m3 (float8_e4m3fn) have `triton` and the reference, which widens them to float32.
 """
 
@@ -18,7 +19,7 @@ from ..reference.convolution import conv_input_grad_step_ as reference_step
 from .conv_epilogue import aligned, check_bias, check_mask, dense
 from .projected_step import check_step
 
-NHWC = torch.channels_last
+NHWC, HALVES = torch.channels_last, frozenset({torch.float16, torch.bfloat16})
 # (batch, in, out, height, width, kernel, stride, padding, dilation, groups)
 SHAPES = [
     (2, 16, 16, 6, 6, 3, 1, 1, 1, 1),
@@ -26,6 +27,13 @@ SHAPES = [
     (1, 32, 16, 4, 6, 1, 1, 0, 1, 1),
     (2, 48, 32, 4, 4, 1, 2, 0, 1, 1),
     (2, 3, 16, 8, 8, 3, 1, 1, 1, 1),  # a stem
+]
+WIDE = [  # what `wgmma` takes: whole images in a tile, one and several; rows of one, with a rest
+    (1, 64, 64, 5, 8, 3, 1, 1, 1, 1),
+    (3, 64, 64, 2, 5, 3, 1, 1, 1, 1),
+    (3, 64, 64, 7, 33, 3, 1, 1, 1, 1),
+    (1, 64, 64, 5, 64, 3, 1, 1, 1, 1),
+    (3, 64, 64, 13, 12, 3, 1, 1, 1, 1),
 ]
 ODD = [  # what the library takes and the Triton kernels refuse
     (1, 3, 5, 7, 6, 3, 1, 1, 1, 1),
@@ -52,6 +60,9 @@ def why_not_triton(weight, size, stride, padding, dilation, groups):
     if k % 16 or (c % 16 and c > 16):
         return f"{c} -> {k} channels (multiples of 16, or a stem of at most 16)"
     return None
+
+
+why_not_wgmma = _native.why_not_conv64  # why `wgmma` does not take a layer, or None
 
 
 def quantised(x):
@@ -91,7 +102,7 @@ def _shapes(device, dtype):
     shapes = SHAPES if _triton.INTERPRET or device == "cuda" else [*SHAPES, *ODD]
     if dtype == FP8:
         shapes = [(b, 2 * c, 2 * k, *rest) for b, c, k, *rest in shapes if c != 3]
-    return shapes
+    return [*shapes, *WIDE] if dtype in HALVES else shapes
 
 
 def _samples(device, dtype):
@@ -145,10 +156,11 @@ def _step_samples(device, dtype):
             yield tuple(a.to(device) if isinstance(a, torch.Tensor) else a for a in args)
 
 
-def _impls(name, device_fn, on_cpu=DOUBLES, on_triton=FLOATS | {FP8}):
+def _impls(name, device_fn, on_cpu=DOUBLES, on_triton=FLOATS | {FP8}, wgmma=()):
     return [
         Impl("triton", _triton.lazy(name, "convolution"), _triton.DEVICES, on_triton, _triton.missing),
         Impl("cuda", device_fn, frozenset({"cuda"}), FLOATS, _native.cuda_missing),
+        *(Impl("wgmma", fn, frozenset({"cuda"}), HALVES, _native.wgmma_missing, refuses) for fn, refuses in wgmma),
         Impl("cpu", device_fn, frozenset({"cpu"}), on_cpu, _native.cpu_missing),
     ]
 
@@ -181,9 +193,10 @@ def _route(op, weight, size, *conv):
             _told.add(op)
             log.warning("%s on cuda runs in plain PyTorch (triton: %s; cuda: %s)", op, no_triton, no_cuda)
         return "reference"
-    if no_triton or no_cuda:
-        return "cuda" if no_triton else "triton"
-    return faster(op, weight, size, conv[0])
+    best = "triton" if no_cuda else faster(op, weight, size, conv[0])
+    if best == "wgmma" and (why_not_wgmma(weight, size, *conv) or _native.wgmma_missing()):
+        best = "cuda"
+    return "cuda" if no_triton and best == "triton" else best
 
 
 define(
@@ -193,7 +206,11 @@ define(
     fake=_fake,
     samples=_samples,
     dtypes=DOUBLES | {FP8},
-    impls=_impls("conv_forward", _native.conv_forward),
+    impls=_impls(
+        "conv_forward",
+        _native.conv_forward,
+        wgmma=[(_native.conv64_forward, lambda x, weight, bias, residual, *conv: why_not_wgmma(weight, x.shape, *conv[:4]))],
+    ),
     route=lambda x, weight, bias, residual, *conv: _route("conv_forward", weight, x.shape, *conv[:4]),
 )
 define(
@@ -204,7 +221,11 @@ define(
     samples=_grad_samples,
     dtypes=DOUBLES | {FP8},
     check=aligned("conv_input_grad", 3),
-    impls=_impls("conv_input_grad", _native.conv_input_grad),
+    impls=_impls(
+        "conv_input_grad",
+        _native.conv_input_grad,
+        wgmma=[(_native.conv64_input_grad, lambda grad, weight, addend, mask, size, *conv: why_not_wgmma(weight, size, *conv[:4]))],
+    ),
     route=lambda grad, weight, addend, mask, size, *conv: _route("conv_input_grad", weight, size, *conv[:4]),
 )
 define(
@@ -272,7 +293,8 @@ def conv_forward(x, weight, bias=None, residual=None, *, stride=1, padding=0, di
 
     Returns: (y [B, K, P, Q] channels-last in x's dtype, mask uint8). Sums in float32 at least (e4m3 on a GPU: in the tensor core's
     accumulator, which is a little narrower). Deterministic on one machine, backend and
-    thread count. Triton takes 1x1 and 3x3, stride 1 and 2, padding R // 2, channels in multiples of 16 (a stem: at most 16).
+    thread count. Triton takes 1x1 and 3x3, stride 1 and 2, padding R // 2, channels in multiples of 16 (a stem: at most 16); wgmma 3x3,
+    stride and padding 1, 64 to 64 channels, 4 to 64 columns.
     Errors: ValueError, BackendError.
     """
     op = "conv_forward"

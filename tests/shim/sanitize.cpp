@@ -132,6 +132,20 @@ void epilogues(int64_t rows, int64_t channels, DType t) {
     });
 }
 
+void convolutions(int64_t B, int64_t H, int64_t W, DType t) {
+    const int64_t pixels = B * H * W, bytes = pixels * 64 * 2;
+    const auto x = numbers(pixels * 64, t, -1, 1), other = numbers(pixels * 64, t, -1, 1), weight = numbers(64 * 9 * 64, t, -0.1f, 0.1f);
+    const auto bias = numbers(64, DType::f32, -1, 1);
+    std::vector<uint8_t> mask(pixels * 8);
+    twice("conv64 forward", bytes, [&](char* out) {
+        conv64_cuda({out, t, x.data(), weight.data(), false, false, reinterpret_cast<const float*>(bias.data()), other.data(), true,
+                     mask.data(), nullptr, B, H, W}, nullptr);
+    });
+    twice("conv64 input gradient", bytes, [&](char* out) {
+        conv64_cuda({out, t, x.data(), weight.data(), true, true, nullptr, other.data(), false, nullptr, mask.data(), B, H, W}, nullptr);
+    });
+}
+
 }  // namespace
 
 int main() {
@@ -148,6 +162,8 @@ int main() {
     epilogues(70, 48, DType::f32);
     epilogues(41, 130, DType::bf16);
     epilogues(33, 7, DType::f16);
+    convolutions(3, 7, 33, DType::f16);  // three tiles for each warpgroup: a buffer is used again
+    convolutions(5, 2, 5, DType::bf16);  // whole images
     std::printf("%d failures\n", failures);
     return failures != 0;
 }

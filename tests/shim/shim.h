@@ -9,6 +9,8 @@
 #include <climits>
 #include <cmath>
 #include <cstdint>
+#include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <memory>
 #include <thread>
@@ -27,6 +29,7 @@
 #define __host__
 #define __forceinline__ inline
 #define __shared__ static
+#define __launch_bounds__(...)
 
 using std::max;
 using std::min;
@@ -82,15 +85,31 @@ struct Warp {
     alignas(16) char slots[2][32][128];  // two generations: one barrier per exchange is enough
 };
 
+struct Warpgroup {
+    Barrier gate{128};
+};
+
+struct alignas(16) Line {
+    char bytes[16];
+};
+// A block's dynamic shared memory, full of NaN.
+inline std::vector<Line> shared_memory(size_t bytes) {
+    if (bytes > 232448) std::abort();  // more than a block may have on Hopper
+    std::vector<Line> lines((bytes + sizeof(Line) - 1) / sizeof(Line));
+    if (bytes) std::memset(lines.data(), 0xff, lines.size() * sizeof(Line));
+    return lines;
+}
+
 struct Block {
     Barrier gate;
     std::vector<Warp> warps;
-    explicit Block(int threads) : gate(threads), warps(threads / 32) {}
+    std::vector<Warpgroup> groups;
+    explicit Block(int threads) : gate(threads), warps(threads / 32), groups(threads / 128) {}
 };
 
 constinit inline thread_local Block* block = nullptr;
 constinit inline thread_local unsigned generation = 0;
-constinit inline thread_local char* dynamic = nullptr;  // shared memory whose size the launch gives
+constinit inline thread_local std::vector<Line>* dynamic = nullptr;
 
 // Every lane gives `mine` and gets the 32 values of its warp.
 template <class T>
@@ -120,8 +139,10 @@ void block_of_threads(dim3 grid, int threads, F work) {
 }
 
 template <class F>
-void launch(dim3 grid, int threads, F kernel) {
+void launch(dim3 grid, int threads, F kernel, size_t bytes = 0) {
+    std::vector<Line> memory = shared_memory(bytes);
     block_of_threads(grid, threads, [&] {
+        dynamic = &memory;
         for (unsigned y = 0; y < grid.y; ++y) {
             for (unsigned x = 0; x < grid.x; ++x) {
                 blockIdx = {x, y, 0};
@@ -139,16 +160,14 @@ void launch_cooperative(dim3 grid, int threads, size_t bytes, const Args& args) 
     static std::atomic<unsigned> launches{0};
     const bool backwards = launches++ % 2;
     const unsigned blocks = grid.x * grid.y;
-    struct alignas(1024) Kilobyte { char bytes[1024]; };
-    std::vector<std::vector<Kilobyte>> memory(blocks, std::vector<Kilobyte>((bytes + 1023) / 1024));
-    for (auto& one : memory) std::memset(one.data(), 0xff, one.size() * 1024);
+    std::vector<std::vector<Line>> memory(blocks, shared_memory(bytes));
     block_of_threads(grid, threads, [&] {
         std::vector<State> states(blocks);
         const auto phase = [&](auto number) {
             for (unsigned k = 0; k < blocks; ++k) {
                 const unsigned at = backwards ? blocks - 1 - k : k;
                 blockIdx = {at % grid.x, at / grid.x, 0};
-                dynamic = memory[at].data()->bytes;
+                dynamic = &memory[at];
                 states[at].run(number, args);
                 block->gate.arrive_and_wait();
             }
@@ -179,3 +198,4 @@ inline float __fdiv_rn(float a, float b) { return a / b; }
 inline unsigned long long atomicAdd(unsigned long long* p, unsigned long long x) { return __atomic_fetch_add(p, x, __ATOMIC_RELAXED); }
 
 #include "mma_twin.h"
+#include "wgmma_twin.h"
