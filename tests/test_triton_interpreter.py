@@ -72,13 +72,12 @@ else:
         centres = torch.randn(classes, width, generator=gen)
         return ((centres[labels] + torch.randn(batch, width, generator=gen)).relu() * scale).to(dtype), labels
 
-    @HALF_AND_SINGLE
+    BOTH = [(form, dtype) for form in ("stored", "recomputed") for dtype in (torch.float16, torch.float32)]
+
+    @pytest.mark.parametrize("form, dtype", [*BOTH, ("resident", torch.float16)], ids=str)
     @pytest.mark.parametrize("programs", [1, 256], ids=["one-split", "many-splits"])
-    @pytest.mark.parametrize("form", ["stored", "recomputed", "resident"])
     def test_interpreted_forms_of_nt_xent(form, programs, dtype, monkeypatch):
         """The resident form rounds its weights to fp16, half a unit in the last of 11 bits; the others keep 22."""
-        if form == "resident" and dtype == torch.float32:
-            pytest.skip("for half precision")
         monkeypatch.setattr(nt_xent, "STORED_ROWS", 2048 if form == "stored" else 0)
         monkeypatch.setattr(nt_xent, "capability", lambda tensor: (9, 0) if form == "resident" else (8, 0))
         monkeypatch.setattr(nt_xent, "PROGRAMS", programs)
@@ -88,9 +87,10 @@ else:
             check_losses(OPS["nt_xent"], args, [triton_impl("nt_xent")], 2**-11 if form == "resident" else 0.0)
 
     def test_interpreted_resident_form_of_the_samples(monkeypatch):
-        """Every sample of the op: zero rows, lone members, tight clusters, low temperatures."""
+        """Zero rows, lone members, tight clusters, low temperatures."""
         monkeypatch.setattr(nt_xent, "STORED_ROWS", 0)
-        for args in OPS["nt_xent"].samples("cpu", torch.float16):
+        samples = list(OPS["nt_xent"].samples("cpu", torch.float16))
+        for args in samples[:-6:3] + samples[-6:]:
             check_losses(OPS["nt_xent"], args, [triton_impl("nt_xent")], 2**-11)
 
     @HALF_AND_SINGLE
