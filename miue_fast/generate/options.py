@@ -11,6 +11,7 @@ from .objectives import OBJECTIVES
 
 _COMPUTE = ("float32", "bfloat16", "float16")
 _STORES = ("float32", "float16", "int8")
+_ALL_OPS = tuple(name for name in BACKENDS if name != "wgmma")  # it serves two ops; auto takes it where it is measured
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ class Options:
         if self.alpha_0 == 0 == self.last_alpha:
             _checks.fail("option", "alpha_0 and alpha_K", "one of them > 0 (nothing would be learnt)", "0 and 0")
         _checks.denominator("option", self.denominator)
-        for name, known in (("objective", OBJECTIVES), ("dtype", _COMPUTE), ("delta_dtype", _STORES), ("backend", BACKENDS)):
+        for name, known in (("objective", OBJECTIVES), ("dtype", _COMPUTE), ("delta_dtype", _STORES), ("backend", _ALL_OPS)):
             if isinstance(getattr(self, name), torch.dtype):
                 object.__setattr__(self, name, str(getattr(self, name))[6:])
             if getattr(self, name) not in known:
