@@ -2,9 +2,9 @@
 
 import re
 import shutil
-import subprocess
 from pathlib import Path
 
+import _machine_code
 import pytest
 import torch
 
@@ -56,44 +56,38 @@ def test_workspace_is_bounded():
         assert _native._cuda.intra_class_distance_workspace(count, width, 0, True) <= 4 * count * width + 4 * count + 64
 
 
-def tool(name):
-    """On PATH, or the copy in triton's wheel."""
-    if found := shutil.which(name):
-        return found
-    try:
-        import triton
-    except ImportError:
-        pytest.skip(f"no {name} on PATH and no triton")
-    found = Path(triton.__file__).parent / "backends/nvidia/bin" / name
-    return str(found) if found.exists() else pytest.skip(f"no {name} on PATH or in triton")
+@pytest.fixture(scope="module")
+def kernels():
+    for name in ("cuobjdump", "nvdisasm"):
+        if _machine_code.tool(name) is None:
+            pytest.skip(f"no {name} on PATH or in triton")
+    return _machine_code.kernels(_native._cuda.__file__)
 
 
-def test_machine_code_of_every_kernel():
+def test_machine_code_of_every_kernel(kernels):
     """sm_80 and sm_90a code and PTX; registers within the block's share, nothing spilled, tensor cores where a product is meant."""
-    cuobjdump, binary = tool("cuobjdump"), _native._cuda.__file__
-    usage = subprocess.run([cuobjdump, "-res-usage", binary], capture_output=True, text=True, check=True)
-    kernels = {}
-    for line in (usage.stdout + usage.stderr).splitlines():
-        if line.startswith("arch ="):
-            arch = line.split()[-1]
-        elif "Function" in line:
-            name = line.split()[1].rstrip(":")
-        elif "REG:" in line:
-            kernels[arch, name] = {key: int(value) for key, value in re.findall(r"(\w+):(\d+)", line)}
     names = {name for _, name in kernels}
     assert len(names) >= 23
     assert set(kernels) == {(arch, name) for arch in ("sm_80", "sm_90a") for name in names}
     for key, used in kernels.items():
-        assert (used["STACK"], used["LOCAL"]) == (0, 0), f"{key} spills: {used}"
-        assert used["REG"] <= 255 and used["SHARED"] <= 48 << 10, f"{key}: {used}"
-    assert ".ptx" in subprocess.run([cuobjdump, "-lptx", binary], capture_output=True, text=True, check=True).stdout
-    sass = subprocess.run([cuobjdump, "-sass", "-arch", "sm_90a", binary], capture_output=True, text=True, check=True).stdout
-    parts = {part.split()[0]: part for part in sass.split("Function : ")[1:]}
-    products = [name for name, part in parts.items() if "HMMA" in part]
+        assert used.stack == 0, f"{key} spills: {used}"
+        assert used.registers <= 255 and used.shared <= 48 << 10, f"{key}: {used}"
+    assert ".ptx" in _machine_code.output("cuobjdump", "-lptx", _native._cuda.__file__)
+    hopper = {name: used.mix for (arch, name), used in kernels.items() if arch == "sm_90a"}
+    products = [name for name, mix in hopper.items() if "HMMA" in mix]
     products = {re.search(r"row_sums|weights|gradient|cooperative.*nt_xent_small", name)[0].split("I")[0] for name in products}
     assert products == {"row_sums", "weights", "gradient", "cooperative"}
     # The convolution of 64 channels: 36 products in a row (nine taps of four) and one wait for all of them; three tiles, two dtypes.
-    wide = {name: part for name, part in parts.items() if "conv64" in name}
-    assert {name: (part.count("HGMMA"), part.count("WARPGROUP.DEPBAR")) for name, part in wide.items()} == dict.fromkeys(wide, (36, 1))
+    wide = {name: mix for name, mix in hopper.items() if "conv64" in name}
+    assert {name: (mix["HGMMA"], mix["WARPGROUP.DEPBAR"]) for name, mix in wide.items()} == dict.fromkeys(wide, (36, 1))
     assert sorted(re.search(r"DTypeE(\d)ELi(\d+)", name).groups() for name in wide) == [(t, n) for t in "12" for n in ("136", "176", "72")]
-    assert all("UTMA" not in part and "LDGSTS" in part for part in wide.values())
+    assert all("UTMALDG" not in mix and "LDGSTS" in mix for mix in wide.values())
+
+
+def test_the_page_lists_every_kernel(kernels):
+    """docs/cuda-aot.md: its numbers are of the nvcc and sources it names."""
+    if not shutil.which("c++filt"):
+        pytest.skip("no c++filt")
+    page = (Path(__file__).parent.parent / "docs/cuda-aot.md").read_text()
+    missing = [name for name in _machine_code.readable({name for _, name in kernels}) if f"| {name} |" not in page]
+    assert not missing, f"run `python benchmarks/aot_report.py --cuda`: {missing[0]}"

@@ -57,7 +57,7 @@ def problems(capability, name, case, folder):
     rows = next((value for (position,), value in constants.items() if kernel.arg_names[position] == "BM"), 64)
     fp8 = any("fp8" in kind for kind in signature.values())
     core = TENSOR_CORE["fp8" if fp8 else 80 if rows < 64 else capability]  # wgmma has 64 rows
-    if kernel.fn.__name__ in PRODUCTS and core not in made.products:
+    if kernel.fn.__name__ in PRODUCTS and core not in made.mix:
         yield f"no {core} in the machine code"
     # sm_80 adds two bf16 values as fma.rn.bf16 with 1: one rounding, as the contract says
     exact = kernel.fn.__module__ in EXACT or kernel is convolution._stem_grad_kernel
