@@ -11,6 +11,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import machine
 import measure
 import pgd_step
 import report
@@ -150,7 +151,7 @@ def main(argv=None):
         else:
             print(measure.cpu_extra_bytes(next(w for w in chosen if w.name == name), implementation))
         return 0
-    record = {"format": report.FORMAT, "kind": "cpu", "quick": options.quick, "environment": measure.environment(), "method": METHOD}
+    record = {"format": report.FORMAT, "kind": "cpu", "quick": options.quick, "environment": machine.environment(), "method": METHOD}
     rows = []
     for workload in chosen:
         print(f"{workload.name} ...", file=sys.stderr, flush=True)

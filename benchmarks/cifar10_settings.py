@@ -12,7 +12,7 @@ import json
 import time
 from pathlib import Path
 
-import measure
+import machine
 import torch
 
 from miue_fast import data, generate
@@ -59,7 +59,7 @@ def main(argv=None):
                          "seconds": time.perf_counter() - begin})  # fmt: skip
             print(f"{name:20} seed {seed:3}: held-out accuracy {100 * run.test:5.1f} %, {rows[-1]['seconds']:.0f} s", flush=True)
     if args.out:
-        record = {"format": 1, "kind": "cifar10_settings", "environment": measure.environment(), "rows": rows}
+        record = {"format": 1, "kind": "cifar10_settings", "environment": machine.environment(), "rows": rows}
         data.write_file(args.out, lambda file: file.write((json.dumps(record, indent=1) + "\n").encode()))
 
 

@@ -29,6 +29,7 @@ import children
 import epoch
 import gpu_step
 import layers
+import machine
 import measure
 import report
 import targets
@@ -138,7 +139,7 @@ def parity_of(case, emit):
                     _support.assert_same_bits(_support.run(op, impl.fn, args), _support.run(op, op.reference.fn, args))
                 else:
                     _support.checker(op)(op, args, [impl])
-                    for form in measure.forms(op, impl):
+                    for form in impl.forms:
                         _support.check_losses(op, args, [replace(impl, fn=form.fn)], form.weights)
         except (RuntimeError, AssertionError) as error:  # BackendError and launch failures among them
             emit({"samples": count, "outcome": f"failed: sample {count + 1}: {measure.first_line(error)}"})
@@ -234,7 +235,7 @@ def main(argv=None):
         share = sum(SHARES[s] for s in stages[: stages.index(stage) + 1])
         return children.left(begin + share * per_share)
 
-    record = {"format": report.FORMAT, "kind": "device", "quick": options.quick, "environment": measure.environment(), "method": METHOD}
+    record = {"format": report.FORMAT, "kind": "device", "quick": options.quick, "environment": machine.environment(), "method": METHOD}
     record |= {"stages": stages, "parity": [], "ceilings": [], "layer_times": [], "layers": [], "rows": [], "pgd_step": {"rows": []},
                "epoch": [], "overhead": [], "targets": []}  # fmt: skip
     out = options.out or (None if reason else report.RESULTS / "device.json")
@@ -249,7 +250,7 @@ def main(argv=None):
             record["layer_times"] = layers.with_ceilings(rows, record["ceilings"])
             record["layers"] = list(layers.fastest(rows))
             if not reason:
-                record["environment"]["device"]["state_after_layers"] = measure.gpu_state()
+                record["environment"]["device"]["state_after_layers"] = machine.gpu_state()
                 spec = {"table": str(Path(scratch.name, "table.json"))}
                 Path(spec["table"]).write_text(json.dumps({torch.cuda.get_device_name(): layers.table(rows)}))
                 if options.write_table:

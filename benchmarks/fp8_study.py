@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 from unittest import mock
 
-import measure
+import machine
 import report
 import torch
 
@@ -143,7 +143,7 @@ def main(argv=None):
         NOTES.write_text(with_tables(NOTES.read_text(), report.load(RESULT)))
         return 0
     torch.set_num_threads(args.threads)
-    environment = measure.environment()
+    environment = machine.environment()
     sizes, source, victim = (QUICK, {**SOURCE, "epochs": 1, "steps": 1}, {**VICTIM, "epochs": 1}) if args.quick else (SIZES, SOURCE, VICTIM)
     if args.data:
         clean, test = (data.load(args.data, split=part, per_class=sizes[part] // 10) for part in ("train", "test"))

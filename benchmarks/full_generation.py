@@ -15,7 +15,7 @@ import statistics
 import sys
 from pathlib import Path
 
-import measure
+import machine
 import report
 
 from miue_fast import data, generate
@@ -63,7 +63,7 @@ def stopping_after(seconds):
 
 def main(argv=None):
     args = parse(argv)
-    environment = measure.environment()
+    environment = machine.environment()
     clean = data.load(args.cifar / "train", per_class=args.per_class)
     test = data.load_test(args.cifar / "test", per_class=args.per_class)
     try:

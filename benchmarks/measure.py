@@ -3,22 +3,18 @@
 import itertools
 import math
 import os
-import platform
-import shutil
 import signal
 import statistics
-import subprocess
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+import machine
 import torch
 from baselines import eager, other, strong
 
-from miue_fast import _environment, _native, _triton
 from miue_fast._registry import OPS
 from miue_fast.reference.conv_epilogue import unpack
 
@@ -44,40 +40,6 @@ class Candidate:
     oracle: Callable | None = None  # of what computes another function
 
 
-@dataclass(frozen=True)
-class Form:
-    """Another kernel of an implementation than the one that a call of this size takes."""
-
-    name: str
-    fn: Callable
-    rows: int  # up to which a call takes the other one
-    weights: float = 0.0  # relative rounding of the gradient's weights, see tests/_support.py
-
-
-def forms(op, impl):
-    """nt_xent of a small batch as a large one takes it."""
-
-    def several_launches(*args):
-        _native.set_one_launch(False)
-        try:
-            return impl.fn(*args)
-        finally:
-            _native.set_one_launch(True)
-
-    def as_large(*args):
-        before = _triton.set_stored_rows(0)
-        try:
-            return impl.fn(*args)
-        finally:
-            _triton.set_stored_rows(before)
-
-    found = {
-        "cuda": Form("cuda, several launches", several_launches, 512),
-        "triton": Form("triton, as a large batch", as_large, 2048, 2**-11),
-    }
-    return [found[impl.backend]] if op.name == "nt_xent" and impl.backend in found else []
-
-
 def candidates(workload, device, args, quick):
     """Every backend of the registry, then the baselines."""
     op = OPS[workload.op]
@@ -89,7 +51,7 @@ def candidates(workload, device, args, quick):
         if impl.backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1":
             reason = "runs in Triton's interpreter, whose time says nothing"
         yield Candidate(impl.backend, "reference" if impl is op.reference else "ours", impl.fn, reason)
-        for form in forms(op, impl) if device == "cuda" else ():
+        for form in impl.forms if device == "cuda" else ():
             if workload.batch <= form.rows:
                 yield Candidate(form.name, "candidate", form.fn, reason)
     baselines = [("eager", "eager", getattr(eager, workload.op))]
@@ -329,7 +291,7 @@ def cpu_extra_bytes(workload, name):
 
 
 def status(field):
-    return next(int(line.split()[1]) for line in _lines("/proc/self/status") if line.startswith(field)) * 1024
+    return next(int(line.split()[1]) for line in machine.lines("/proc/self/status") if line.startswith(field)) * 1024
 
 
 def blank(workload, candidate, reason=None):
@@ -397,59 +359,3 @@ def run(workload, device, *, quick, budget, copies=1):
 def broken(rows):
     """Rows of the library itself that failed or were refused: no benchmark run may end well with one."""
     return [r for r in rows if r["role"] in ("ours", "reference") and (r["reason"] or "").startswith(("refused", "failed"))]
-
-
-def environment():
-    """Where the numbers come from; no paths and no host names."""
-    model = next((line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")), platform.processor())
-    commit = _git("rev-parse", "HEAD") or None
-    return {
-        "cpu": model, "cores": os.cpu_count(), "threads": torch.get_num_threads(),
-        "system": f"{platform.system()} {platform.machine()}",
-        "load_before": round(os.getloadavg()[0], 2), "python": platform.python_version(), "torch": torch.__version__,
-        "triton": _version("triton"),
-        "miue_fast": _version("miue_fast"), "build_flags": _environment.build_flags(), "cpu_level": _environment.cpu_level(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None, "cuda": torch.version.cuda,
-        **({"device": _device()} if torch.cuda.is_available() else {}),
-        "commit": commit, "uncommitted_changes": bool(_git("status", "--porcelain", "-uno", "--", ":(exclude)results")) if commit else None,
-    }  # fmt: skip
-
-
-GPU_STATE = ("driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm", "power.draw", "power.limit", "temperature.gpu")
-
-
-def gpu_state():
-    """What nvidia-smi reads about the GPU now, or None. Only reads."""
-    if not shutil.which("nvidia-smi"):
-        return None
-    query = ["nvidia-smi", f"--query-gpu={','.join(GPU_STATE)}", "--format=csv,noheader", "--id=0"]
-    try:
-        done = subprocess.run(query, capture_output=True, text=True, timeout=20)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    values = [v.strip() for v in done.stdout.strip().split(",")]
-    return dict(zip(GPU_STATE, values)) if done.returncode == 0 and len(values) == len(GPU_STATE) else None
-
-
-def _device():
-    found = torch.cuda.get_device_properties(0)
-    return {"capability": f"{found.major}.{found.minor}", "multiprocessors": found.multi_processor_count,
-            "memory_bytes": found.total_memory, "l2_bytes": found.L2_cache_size, "cudnn": torch.backends.cudnn.version(),
-            "state": gpu_state()}  # fmt: skip
-
-
-def _git(*words):
-    if not shutil.which("git"):
-        return ""
-    return subprocess.run(["git", *words], cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
-
-
-def _lines(path):
-    return Path(path).read_text().splitlines() if Path(path).exists() else []
-
-
-def _version(package):
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None

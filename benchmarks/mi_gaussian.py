@@ -12,7 +12,7 @@ import sys
 import time
 from pathlib import Path
 
-import measure
+import machine
 import report
 import torch
 
@@ -62,7 +62,7 @@ def main(argv=None):
     parser.add_argument("--out", type=Path, help="JSON file")
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
-    environment = measure.environment()
+    environment = machine.environment()
     rows = []
     for estimator, points in POINTS:
         for width, (samples, slices) in SAMPLES.items():

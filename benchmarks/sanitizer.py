@@ -17,6 +17,7 @@ import sys
 import time
 from pathlib import Path
 
+import machine
 import measure
 import report
 import torch
@@ -44,7 +45,7 @@ def exercise(op, backend, device):
             continue
         found = sorted((args for args in OPS[op].samples_of(impl, device, dtype) if elements(args) <= LIMIT), key=elements, reverse=True)
         for args in found[:: -(-len(found) // SAMPLES) or 1]:
-            for fn in (impl.fn, *(form.fn for form in measure.forms(OPS[op], impl))):
+            for fn in (impl.fn, *(form.fn for form in impl.forms)):
                 measure.results(OPS[op], fn, args)
             count += 1
     if device == "cuda":
@@ -121,7 +122,7 @@ def main(argv=None):
         else:
             print(f"{row['tool']}: {row['op']}, {row['implementation']} ...", file=sys.stderr, flush=True)
             rows.append(checked(row, left))
-    record = {"format": report.FORMAT, "kind": "sanitizer", "environment": measure.environment(), "rows": rows}
+    record = {"format": report.FORMAT, "kind": "sanitizer", "environment": machine.environment(), "rows": rows}
     out = options.out or (None if reason else RESULT)
     if out:
         report.save(record, out)

@@ -19,6 +19,16 @@ T* maybe(const std::vector<float>& values, T* data) {
     return values.empty() ? nullptr : data;
 }
 
+template <class Context, auto nt_xent>
+void define_nt_xent(pybind11::module_& m, const char* name) {
+    using P = uintptr_t;
+    m.def(name, [](P features, int dtype, int64_t row_stride, P labels, int64_t B, int64_t D, double temperature, bool negatives, P loss,
+                   P grad, P workspace, Context context) {
+        nt_xent({at<const void>(features), DType(dtype), row_stride, at<const int64_t>(labels), B, D, temperature, negatives,
+                 at<void>(loss), at<void>(grad), at<void>(workspace)}, context);
+    }, pybind11::call_guard<pybind11::gil_scoped_release>());
+}
+
 template <class Context, auto nt_xent, auto distance, auto covariance, auto step, auto step_inplace, auto input, auto epilogue,
           auto grad_epilogue>
 void define_ops(pybind11::module_& m) {
@@ -26,11 +36,7 @@ void define_ops(pybind11::module_& m) {
     namespace py = pybind11;
     using release = py::call_guard<py::gil_scoped_release>;
 
-    m.def("nt_xent", [](P features, int dtype, int64_t row_stride, P labels, int64_t B, int64_t D, double temperature, bool negatives,
-                        P loss, P grad, P workspace, Context context) {
-        nt_xent({at<const void>(features), DType(dtype), row_stride, at<const int64_t>(labels), B, D, temperature, negatives,
-                 at<void>(loss), at<void>(grad), at<void>(workspace)}, context);
-    }, release());
+    define_nt_xent<Context, nt_xent>(m, "nt_xent");
     m.def("intra_class_distance", [](P features, int dtype, int64_t row_stride, P labels, int64_t B, int64_t D, bool normalize_dim,
                                      double weight, P addend_loss, P addend_grad, P loss, P grad, P workspace, Context context) {
         distance({at<const void>(features), DType(dtype), row_stride, at<const int64_t>(labels), B, D, normalize_dim, weight,

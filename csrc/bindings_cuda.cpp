@@ -16,6 +16,7 @@ PYBIND11_MODULE(_cuda, m) {
                on_stream<projected_step_cuda, ProjectedStepArgs>, on_stream<projected_step_inplace_cuda, ProjectedStepInplaceArgs>,
                on_stream<perturbed_input_cuda, PerturbedInputArgs>, on_stream<conv_epilogue_cuda, ConvEpilogueArgs>,
                on_stream<conv_grad_epilogue_cuda, ConvGradEpilogueArgs>>(m);
+    define_nt_xent<uintptr_t, on_stream<nt_xent_several_cuda, NtXentArgs>>(m, "nt_xent_several");
     using P = uintptr_t;
     m.def("conv64", [](P y, int dtype, P x, P weight, bool transpose, bool reverse, P bias, P residual, bool relu, P mask_out, P mask_in,
                        int64_t B, int64_t H, int64_t W, uintptr_t stream) {
@@ -28,6 +29,5 @@ PYBIND11_MODULE(_cuda, m) {
           [](int64_t B, int64_t D, int t, bool g) { return intra_class_distance_workspace_cuda(B, D, DType(t), g); });
     m.def("class_covariance_workspace",
           [](int64_t B, int64_t D, int t, int64_t K) { return class_covariance_workspace_cuda(B, D, DType(t), K); });
-    m.def("nt_xent_one_launch", &nt_xent_one_launch);
     m.attr("build") = MIUE_BUILD_FLAGS;
 }

@@ -57,11 +57,6 @@ def set_cpu_level(name):
     _cpu.set_level(name)
 
 
-def set_one_launch(enabled):
-    """Whether CUDA C++'s nt_xent may take a small batch in one cooperative launch (it may): for tests and benchmarks."""
-    _cuda.nt_xent_one_launch(enabled)
-
-
 def _call(device, op, *args):
     if device.type == "cpu":
         return getattr(_cpu, op)(*args, torch.get_num_threads())
@@ -99,14 +94,19 @@ def _outputs(features, want_grad):
     return torch.empty((), **options), torch.empty(features.shape if want_grad else (0,), **options)
 
 
-def nt_xent(features, labels, temperature, denominator, want_grad):
+def nt_xent(features, labels, temperature, denominator, want_grad, kernel="nt_xent"):
     features = _rows(features)
     loss, grad = _outputs(features, want_grad)
     workspace = _workspace("nt_xent", features, want_grad)
-    _call(features.device, "nt_xent", features.data_ptr(), _CODES[features.dtype], features.stride(0), labels.data_ptr(),
+    _call(features.device, kernel, features.data_ptr(), _CODES[features.dtype], features.stride(0), labels.data_ptr(),
           *features.shape, temperature, denominator == "negatives", loss.data_ptr(), grad.data_ptr() if want_grad else 0,
           workspace.data_ptr())  # fmt: skip
     return loss, grad
+
+
+def nt_xent_several(*args):
+    """CUDA C++'s nt_xent of a small batch in several launches, as a large one takes it."""
+    return nt_xent(*args, kernel="nt_xent_several")
 
 
 def _distance(features, labels, normalize_dim, want_grad, weight=1.0, addend=(None, None)):

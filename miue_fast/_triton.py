@@ -17,13 +17,6 @@ def missing():
     return None if INTERPRET or torch.cuda.is_available() else "no CUDA device (TRITON_INTERPRET=1 runs it on the CPU)"
 
 
-def set_stored_rows(rows):
-    """Up to how many rows nt_xent keeps the similarities, for tests and benchmarks; returns what it was."""
-    module = importlib.import_module("miue_fast.kernels.triton.nt_xent")
-    before, module.STORED_ROWS = module.STORED_ROWS, rows
-    return before
-
-
 def lazy(op, module=None):
     """The launcher `op` of kernels/triton/<module>.py, imported at its first call."""
     launcher = None

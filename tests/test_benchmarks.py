@@ -19,6 +19,7 @@ BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 import bench  # noqa: E402
 import fp8_study  # noqa: E402
+import machine  # noqa: E402
 import measure  # noqa: E402
 import pgd_step  # noqa: E402
 import report  # noqa: E402
@@ -237,7 +238,7 @@ def test_ratios_are_of_one_round():
 
 
 def test_readme_section(tmp_path, monkeypatch, capsys):
-    record = {"format": 1, "kind": "cpu", "quick": False, "environment": measure.environment(), "method": {}, "overhead": [], "targets": []}
+    record = {"format": 1, "kind": "cpu", "quick": False, "environment": machine.environment(), "method": {}, "overhead": [], "targets": []}
     workload = SMALL[0]
     rows = [measure.blank(workload, measure.Candidate(n, r, None, None)) for n, r in (("cpu", "ours"), ("eager", "eager"))]
     numbers = {"median_s": 1e-3, "p10_s": 9e-4, "p90_s": 2e-3, "samples": 5, "error_of_allowed": 0.5, "rate": 1e9}

@@ -29,7 +29,6 @@ def module(tmp_path_factory):
 def on_host(module, monkeypatch):
     """CPU tensors go to the CUDA kernels; fresh memory is full of NaN."""
     monkeypatch.setattr(_native, "_cpu", module)
-    module.nt_xent_one_launch(False)  # its tests are its own
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
@@ -42,7 +41,8 @@ def cuda_impl(op, backend="cuda"):
 def cases():
     for op in OPS.values():
         for impl in op.impls:
-            for dtype in sorted(impl.dtypes, key=str) if impl.backend in ("cuda", "wgmma") else ():
+            here = impl.backend in ("cuda", "wgmma") and op.name != "nt_xent"  # that is test_both_ways_of_a_small_batch
+            for dtype in sorted(impl.dtypes, key=str) if here else ():
                 yield pytest.param(op, impl, dtype, id=f"{op.name}-{impl.backend}-{str(dtype)[6:]}")
 
 
@@ -104,9 +104,9 @@ def test_parity(op, impl, dtype):
         assert_near(op, args, got, plain, f"sample {k}")
 
 
-def small_batches(dtype):
-    """What nt_xent in one launch is tried on: the op's samples, one of the wide ones, and rows of several chunks and tiles of features."""
-    found = [args for args in OPS["nt_xent"].samples("cpu", dtype) if len(args[1]) < 100 or args[3:] == ("negatives", True)]
+def loss_cases(dtype):
+    """What both ways of a small batch are tried on: the op's samples, and rows of several chunks and tiles of features."""
+    found = list(OPS["nt_xent"].samples("cpu", dtype))
     gen = torch.Generator().manual_seed(3)
     for batch, width in [(10, 300), (5, 500)] if dtype == torch.float32 else [(10, 300), (9, 1000)]:
         features = torch.rand(batch, width, generator=gen).to(dtype)
@@ -114,27 +114,26 @@ def small_batches(dtype):
     return found if dtype == torch.float32 else found[1::2]
 
 
+WAYS = pytest.mark.parametrize("way", [_native.nt_xent, _native.nt_xent_several], ids=["one launch", "several"])
+
+
+@WAYS
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_one_launch(module, dtype):
-    """Also against the blocks' order: the shim goes through them forwards and backwards by turns."""
-    module.nt_xent_one_launch(True)
+def test_both_ways_of_a_small_batch(way, dtype):
+    """One launch also against the blocks' order: the shim goes through them forwards and backwards by turns."""
     op = OPS["nt_xent"]
-    for k, args in enumerate(small_batches(dtype)):
-        got = run(cuda_impl(op).fn, op, args)
+    for k, args in enumerate(loss_cases(dtype)):
+        got = run(way, op, args)
         assert_near(op, args, got, run(op.reference.fn, op, args), f"case {k}")
         if k % 3 == 0:
-            assert all(same_bits(a, b) for a, b in zip(got, run(cuda_impl(op).fn, op, args), strict=True)), f"case {k} does not repeat"
+            assert all(same_bits(a, b) for a, b in zip(got, run(way, op, args), strict=True)), f"case {k} does not repeat"
 
 
-def test_one_launch_of_what_is_not_small(module):
+def test_one_launch_is_for_small_batches():
     """Too many rows or features for one launch go on in several, and the workspace serves both."""
     for batch, width, dtype in [(513, 3, torch.float32), (3, 513, torch.float32), (3, 1025, torch.float16)]:
         features, labels = torch.rand(batch, width, generator=torch.Generator().manual_seed(0)).to(dtype), torch.arange(batch) % 2
-        results = []
-        for enabled in (True, False):
-            module.nt_xent_one_launch(enabled)
-            results.append(_native.nt_xent(features, labels, 0.1, "all", False)[0])
-        assert same_bits(*results)
+        assert same_bits(*(way(features, labels, 0.1, "all", False)[0] for way in (_native.nt_xent, _native.nt_xent_several)))
 
 
 def test_unknown_rows_are_left_alone():
@@ -246,27 +245,25 @@ def test_an_empty_batch_and_what_is_refused():
             impl.fn(*args, False, False)
 
 
-@pytest.mark.parametrize("one_launch", [False, True])
+@WAYS
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
-def test_nonfinite_features_are_not_hidden(module, value, one_launch):
-    module.nt_xent_one_launch(one_launch)
+def test_nonfinite_features_are_not_hidden(value, way):
     features = torch.rand(5, 4, generator=torch.Generator().manual_seed(0))
     features[2, 1] = value
-    for op, rest in (("nt_xent", (0.1, "all", True)), ("nt_xent", (0.1, "negatives", True)), ("intra_class_distance", (True, True))):
-        loss, grad = cuda_impl(OPS[op]).fn(features, torch.tensor([0, 1, 0, 1, 1]), *rest)
+    distance = cuda_impl(OPS["intra_class_distance"]).fn
+    for fn, rest in ((way, (0.1, "all", True)), (way, (0.1, "negatives", True)), (distance, (True, True))):
+        loss, grad = fn(features, torch.tensor([0, 1, 0, 1, 1]), *rest)
         assert loss.isnan() and grad[2].isnan().any()
 
 
-@pytest.mark.parametrize("one_launch", [False, True])
-def test_empty_batch_and_one_class(module, one_launch):
-    module.nt_xent_one_launch(one_launch)
-    for op, rest in (("nt_xent", (0.1, "all", True)), ("intra_class_distance", (True, True))):
-        loss, grad = cuda_impl(OPS[op]).fn(torch.empty(0, 4), torch.empty(0, dtype=torch.int64), *rest)
+@WAYS
+def test_empty_batch_and_one_class(way):
+    for fn, rest in ((way, (0.1, "all", True)), (cuda_impl(OPS["intra_class_distance"]).fn, (True, True))):
+        loss, grad = fn(torch.empty(0, 4), torch.empty(0, dtype=torch.int64), *rest)
         assert loss.isnan() and grad.shape == (0, 4)
-    features = torch.rand(5, 4, generator=torch.Generator().manual_seed(0))
-    loss, grad = cuda_impl(OPS["nt_xent"]).fn(features, torch.zeros(5, dtype=torch.int64), 0.1, "negatives", True)
-    assert loss == -torch.inf
-    loss, grad = cuda_impl(OPS["nt_xent"]).fn(features, torch.zeros(5, dtype=torch.int64), 0.1, "all", True)
+    features, labels = torch.rand(5, 4, generator=torch.Generator().manual_seed(0)), torch.zeros(5, dtype=torch.int64)
+    assert way(features, labels, 0.1, "negatives", True)[0] == -torch.inf
+    loss, grad = way(features, labels, 0.1, "all", True)
     assert loss == 0 and (grad == 0).all()
 
 

@@ -24,6 +24,7 @@ import device  # noqa: E402
 import epoch  # noqa: E402
 import gpu_step  # noqa: E402
 import layers  # noqa: E402
+import machine  # noqa: E402
 import measure  # noqa: E402
 import report  # noqa: E402
 import roofline  # noqa: E402
@@ -72,7 +73,7 @@ def test_the_other_forms_pass_the_checks():
     pytest.importorskip("triton")
     code = (
         "import device, measure; from device import OPS; op = OPS['nt_xent'];"
-        "print(*[form.name for impl in op.impls for form in measure.forms(op, impl)]); measure.GPU = 'cpu';"
+        "print(*[form.name for impl in op.impls for form in impl.forms]); measure.GPU = 'cpu';"
         "device.parity_of({'op': 'nt_xent', 'implementation': 'triton', 'dtype': 'float16'}, print)"
     )
     environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(BENCHMARKS)}
@@ -355,7 +356,7 @@ def test_a_stage_that_dies_says_so_in_its_rows(monkeypatch):
 def made_up():
     """A record as a GPU would leave it. The numbers mean nothing."""
     record = {"format": 1, "kind": "device", "quick": False, "stages": list(device.STAGES), "seconds": 470.0, "method": {}, "overhead": []}
-    record["environment"] = measure.environment() | {"gpu": "Some GPU", "device": {
+    record["environment"] = machine.environment() | {"gpu": "Some GPU", "device": {
         "capability": "9.0", "multiprocessors": 132, "memory_bytes": 1, "l2_bytes": 50 << 20, "cudnn": 91000,
         "state": dict.fromkeys(measure.GPU_STATE, "1 MHz")}}  # fmt: skip
     times = {"median_s": 1e-4, "p10_s": 9e-5, "p90_s": 2e-4, "samples": 9}

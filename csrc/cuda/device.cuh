@@ -22,6 +22,7 @@ namespace miue {
 
 constexpr int THREADS = 128;  // of every block here
 constexpr int WARPS = THREADS / 32;
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int64_t BLOCKS = MIUE_BLOCKS;  // of a grid over values or pixels; grid-stride beyond
 
 // Launches on `stream` and turns a failed launch (or a missing driver) into BackendFailure. An empty grid is no launch.
@@ -117,6 +118,18 @@ inline bool cooperative_fits([[maybe_unused]] int64_t blocks, [[maybe_unused]] i
 #endif
 }
 
+// Cuts `memory` into arrays at multiples of 64 bytes; where it is null, only their sum is of interest.
+struct Carver {
+    char* memory;
+    int64_t bytes = 0;
+
+    template <class T>
+    void take(T*& pointer, int64_t count) {
+        pointer = reinterpret_cast<T*>(reinterpret_cast<uintptr_t>(memory) + bytes);
+        bytes += ceil_div(count * sizeof(T), 64) * 64;
+    }
+};
+
 constexpr float FLOAT_MAX = 3.4028235e38f;
 
 inline void require_dtype(const char* op, const char* argument, DType got, bool ok) {
@@ -124,7 +137,6 @@ inline void require_dtype(const char* op, const char* argument, DType got, bool 
 }
 inline bool is_feature(DType t) { return t == DType::f32 || t == DType::f16 || t == DType::bf16; }
 inline bool aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 __device__ __forceinline__ float half_value(uint16_t bits) { return __half2float(__ushort_as_half(bits)); }
 __device__ __forceinline__ uint16_t half_bits(float x) { return __half_as_ushort(__float2half_rn(x)); }

@@ -7,7 +7,6 @@
 //   project      (G - (G.z) z) / ||f||
 // A small batch takes one launch instead: nt_xent_small.cu.
 #include <algorithm>
-#include <atomic>
 #include <type_traits>
 
 #include "nt_xent.cuh"
@@ -45,28 +44,23 @@ struct Work {
 
 Work plan(int64_t B, int64_t D, bool split, bool want_grad, void* memory) {
     Work w{};
-    char* next = static_cast<char*>(memory);
-    auto take = [&](auto*& pointer, int64_t count) {
-        pointer = reinterpret_cast<std::remove_reference_t<decltype(pointer)>>(next);
-        const int64_t size = ceil_div(count * sizeof(*pointer), 64) * 64;
-        next = reinterpret_cast<char*>(reinterpret_cast<uintptr_t>(next) + size);
-        w.bytes += size;
-    };
+    Carver carver{static_cast<char*>(memory)};
     w.B = B, w.D = D, w.Bp = ceil_div(B, TILE) * TILE, w.Dp = ceil_div(D, TILE) * TILE;
     const int64_t tiles = w.Bp / TILE;
     w.spans = tiles ? std::min(tiles, std::max<int64_t>(1, MIUE_SPANS / tiles)) : 0;
     w.chunk = std::min<int64_t>(w.Bp, MIUE_CHUNK);
-    take(w.hi, w.Bp * w.Dp);
-    if (split) take(w.lo, w.Bp * w.Dp);
-    take(w.inverse, w.Bp), take(w.shift, w.Bp), take(w.top, w.spans * w.Bp);
-    for (float** p : {&w.base, &w.own, &w.same, &w.other}) take(*p, w.Bp);
-    take(w.P, w.spans * w.Bp), take(w.N, w.spans * w.Bp);
+    carver.take(w.hi, w.Bp * w.Dp);
+    if (split) carver.take(w.lo, w.Bp * w.Dp);
+    carver.take(w.inverse, w.Bp), carver.take(w.shift, w.Bp), carver.take(w.top, w.spans * w.Bp);
+    for (float** p : {&w.base, &w.own, &w.same, &w.other}) carver.take(*p, w.Bp);
+    carver.take(w.P, w.spans * w.Bp), carver.take(w.N, w.spans * w.Bp);
     if (want_grad) {
-        take(w.w_hi, w.chunk * w.chunk);
-        take(w.w_lo, w.chunk * w.chunk);
-        take(w.w_scale, w.chunk * (w.chunk / TILE));
-        take(w.G, w.chunk * w.Dp);
+        carver.take(w.w_hi, w.chunk * w.chunk);
+        carver.take(w.w_lo, w.chunk * w.chunk);
+        carver.take(w.w_scale, w.chunk * (w.chunk / TILE));
+        carver.take(w.G, w.chunk * w.Dp);
     }
+    w.bytes = carver.bytes;
     return w;
 }
 
@@ -343,19 +337,18 @@ void several(const NtXentArgs& a, void* stream) {
     }
 }
 
-std::atomic<bool> one_launch{true};
-
 }  // namespace
-
-void nt_xent_one_launch(bool enabled) { one_launch = enabled; }
 
 int64_t nt_xent_workspace_cuda(int64_t B, int64_t D, DType dtype, bool want_grad) {
     return std::max(plan(B, D, dtype == DType::f32, want_grad, nullptr).bytes, nt_xent_small_workspace(B, D, dtype));
 }
 
 void nt_xent_cuda(const NtXentArgs& a, void* stream) {
+    nt_xent_small_takes(a.B, a.D, a.dtype) ? nt_xent_small(a, stream) : nt_xent_several_cuda(a, stream);
+}
+
+void nt_xent_several_cuda(const NtXentArgs& a, void* stream) {
     require_dtype("nt_xent", "features", a.dtype, is_feature(a.dtype));
-    if (one_launch && nt_xent_small_takes(a.B, a.D, a.dtype)) return nt_xent_small(a, stream);
     a.dtype == DType::f32 ? several<true>(a, stream) : several<false>(a, stream);
 }
 

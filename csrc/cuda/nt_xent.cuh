@@ -179,7 +179,6 @@ __device__ __forceinline__ float pair_weights(const float (&acc)[TILES][4], cons
             if (!row.real || !column.real || (self && row.own == 1.f)) x = 0;
             along += x * static_cast<float>(s);
             w[n][c] = x * static_cast<float>(column.inverse);
-            if (x == 0) w[n][c] = 0;
             largest = fmaxf(largest, fabsf(w[n][c]));
         }
     }

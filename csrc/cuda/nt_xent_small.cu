@@ -40,19 +40,14 @@ struct Small {
 
 Small plan(int64_t B, int64_t D, bool split, void* memory) {
     Small s{};
-    char* next = static_cast<char*>(memory);
-    auto take = [&](auto*& pointer, int64_t count) {
-        pointer = reinterpret_cast<std::remove_reference_t<decltype(pointer)>>(next);
-        const int64_t size = ceil_div(count * sizeof(*pointer), 64) * 64;
-        next = reinterpret_cast<char*>(reinterpret_cast<uintptr_t>(next) + size);
-        s.bytes += size;
-    };
+    Carver carver{static_cast<char*>(memory)};
     s.B = B, s.D = D, s.Bp = ceil_div(B, COLUMNS) * COLUMNS, s.Dp = ceil_div(D, FEATURES) * FEATURES, s.spans = s.Bp / SPAN;
-    take(s.hi, s.Bp * s.Dp);
-    if (split) take(s.lo, s.Bp * s.Dp);
-    for (float** p : {&s.P, &s.N, &s.w_scale, &s.along}) take(*p, s.Bp * s.spans);
-    take(s.top, s.Bp * s.spans), take(s.terms, s.Bp);
-    take(s.w_hi, s.Bp * s.Bp), take(s.w_lo, s.Bp * s.Bp);
+    carver.take(s.hi, s.Bp * s.Dp);
+    if (split) carver.take(s.lo, s.Bp * s.Dp);
+    for (float** p : {&s.P, &s.N, &s.w_scale, &s.along}) carver.take(*p, s.Bp * s.spans);
+    carver.take(s.top, s.Bp * s.spans), carver.take(s.terms, s.Bp);
+    carver.take(s.w_hi, s.Bp * s.Bp), carver.take(s.w_lo, s.Bp * s.Bp);
+    s.bytes = carver.bytes;
     return s;
 }
 

@@ -36,16 +36,16 @@ GRADIENT = {
 }
 # By the width of the padded rows, which is a power of two here.
 RESIDENT_SUMS = {
-    512: {"BM": 128, "BN": 32, "num_warps": 8, "num_stages": 2},
-    256: {"BM": 128, "BN": 64, "num_warps": 8, "num_stages": 2},
-    128: {"BM": 128, "BN": 64, "num_warps": 8, "num_stages": 3},
-    64: {"BM": 128, "BN": 64, "num_warps": 8, "num_stages": 3},
+    512: {"BM": 128, "BN": 32, "BK": 512, "num_warps": 8, "num_stages": 2},
+    256: {"BM": 128, "BN": 64, "BK": 256, "num_warps": 8, "num_stages": 2},
+    128: {"BM": 128, "BN": 64, "BK": 128, "num_warps": 8, "num_stages": 3},
+    64: {"BM": 128, "BN": 64, "BK": 64, "num_warps": 8, "num_stages": 3},
 }
 RESIDENT_GRADIENT = {
-    512: {"BM": 64, "BN": 64, "num_warps": 8, "num_stages": 2},
-    256: {"BM": 64, "BN": 64, "num_warps": 4, "num_stages": 2},
-    128: {"BM": 128, "BN": 64, "num_warps": 8, "num_stages": 3},
-    64: {"BM": 128, "BN": 64, "num_warps": 8, "num_stages": 3},
+    512: {"BM": 64, "BN": 64, "WIDTH": 512, "num_warps": 8, "num_stages": 2},
+    256: {"BM": 64, "BN": 64, "WIDTH": 256, "num_warps": 4, "num_stages": 2},
+    128: {"BM": 128, "BN": 64, "WIDTH": 128, "num_warps": 8, "num_stages": 3},
+    64: {"BM": 128, "BN": 64, "WIDTH": 64, "num_warps": 8, "num_stages": 3},
 }
 RESIDENT_PROGRAMS = 128  # of a gradient: one for each multiprocessor; a constant, as below
 PROJECT = {"ROWS": 4, "BD": 128, "num_warps": 4}
@@ -88,6 +88,14 @@ def _unit_kernel(features, stride, hi, lo, inverse, norms, own, B, D, width, ROW
 
 
 @triton.jit
+def _cosines(raw, inverse, own, rows, columns):
+    """Products of scaled rows as cosines; of the diagonal, P's largest term, free of rounding."""
+    s = raw * (tl.load(inverse + rows)[:, None] * tl.load(inverse + columns)[None, :])
+    itself = tl.load(own + rows)
+    return tl.where(rows[:, None] == columns[None, :], (itself * itself)[:, None], s)
+
+
+@triton.jit
 def _similarities(hi, lo, inverse, own, rows, columns, width, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
     """One [BM, BN] tile of cosines."""
     k = tl.arange(0, BK)
@@ -103,9 +111,13 @@ def _similarities(hi, lo, inverse, own, rows, columns, width, BM: tl.constexpr, 
             raw = tl.dot(tl.load(lo + left), b.T, raw, input_precision="ieee")
         left += BK
         right += BK
-    s = raw * (tl.load(inverse + rows)[:, None] * tl.load(inverse + columns)[None, :])
-    itself = tl.load(own + rows)
-    return tl.where(rows[:, None] == columns[None, :], (itself * itself)[:, None], s)  # P's largest term, free of rounding
+    return _cosines(raw, inverse, own, rows, columns)
+
+
+@triton.jit
+def _whole(hi, rows, WIDTH: tl.constexpr):
+    """Scaled rows with all their columns."""
+    return tl.load(hi + rows[:, None].to(tl.int64) * WIDTH + tl.arange(0, WIDTH)[None, :])
 
 
 @triton.jit
@@ -115,29 +127,11 @@ def _exp(x, rate):
 
 
 @triton.jit
-def _add_pairs(same_sum, other_sum, top, s, row_own, row_labels, labels, columns, B, rate, NEGATIVES: tl.constexpr):
-    """P, N and N's shift with the pairs of one tile."""
-    live = (columns < B)[None, :]
-    same = row_labels[:, None] == tl.load(labels + columns, mask=columns < B, other=0)[None, :]
-    e = _exp(s - row_own[:, None], rate)
-    same_sum += tl.sum(tl.where(same & live, e, 0.0), 1)
-    other = live & ~same
-    if NEGATIVES:
-        highest = tl.maximum(top, tl.max(tl.where(other, s, float("-inf")), 1))
-        fading = tl.where(top == float("-inf"), 0.0, _exp(top - highest, rate))
-        e = _exp(s - highest[:, None], rate)
-        other_sum *= fading
-        top = highest
-    other_sum += tl.sum(tl.where(other, e, 0.0), 1)
-    return same_sum, other_sum, top
-
-
-@triton.jit
 def _sums_kernel(
     hi, lo, inverse, own, labels, similarity, same_sums, other_sums, tops, B, padded, width, rate, tiles,
-    NEGATIVES: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    NEGATIVES: tl.constexpr, RESIDENT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """Partial P and N (and their shift, with NEGATIVES) of BM rows over `tiles` column tiles."""
+    """Partial P and N (and their shift, with NEGATIVES) of BM rows over `tiles` column tiles. RESIDENT: BK is the width."""
     rows = tl.program_id(0) * BM + tl.arange(0, BM)
     split = tl.program_id(1).to(tl.int64)
     row_labels = tl.load(labels + rows, mask=rows < B, other=0)
@@ -145,39 +139,28 @@ def _sums_kernel(
     same_sum = tl.zeros((BM,), tl.float32)
     other_sum = tl.zeros((BM,), tl.float32)
     top = tl.full((BM,), float("-inf"), tl.float32)
+    if RESIDENT:
+        mine = _whole(hi, rows, BK)
     for tile in range(split * tiles, tl.minimum((split + 1) * tiles, padded // BN)):
         columns = tile * BN + tl.arange(0, BN)
-        s = _similarities(hi, lo, inverse, own, rows, columns, width, BM, BN, BK)
+        if RESIDENT:
+            s = _cosines(tl.dot(mine, _whole(hi, columns, BK).T, input_precision="ieee"), inverse, own, rows, columns)
+        else:
+            s = _similarities(hi, lo, inverse, own, rows, columns, width, BM, BN, BK)
         if similarity is not None:
             tl.store(similarity + rows[:, None].to(tl.int64) * padded + columns[None, :], s)
-        same_sum, other_sum, top = _add_pairs(same_sum, other_sum, top, s, row_own, row_labels, labels, columns, B, rate, NEGATIVES)
-    tl.store(same_sums + split * padded + rows, same_sum)
-    tl.store(other_sums + split * padded + rows, other_sum)
-    if NEGATIVES:
-        tl.store(tops + split * padded + rows, top)
-
-
-@triton.jit
-def _resident_sums_kernel(
-    hi, inverse, own, labels, same_sums, other_sums, tops, B, padded, rate, tiles,
-    NEGATIVES: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, WIDTH: tl.constexpr,
-):  # fmt: skip
-    """The same of rows that stay in shared memory."""
-    rows = tl.program_id(0) * BM + tl.arange(0, BM)
-    split = tl.program_id(1).to(tl.int64)
-    row_labels = tl.load(labels + rows, mask=rows < B, other=0)
-    row_own = tl.load(own + rows)
-    row_inverse = tl.load(inverse + rows)
-    mine = tl.load(hi + rows[:, None].to(tl.int64) * WIDTH + tl.arange(0, WIDTH)[None, :])
-    same_sum = tl.zeros((BM,), tl.float32)
-    other_sum = tl.zeros((BM,), tl.float32)
-    top = tl.full((BM,), float("-inf"), tl.float32)
-    for tile in range(split * tiles, tl.minimum((split + 1) * tiles, padded // BN)):
-        columns = tile * BN + tl.arange(0, BN)
-        theirs = tl.load(hi + columns[:, None].to(tl.int64) * WIDTH + tl.arange(0, WIDTH)[None, :])
-        s = tl.dot(mine, theirs.T, input_precision="ieee") * (row_inverse[:, None] * tl.load(inverse + columns)[None, :])
-        s = tl.where(rows[:, None] == columns[None, :], (row_own * row_own)[:, None], s)
-        same_sum, other_sum, top = _add_pairs(same_sum, other_sum, top, s, row_own, row_labels, labels, columns, B, rate, NEGATIVES)
+        live = (columns < B)[None, :]
+        same = row_labels[:, None] == tl.load(labels + columns, mask=columns < B, other=0)[None, :]
+        e = _exp(s - row_own[:, None], rate)
+        same_sum += tl.sum(tl.where(same & live, e, 0.0), 1)
+        other = live & ~same
+        if NEGATIVES:
+            highest = tl.maximum(top, tl.max(tl.where(other, s, float("-inf")), 1))
+            fading = tl.where(top == float("-inf"), 0.0, _exp(top - highest, rate))
+            e = _exp(s - highest[:, None], rate)
+            other_sum *= fading
+            top = highest
+        other_sum += tl.sum(tl.where(other, e, 0.0), 1)
     tl.store(same_sums + split * padded + rows, same_sum)
     tl.store(other_sums + split * padded + rows, other_sum)
     if NEGATIVES:
@@ -305,12 +288,12 @@ def _resident_gradient_kernel(
     row_push = tl.load(log_push + rows)
     row_rate = tl.load(inverse + rows) * rate
     scale = tl.load(power) * 4096
-    mine = tl.load(hi + rows[:, None].to(tl.int64) * WIDTH + d[None, :])
+    mine = _whole(hi, rows, WIDTH)
     g = tl.zeros((BM, WIDTH), tl.float32)
     dot = tl.zeros((BM,), tl.float32)
     for tile in range(split * tiles, tl.minimum((split + 1) * tiles, padded // BN)):
         columns = tile * BN + tl.arange(0, BN)
-        theirs = tl.load(hi + columns[:, None].to(tl.int64) * WIDTH + d[None, :])
+        theirs = _whole(hi, columns, WIDTH)
         raw = tl.dot(mine, theirs.T, input_precision="ieee")
         column_inverse = tl.load(inverse + columns)[None, :]
         same = row_labels[:, None] == tl.load(labels + columns, mask=columns < B, other=0)[None, :]
@@ -347,7 +330,7 @@ def _project_kernel(
     tl.store(grad + rows[:, None] * D + d[None, :], out, mask=inside)
 
 
-def nt_xent(features, labels, temperature, denominator, want_grad):
+def nt_xent(features, labels, temperature, denominator, want_grad, stored_rows=None):
     b, d = features.shape
     device = features.device
     loss = torch.empty((), dtype=torch.float32, device=device)
@@ -358,7 +341,7 @@ def nt_xent(features, labels, temperature, denominator, want_grad):
         features = features.contiguous()
     pieces = 2 if features.dtype == torch.float32 else 1
     width = triton.cdiv(max(d, 1), WIDTH) * WIDTH
-    form = "stored" if b <= STORED_ROWS else "recomputed"
+    form = "stored" if b <= (STORED_ROWS if stored_rows is None else stored_rows) else "recomputed"
     resident = form == "recomputed" and pieces == 1 and width <= max(RESIDENT_SUMS) and capability(features)[0] == 9
     if resident:
         width = triton.next_power_of_2(width)
@@ -381,16 +364,10 @@ def nt_xent(features, labels, temperature, denominator, want_grad):
     rate = math.log2(math.e) / temperature
     with on_device_of(features):
         _unit_kernel[(padded // UNIT["ROWS"],)](features, features.stride(0), hi, lo, inverse, norms, own, b, d, width, **UNIT)
-        if resident:
-            _resident_sums_kernel[(row_tiles, splits)](
-                hi, inverse, own, labels, same_sums, other_sums, tops, b, padded, rate, per_split,
-                NEGATIVES=negatives, WIDTH=width, **sums,
-            )  # fmt: skip
-        else:
-            _sums_kernel[(row_tiles, splits)](
-                hi, lo, inverse, own, labels, similarity, same_sums, other_sums, tops, b, padded, width, rate, per_split,
-                NEGATIVES=negatives, **sums,
-            )  # fmt: skip
+        _sums_kernel[(row_tiles, splits)](
+            hi, lo, inverse, own, labels, similarity, same_sums, other_sums, tops, b, padded, width, rate, per_split,
+            NEGATIVES=negatives, RESIDENT=resident, **sums,
+        )  # fmt: skip
         _coefficients_kernel[(1,)](
             own, same_sums, other_sums, tops, top, pull, push, log_pull, log_push, loss, power, b, padded, rate, 1 / b, splits,
             NEGATIVES=negatives, BLOCK=1024, num_warps=8,
@@ -406,6 +383,11 @@ def nt_xent(features, labels, temperature, denominator, want_grad):
     return loss, grad
 
 
+def nt_xent_as_large(*args):
+    """A batch of any size as one of more than STORED_ROWS: for tests and benchmarks."""
+    return nt_xent(*args, stored_rows=0)
+
+
 def _resident_gradient(grad, hi, inverse, norms, log_pull, log_push, labels, power, b, d, padded, width, rate, factor, tile):
     row_tiles, column_tiles = padded // tile["BM"], padded // tile["BN"]
     per_split = triton.cdiv(column_tiles, triton.cdiv(RESIDENT_PROGRAMS, row_tiles))
@@ -413,7 +395,7 @@ def _resident_gradient(grad, hi, inverse, norms, log_pull, log_push, labels, pow
     parts = grad if splits == 1 and d == width else grad.new_empty((splits, b, width))
     along = grad.new_empty((splits, padded))
     _resident_gradient_kernel[(row_tiles, splits)](
-        parts, along, hi, inverse, log_pull, log_push, labels, power, b, padded, rate, per_split, WIDTH=width, **tile
+        parts, along, hi, inverse, log_pull, log_push, labels, power, b, padded, rate, per_split, **tile
     )
     _project_kernel[(padded // PROJECT["ROWS"], triton.cdiv(d, PROJECT["BD"]))](
         grad, parts, along, hi, inverse, norms, power, b, d, padded, width, splits, factor, **PROJECT

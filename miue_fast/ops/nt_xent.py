@@ -3,7 +3,7 @@
 import torch
 
 from .. import _checks, _native, _triton
-from .._registry import DOUBLES, FLOATS, Impl, define
+from .._registry import DOUBLES, FLOATS, Form, Impl, define
 from ..reference.nt_xent import formula
 from ..reference.nt_xent import nt_xent as reference
 from . import _loss
@@ -29,11 +29,13 @@ define(
     samples=_samples,
     dtypes=DOUBLES,
     impls=[
-        Impl("triton", _triton.lazy("nt_xent"), _triton.DEVICES, FLOATS, _triton.missing),
-        Impl("cuda", _native.nt_xent, frozenset({"cuda"}), FLOATS, _native.cuda_missing),
+        Impl("triton", _triton.lazy("nt_xent"), _triton.DEVICES, FLOATS, _triton.missing,
+             forms=(Form("triton, as a large batch", _triton.lazy("nt_xent_as_large", "nt_xent"), 2048, 2**-11),)),
+        Impl("cuda", _native.nt_xent, frozenset({"cuda"}), FLOATS, _native.cuda_missing,
+             forms=(Form("cuda, several launches", _native.nt_xent_several, 512),)),
         Impl("cpu", _native.nt_xent, frozenset({"cpu"}), DOUBLES, _native.cpu_missing),
     ],
-)
+)  # fmt: skip
 _loss.differentiable_in_features("nt_xent")
 
 

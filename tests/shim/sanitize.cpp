@@ -58,11 +58,11 @@ void losses(int64_t B, int64_t D, int classes, DType t) {
     const int64_t grad_bytes = B * D * 4;
     for (const int way : {0, 1, 2, 3}) {
         const bool negatives = way % 2;
-        nt_xent_one_launch(way / 2);
+        const auto op = way / 2 ? nt_xent_cuda : nt_xent_several_cuda;
         twice(negatives ? "nt_xent negatives" : "nt_xent", grad_bytes + 4, [&](char* out) {
             std::vector<char> space(nt_xent_workspace_cuda(B, D, t, true) + 64, static_cast<char>(0xff));
             void* workspace = reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(space.data()) + 63) / 64 * 64);
-            nt_xent_cuda({features.data(), t, D, labels.data(), B, D, 0.1, negatives, out + grad_bytes, out, workspace}, nullptr);
+            op({features.data(), t, D, labels.data(), B, D, 0.1, negatives, out + grad_bytes, out, workspace}, nullptr);
         });
     }
     twice("intra_class_distance", grad_bytes + 4, [&](char* out) {
