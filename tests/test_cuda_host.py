@@ -136,6 +136,12 @@ def test_one_launch_is_for_small_batches():
         assert same_bits(*(way(features, labels, 0.1, "all", False)[0] for way in (_native.nt_xent, _native.nt_xent_several)))
 
 
+@WAYS
+def test_float64_is_refused(way):
+    with pytest.raises(ValueError, match=r"^nt_xent: features: expected .*, got code 3$"):
+        way(torch.rand(4, 3, dtype=torch.float64), torch.arange(4) % 2, 0.1, "all", True)
+
+
 def test_unknown_rows_are_left_alone():
     delta, images = torch.zeros(3, 2, 4, 8), torch.full((3, 2, 4, 8), 0.5)
     grad, index = torch.ones(4, 2, 4, 8), torch.tensor([-1, 1, 3, 2**40])

@@ -358,7 +358,7 @@ def made_up():
     record = {"format": 1, "kind": "device", "quick": False, "stages": list(device.STAGES), "seconds": 470.0, "method": {}, "overhead": []}
     record["environment"] = machine.environment() | {"gpu": "Some GPU", "device": {
         "capability": "9.0", "multiprocessors": 132, "memory_bytes": 1, "l2_bytes": 50 << 20, "cudnn": 91000,
-        "state": dict.fromkeys(measure.GPU_STATE, "1 MHz")}}  # fmt: skip
+        "state": dict.fromkeys(machine.GPU_STATE, "1 MHz")}}  # fmt: skip
     times = {"median_s": 1e-4, "p10_s": 9e-5, "p90_s": 2e-4, "samples": 9}
     record["parity"] = [{"op": op, "implementation": "triton", "dtype": "bfloat16", "samples": 3, "outcome": "same bits"} for op in OPS]
     record["ceilings"] = [row | {"rate": 8e14 if row["name"].startswith("GEMM") else 4e12, "p10": 1e12, "p90": 9e14}

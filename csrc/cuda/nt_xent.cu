@@ -344,6 +344,7 @@ int64_t nt_xent_workspace_cuda(int64_t B, int64_t D, DType dtype, bool want_grad
 }
 
 void nt_xent_cuda(const NtXentArgs& a, void* stream) {
+    require_dtype("nt_xent", "features", a.dtype, is_feature(a.dtype));
     nt_xent_small_takes(a.B, a.D, a.dtype) ? nt_xent_small(a, stream) : nt_xent_several_cuda(a, stream);
 }
 
