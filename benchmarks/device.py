@@ -185,6 +185,7 @@ def child(spec):
     deadline = time.monotonic() + spec.get("seconds", 0)
     if "table" in spec:
         _measured.TABLE = Path(spec["table"])
+        _measured.forget()
     if spec.get("job") == "parity":
         for case in spec["cases"]:
             parity_of(case, emit)
@@ -221,7 +222,7 @@ def main(argv=None):
     parser.add_argument("--quick", action="store_true", help="one size per stage, no torch.compile")
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES)
     parser.add_argument("--minutes", type=float, default=8, help="for all of the chosen stages together, shared out between them")
-    parser.add_argument("--write-table", action="store_true", help="put the faster backend of each layer into the package")
+    parser.add_argument("--write-table", action="store_true", help="put the faster backend of each layer and loss into the package")
     parser.add_argument("--out", type=Path, help="the JSON file (default: results/device.json where there is a GPU, else none)")
     parser.add_argument("--child", type=json.loads, help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
@@ -251,13 +252,16 @@ def main(argv=None):
             record["layers"] = list(layers.fastest(rows))
             if not reason:
                 record["environment"]["device"]["state_after_layers"] = machine.gpu_state()
-                spec = {"table": str(Path(scratch.name, "table.json"))}
-                Path(spec["table"]).write_text(json.dumps({torch.cuda.get_device_name(): layers.table(rows)}))
-                if options.write_table:
-                    report.write_table(record)
         ops = [stage for stage in TOGETHER if stage in stages]
         if ops:
             record["rows"] = run_stages(ops, seconds_until_end_of(ops[-1]), options, reason)
+        if not reason:
+            fastest = json.loads(_measured.TABLE.read_text()).get(torch.cuda.get_device_name(), {})
+            fastest |= layers.table(record["layer_times"]) | workloads.loss_table(record["rows"])
+            spec = {"table": str(Path(scratch.name, "table.json"))}
+            Path(spec["table"]).write_text(json.dumps({torch.cuda.get_device_name(): fastest}))
+            if options.write_table:
+                report.write_table(record)
         if "step" in stages:
             record["pgd_step"]["rows"] = run_stages(["step"], seconds_until_end_of("step"), options, reason, **spec)
         if "epoch" in stages:

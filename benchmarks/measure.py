@@ -51,7 +51,7 @@ def candidates(workload, device, args, quick):
         if impl.backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1":
             reason = "runs in Triton's interpreter, whose time says nothing"
         yield Candidate(impl.backend, "reference" if impl is op.reference else "ours", impl.fn, reason)
-        for form in impl.forms if device == "cuda" else ():
+        for form in impl.forms if device in ("cuda", GPU) else ():
             if workload.batch <= form.rows:
                 yield Candidate(form.name, "candidate", form.fn, reason)
     baselines = [("eager", "eager", getattr(eager, workload.op))]
@@ -339,12 +339,13 @@ def run(workload, device, *, quick, budget, copies=1):
                 row["extra_bytes"] = cuda_extra_bytes(calls[candidate.name])
             if device == GPU:
                 row["launch"] = "calls"
-                if candidate.role == "ours" or candidate.name in strong.CAPTURABLE.get(workload.op, ()):
+                own_kernels = candidate.role in ("ours", "candidate")
+                if own_kernels or candidate.name in strong.CAPTURABLE.get(workload.op, ()):
                     try:
                         calls[candidate.name] = captured(lambda fn=candidate.fn, own=own: [fn(*a) for a in own])
                         row["launch"], inside[candidate.name] = "graph", len(own)
                     except RuntimeError as error:
-                        if candidate.role == "ours":
+                        if own_kernels:
                             row |= {"reason": f"failed: not captured: {first_line(error)}", "launch": None, "extra_bytes": None}
                             del calls[candidate.name]
     del want, plain

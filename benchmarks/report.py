@@ -1,6 +1,6 @@
 """Markdown tables from the JSON of bench.py and device.py; `--readme` puts them into README.md, `--check` says whether they are current.
 
-From device.py's JSON also: `--plot FILE` (a roofline, needs matplotlib) and `--write-table` (who is faster per layer, into the package).
+From device.py's JSON also: `--plot FILE` (a roofline, needs matplotlib) and `--write-table` (who is faster, into the package).
 """
 
 import argparse
@@ -19,7 +19,7 @@ COUNTED = (
 )  # in FLOP, not bytes
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-SHIPPED = ROOT / "miue_fast" / "measured_convolutions.json"
+SHIPPED = ROOT / "miue_fast" / "measured.json"
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 
 
@@ -268,18 +268,19 @@ def generation(record):
 
 
 def write_table(record):
-    """The faster backend of each layer in the record, into the table that the package ships; other GPUs' entries stay."""
+    """The faster backend of each layer and loss in the record, into the table that the package ships; the other entries stay."""
     import layers
+    import workloads
 
     from miue_fast import _measured
 
-    found = layers.table(record["layer_times"])
+    found = layers.table(record["layer_times"]) | workloads.loss_table(record["rows"])
     if not found:
         return 0
     shipped = json.loads(SHIPPED.read_text())
-    shipped[record["environment"]["gpu"]] = found
+    shipped[record["environment"]["gpu"]] = shipped.get(record["environment"]["gpu"], {}) | found
     SHIPPED.write_text(json.dumps(shipped, indent=1, sort_keys=True) + "\n")
-    _measured._table.cache_clear()
+    _measured.forget()
     return len(found)
 
 
@@ -308,7 +309,7 @@ def main(argv=None):
     parser.add_argument("--readme", action="store_true", help="rewrite the section of README.md")
     parser.add_argument("--check", action="store_true", help="exit code 1 if README.md does not show the present results")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the roofline of a device.py run")
-    parser.add_argument("--write-table", action="store_true", help="take over its per-layer table")
+    parser.add_argument("--write-table", action="store_true", help="take over who is faster")
     options = parser.parse_args(argv)
     if options.plot or options.write_table:
         record = load(options.file)
@@ -317,7 +318,7 @@ def main(argv=None):
 
             roofline_plot.draw(record, options.plot)
         if options.write_table:
-            print(f"{write_table(record)} layers of {record['environment']['gpu']} are in {SHIPPED.name}")
+            print(f"{write_table(record)} layers and losses of {record['environment']['gpu']} are in {SHIPPED.name}")
         return 0
     readme = ROOT / "README.md"
     if not (options.readme or options.check):

@@ -9,7 +9,8 @@ import torch
 from baselines import other
 
 import miue_fast
-from miue_fast import ops
+from miue_fast import _measured, ops
+from miue_fast._registry import OPS
 from miue_fast.reference.conv_epilogue import mask_bytes
 
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
@@ -202,6 +203,19 @@ def gpu_loss(quick=False):
         for dtype in (half, torch.float32):
             yield _nt_xent_workload(batch, dtype=dtype, dense=8192)
     yield Workload("intra_class_distance B=512 D=512", "intra_class_distance", 512, intra_class_distance)
+
+
+def loss_table(rows):
+    """{key of miue_fast/_measured.py: "triton" or "cuda"} of the loss ops that `auto` chooses for: who needs less time."""
+    found = {}
+    for workload in gpu_loss(False):
+        times = {row["implementation"]: row["median_s"] for row in rows if row["workload"] == workload.name and row["role"] == "ours"}
+        if OPS[workload.op].route and times.get("triton") and times.get("cuda"):
+            features = workload.make(8, "cpu", 1)[0]
+            sums = found.setdefault(_measured.loss_key(workload.op, workload.batch, features.dtype), {})
+            for name in ("triton", "cuda"):
+                sums[name] = sums.get(name, 0.0) + times[name]
+    return {key: min(sums, key=sums.get) for key, sums in found.items()}
 
 
 def gpu_pixels(quick=False):

@@ -16,6 +16,7 @@ PYBIND11_MODULE(_cuda, m) {
                on_stream<projected_step_cuda, ProjectedStepArgs>, on_stream<projected_step_inplace_cuda, ProjectedStepInplaceArgs>,
                on_stream<perturbed_input_cuda, PerturbedInputArgs>, on_stream<conv_epilogue_cuda, ConvEpilogueArgs>,
                on_stream<conv_grad_epilogue_cuda, ConvGradEpilogueArgs>>(m);
+    define_nt_xent<uintptr_t, on_stream<nt_xent_large_cuda, NtXentArgs>>(m, "nt_xent_large");
     define_nt_xent<uintptr_t, on_stream<nt_xent_several_cuda, NtXentArgs>>(m, "nt_xent_several");
     using P = uintptr_t;
     m.def("conv64", [](P y, int dtype, P x, P weight, bool transpose, bool reverse, P bias, P residual, bool relu, P mask_out, P mask_in,

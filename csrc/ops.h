@@ -179,7 +179,9 @@ int64_t nt_xent_workspace_cuda(int64_t B, int64_t D, DType dtype, bool want_grad
 int64_t intra_class_distance_workspace_cuda(int64_t B, int64_t D, DType dtype, bool want_grad);
 int64_t class_covariance_workspace_cuda(int64_t B, int64_t D, DType dtype, int64_t K);
 void nt_xent_cuda(const NtXentArgs&, void* stream);
-void nt_xent_several_cuda(const NtXentArgs&, void* stream);  // a small batch as a large one: for tests and benchmarks
+// For tests and benchmarks: nt_xent_cuda without its kernel for small batches, and without those for Hopper either.
+void nt_xent_large_cuda(const NtXentArgs&, void* stream);
+void nt_xent_several_cuda(const NtXentArgs&, void* stream);
 void intra_class_distance_cuda(const IntraClassDistanceArgs&, void* stream);
 void class_covariance_cuda(const ClassCovarianceArgs&, void* stream);
 void projected_step_cuda(const ProjectedStepArgs&, void* stream);

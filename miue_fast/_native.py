@@ -104,8 +104,13 @@ def nt_xent(features, labels, temperature, denominator, want_grad, kernel="nt_xe
     return loss, grad
 
 
+def nt_xent_large(*args):
+    """CUDA C++'s nt_xent of a small batch as of a large one."""
+    return nt_xent(*args, kernel="nt_xent_large")
+
+
 def nt_xent_several(*args):
-    """CUDA C++'s nt_xent of a small batch in several launches, as a large one takes it."""
+    """CUDA C++'s nt_xent as it is for every GPU, dtype and size."""
     return nt_xent(*args, kernel="nt_xent_several")
 
 

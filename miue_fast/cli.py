@@ -56,8 +56,8 @@ def _complain(error, code):
 # the commands
 
 
-def _load(args, source=None, split=None):
-    return data.load(source or args.data, size=args.size, split=split or args.split, per_class=args.per_class)
+def _load(args):
+    return data.load(args.data, size=args.size, split=args.split, per_class=args.per_class)
 
 
 def _unreadable(*datasets):

@@ -49,4 +49,6 @@ def main(out=None):
 
 
 if __name__ == "__main__":
-    print(markdown()) if "--markdown" in sys.argv[1:] else main()
+    from .cli import main as command
+
+    sys.exit(print(markdown()) if "--markdown" in sys.argv[1:] else command(["info"]))

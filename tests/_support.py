@@ -126,11 +126,13 @@ def conditioning(args, weights=0.0):
 
     To first order: with A = d loss / d logits, the loss moves by sum |A| / t, and row i of the gradient with respect to the unit
     rows, a sum over A_ij + A_ji, by (1 + 1/t) of its absolute terms. The distance term takes direct differences: no allowance.
-    weights: a relative rounding of each A_ij + A_ji, where an implementation stores them.
+    weights: a relative rounding of each A_ij + A_ji, where an implementation stores them. Such a one also takes a cosine as one sum of
+    tensor cores, which truncate it after every eight products or later.
     """
     features, labels, temperature = args[:3]
     denominator, norms = next(a for a in args if isinstance(a, str)), row_norms(features)
     rounding = 4 * torch.finfo(torch.float64 if features.dtype == torch.float64 else torch.float32).eps
+    rounding += -(-features.shape[1] // 8) * 2**-24 if weights else 0
     z = features.double() / norms
     logits, same = (z @ z.T / temperature).requires_grad_(), labels[:, None] == labels[None, :]
     pool = logits if denominator == "all" else logits.masked_fill(same, -torch.inf)

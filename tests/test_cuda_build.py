@@ -53,6 +53,9 @@ def test_workspace_is_bounded():
     for count, width in [(512, 512), (8192, 512), (50_000, 512), (300_000, 64)]:
         padded = (count + 64) * (-(-width // 64) * 64)
         assert _native._cuda.nt_xent_workspace(count, width, 0, True) <= (32 << 20) + 8 * padded + 128 * count
+        for wide in {width, 300, 1000}:
+            columns = 1 << (max(wide, 128) - 1).bit_length()
+            assert _native._cuda.nt_xent_workspace(count, wide, 1, True) <= (32 << 20) + 6 * (count + 128) * columns + 192 * count
         assert _native._cuda.intra_class_distance_workspace(count, width, 0, True) <= 4 * count * width + 4 * count + 64
 
 
@@ -82,6 +85,14 @@ def test_machine_code_of_every_kernel(kernels):
     assert {name: (mix["HGMMA"], mix["WARPGROUP.DEPBAR"]) for name, mix in wide.items()} == dict.fromkeys(wide, (36, 1))
     assert sorted(re.search(r"DTypeE(\d)ELi(\d+)", name).groups() for name in wide) == [(t, n) for t in "12" for n in ("136", "176", "72")]
     assert all("UTMALDG" not in mix and "LDGSTS" in mix for mix in wide.values())
+    # The large loss: of two tiles all products before a wait, and one wait for each; of the gradient one for the weights, and two of G
+    # (the last tile is outside the loop). More waits would be ptxas's own, which lets products overlap no longer.
+    for kind, products, waits in (("tile_sums", 2, 2), ("tile_gradient", 1, 3)):
+        tiles = {name: mix for name, mix in hopper.items() if kind in name}
+        assert {int(re.search(r"Li(\d+)", name)[1]) for name in tiles} == {128, 256, 512}
+        for name, mix in tiles.items():
+            steps = int(re.search(r"Li(\d+)", name)[1]) // 16
+            assert (mix["HGMMA"], mix["WARPGROUP.DEPBAR"]) == (products * steps + 8 * (kind == "tile_gradient"), waits), name
 
 
 def test_the_page_lists_every_kernel(kernels):

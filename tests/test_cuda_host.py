@@ -2,11 +2,12 @@
 
 import importlib.util
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from _support import CONVOLUTIONS, LOSSES, OPS, STATISTICS, assert_same_bits, checker
+from _support import CONVOLUTIONS, LOSSES, OPS, STATISTICS, assert_same_bits, check_losses, checker
 
 from miue_fast import _native
 from miue_fast._registry import BackendError
@@ -41,7 +42,7 @@ def cuda_impl(op, backend="cuda"):
 def cases():
     for op in OPS.values():
         for impl in op.impls:
-            here = impl.backend in ("cuda", "wgmma") and op.name != "nt_xent"  # that is test_both_ways_of_a_small_batch
+            here = impl.backend in ("cuda", "wgmma") and op.name != "nt_xent"  # that is test_every_way_of_a_batch
             for dtype in sorted(impl.dtypes, key=str) if here else ():
                 yield pytest.param(op, impl, dtype, id=f"{op.name}-{impl.backend}-{str(dtype)[6:]}")
 
@@ -105,7 +106,7 @@ def test_parity(op, impl, dtype):
 
 
 def loss_cases(dtype):
-    """What both ways of a small batch are tried on: the op's samples, and rows of several chunks and tiles of features."""
+    """What every way is tried on: the op's samples, and rows of several chunks and tiles of features."""
     found = list(OPS["nt_xent"].samples("cpu", dtype))
     gen = torch.Generator().manual_seed(3)
     for batch, width in [(10, 300), (5, 500)] if dtype == torch.float32 else [(10, 300), (9, 1000)]:
@@ -114,19 +115,53 @@ def loss_cases(dtype):
     return found if dtype == torch.float32 else found[1::2]
 
 
-WAYS = pytest.mark.parametrize("way", [_native.nt_xent, _native.nt_xent_several], ids=["one launch", "several"])
+WAYS = pytest.mark.parametrize(
+    "way", [_native.nt_xent, _native.nt_xent_large, _native.nt_xent_several], ids=["one launch", "large", "several"]
+)
 
 
 @WAYS
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_both_ways_of_a_small_batch(way, dtype):
+def test_every_way_of_a_batch(way, dtype):
     """One launch also against the blocks' order: the shim goes through them forwards and backwards by turns."""
-    op = OPS["nt_xent"]
-    for k, args in enumerate(loss_cases(dtype)):
-        got = run(way, op, args)
-        assert_near(op, args, got, run(op.reference.fn, op, args), f"case {k}")
+    op, large = OPS["nt_xent"], way is _native.nt_xent_large
+    if large and dtype == torch.float32:
+        pytest.skip("as several launches")
+    for k, args in enumerate([*loss_cases(dtype), *(large_cases(dtype) if large else ())]):
+        if large:
+            check_losses(op, args, [replace(cuda_impl(op), fn=way)], 2**-11)
+        else:
+            assert_near(op, args, run(way, op, args), run(op.reference.fn, op, args), f"case {k}")
         if k % 3 == 0:
-            assert all(same_bits(a, b) for a, b in zip(got, run(way, op, args), strict=True)), f"case {k} does not repeat"
+            assert all(same_bits(a, b) for a, b in zip(run(way, op, args), run(way, op, args), strict=True)), f"case {k} does not repeat"
+
+
+def large_cases(dtype):
+    """Several spans of several tiles, of sums and of gradients; every width; rows that no vector reads; weights of every size."""
+    gen = torch.Generator().manual_seed(4)
+    for batch, width, temperature, denominator in [
+        (200, 128, 0.1, "all"), (200, 100, 0.5, "negatives"), (300, 3, 0.1, "all"), (70, 200, 0.1, "negatives"), (140, 512, 0.1, "all"),
+        (130, 500, 0.02, "negatives"),
+    ]:  # fmt: skip
+        features = torch.randn(batch, width, generator=gen).to(dtype)
+        yield features, torch.arange(batch) % 7, temperature, denominator, True
+    yield features[::2, 1:], torch.arange(65) % 3, 0.1, "all", True
+    yield features * torch.logspace(-3, 3, batch)[:, None].to(dtype), torch.arange(batch) // 2, 0.1, "all", True
+    centres = torch.randn(3, 128, generator=gen)
+    yield centres[torch.arange(130) % 3].to(dtype), torch.arange(130) % 3, 0.1, "all", True  # nothing left to learn: tiny weights
+    apart = torch.randn(1, 20, generator=gen) * (-1.0) ** torch.arange(10)[:, None] + 0.1 * torch.randn(10, 20, generator=gen)
+    yield apart.to(dtype), torch.arange(10) % 2, 1e-3, "negatives", True  # a padded column's weight overflows
+
+
+def test_a_large_batch_takes_its_own_kernels():
+    """More than 512 rows of half precision, up to 512 features: not the bits of the several launches; more features: theirs."""
+    gen = torch.Generator().manual_seed(0)
+    for batch, width, own in [(513, 8, True), (3, 513, False), (3, 1025, False)]:
+        features, labels = torch.rand(batch, width, generator=gen).half(), torch.arange(batch) % 2
+        large, several = ((way(features, labels, 0.1, "all", True)) for way in (_native.nt_xent_large, _native.nt_xent_several))
+        assert same_bits(large[1], several[1]) != own
+        if batch > 512 or width > 1024:
+            assert same_bits(large[1], _native.nt_xent(features, labels, 0.1, "all", True)[1])
 
 
 def test_one_launch_is_for_small_batches():
@@ -251,10 +286,14 @@ def test_an_empty_batch_and_what_is_refused():
             impl.fn(*args, False, False)
 
 
+def dtype_of(way):
+    return torch.float16 if way is _native.nt_xent_large else torch.float32
+
+
 @WAYS
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_nonfinite_features_are_not_hidden(value, way):
-    features = torch.rand(5, 4, generator=torch.Generator().manual_seed(0))
+    features = torch.rand(5, 4, generator=torch.Generator().manual_seed(0)).to(dtype_of(way))
     features[2, 1] = value
     distance = cuda_impl(OPS["intra_class_distance"]).fn
     for fn, rest in ((way, (0.1, "all", True)), (way, (0.1, "negatives", True)), (distance, (True, True))):
@@ -265,9 +304,10 @@ def test_nonfinite_features_are_not_hidden(value, way):
 @WAYS
 def test_empty_batch_and_one_class(way):
     for fn, rest in ((way, (0.1, "all", True)), (cuda_impl(OPS["intra_class_distance"]).fn, (True, True))):
-        loss, grad = fn(torch.empty(0, 4), torch.empty(0, dtype=torch.int64), *rest)
+        loss, grad = fn(torch.empty(0, 4, dtype=dtype_of(way)), torch.empty(0, dtype=torch.int64), *rest)
         assert loss.isnan() and grad.shape == (0, 4)
-    features, labels = torch.rand(5, 4, generator=torch.Generator().manual_seed(0)), torch.zeros(5, dtype=torch.int64)
+    features = torch.rand(5, 4, generator=torch.Generator().manual_seed(0)).to(dtype_of(way))
+    labels = torch.zeros(5, dtype=torch.int64)
     assert way(features, labels, 0.1, "negatives", True)[0] == -torch.inf
     loss, grad = way(features, labels, 0.1, "all", True)
     assert loss == 0 and (grad == 0).all()

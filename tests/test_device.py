@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from miue_fast import _measured, _native
-from miue_fast._registry import OPS
+from miue_fast._registry import OPS, Form
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
@@ -61,9 +61,10 @@ def test_without_a_gpu(tmp_path, quick):
     assert os.listdir(tmp_path) == ["device.json"]
 
 
-def test_both_ways_of_a_small_batch_are_rows():
+def test_the_other_forms_are_rows():
     rows = device.blanks("loss", False, "no CUDA device")
-    for name, batches in (("cuda, several launches", (512,)), ("triton, as a large batch", (512, 2048))):
+    forms = {"cuda, as a large batch": (512,), "cuda, several launches": (512, 2048, 8192), "triton, as a large batch": (512, 2048)}
+    for name, batches in forms.items():
         wanted = {f"nt_xent B={batch} D=512{dtype}" for batch in batches for dtype in (" bfloat16", "")}
         assert {row["workload"] for row in rows if row["implementation"] == name} == wanted
 
@@ -153,8 +154,21 @@ def test_layers_run_and_fill_the_tables(small, tmp_path, monkeypatch):
     assert fastest["layers.4.conv1"]["forward"] == "cuda" and fastest["layers.4.conv1"]["forward_s"] > 0
     monkeypatch.setattr(report, "SHIPPED", tmp_path / "table.json")
     (tmp_path / "table.json").write_text('{"another GPU": {"a layer": "triton"}}')
-    assert report.write_table({"layer_times": rows, "environment": {"gpu": "a CPU"}}) == len(table)
+    assert report.write_table({"layer_times": rows, "rows": [], "environment": {"gpu": "a CPU"}}) == len(table)
     assert json.loads((tmp_path / "table.json").read_text()) == {"another GPU": {"a layer": "triton"}, "a CPU": table}
+
+
+def test_the_table_has_the_faster_loss():
+    def row(workload, implementation, seconds, role="ours"):
+        return {"workload": workload, "implementation": implementation, "median_s": seconds, "role": role}
+
+    large, fused = "nt_xent B=8192 D=512 bfloat16", "mi_ue_value_and_grad B=512 D=512 zeta={} bfloat16"
+    rows = [row(large, "triton", 2.0), row(large, "cuda", 1.0), row(large, "cuda, several launches", 0.5, "candidate")]
+    rows += [row(fused.format(0.1), "triton", 2.0), row(fused.format(0.1), "cuda", 3.0)]
+    rows += [row(fused.format(0), "triton", 2.0), row(fused.format(0), "cuda", 1.5)]
+    rows += [row("nt_xent B=512 D=512", "triton", 1.0), row("nt_xent B=512 D=512", "cuda", None)]
+    rows += [row("intra_class_distance B=512 D=512", "triton", 2.0), row("intra_class_distance B=512 D=512", "cuda", 1.0)]
+    assert workloads.loss_table(rows) == {"nt_xent 8192 bfloat16": "cuda", "mi_ue_value_and_grad 512 bfloat16": "triton"}
 
 
 def test_the_layer_that_wgmma_takes(small, monkeypatch):
@@ -194,12 +208,17 @@ def test_a_wrong_layer_is_not_timed(small, monkeypatch):
     assert set(layers.table(rows)) == {row["table_key"] for row in rows}
 
 
-def test_ops_run(small):
+def test_ops_run(small, monkeypatch):
+    loss = OPS["nt_xent"]
+    impls = [replace(i, forms=(Form("another form", i.fn, 10**6),)) if i.backend == "cpu" else i for i in loss.impls]
+    monkeypatch.setitem(OPS, "nt_xent", replace(loss, impls=tuple(impls)))
     rows = device.run_stages(["loss", "update", "input"], 60, options(), None)
     assert {row["op"] for row in rows} == {"nt_xent", "projected_step_", "perturbed_input"}
     ours = [row for row in rows if row["implementation"] == "cpu"]
     assert ours and all(row["median_s"] > 0 and row["launch"] == "graph" for row in ours)
     assert all(row["launch"] == "calls" for row in rows if row["role"] == "eager")
+    (other,) = [row for row in rows if row["implementation"] == "another form"]
+    assert other["role"] == "candidate" and other["launch"] == "graph" and other["median_s"] > 0, "timed as what it is compared with"
 
 
 def test_the_step_runs(small):
@@ -399,7 +418,10 @@ def test_report_and_plot_of_a_record(tmp_path, monkeypatch):
     (tmp_path / "table.json").write_text("{}")
     assert report.main([str(tmp_path / "device.json"), "--write-table"]) == 0
     table = json.loads((tmp_path / "table.json").read_text())["Some GPU"]
-    assert set(table.values()) == {"cuda", "triton"} and len(table) == 11 + 11 + 1
+    losses = {f"nt_xent {batch} {kind}" for batch in (512, 2048, 8192, 50_000) for kind in ("bfloat16", "float32")}
+    losses.add("mi_ue_value_and_grad 512 bfloat16")
+    assert losses < set(table)
+    assert set(table.values()) == {"cuda", "triton"} and len(table) == 11 + 11 + 1 + len(losses)
     pytest.importorskip("matplotlib")
     assert report.main([str(tmp_path / "device.json"), "--plot", str(tmp_path / "roofline.png")]) == 0
     assert (tmp_path / "roofline.png").read_bytes()[:4] == b"\x89PNG"

@@ -1,12 +1,13 @@
-"""Which backend `auto` takes for a convolution on a GPU, from what the machine has and what was measured."""
+"""Which backend `auto` takes for a convolution or a loss on a GPU, from what the machine has and what was measured."""
 
 import logging
 
 import pytest
 import torch
 
+from miue_fast import _measured
 from miue_fast._registry import OPS
-from miue_fast.ops import conv_epilogue_, conv_grad_epilogue_, conv_input_grad, convolution
+from miue_fast.ops import _loss, conv_epilogue_, conv_grad_epilogue_, conv_input_grad, convolution
 from miue_fast.ops.convolution import FP8
 
 SIZE, CONV = [2, 32, 8, 8], ([1, 1], [1, 1], [1, 1], 1)
@@ -70,6 +71,35 @@ def test_each_schema_hands_over_its_own_arguments(monkeypatch):
     OPS["conv_input_grad_step_"].route(images, None, x, w, images, None, [2, 2], [1, 1], [3, 3], 4, 0.1, 0.2, None)
     sizes = {"conv_forward": SIZE, "conv_input_grad": [2, 5, 7, 9], "conv_input_grad_step_": [2, 3, 16, 16]}
     assert seen == [(op, w, size, [2, 2], [1, 1], [3, 3], 4) for op, size in sizes.items()]
+
+
+@pytest.mark.parametrize(
+    "rows, width, dtype, missing, expected",
+    [
+        (512, 512, torch.bfloat16, None, "auto"),
+        (2048, 512, torch.bfloat16, None, "cuda"),  # measured
+        (1100, 64, torch.bfloat16, None, "cuda"),  # nearer to 2,048
+        (8192, 512, torch.bfloat16, None, "cuda"),  # four times as many
+        (8193, 512, torch.bfloat16, None, "auto"),
+        (2048, 513, torch.bfloat16, None, "auto"),
+        (2048, 512, torch.float16, None, "auto"),  # nobody measured it
+        (2048, 512, torch.bfloat16, "not built", "auto"),
+        (0, 512, torch.bfloat16, None, "auto"),
+    ],
+)
+def test_route_of_a_loss(monkeypatch, rows, width, dtype, missing, expected):
+    table = {"nt_xent 512 bfloat16": "triton", "nt_xent 2048 bfloat16": "cuda", "mi_ue_value_and_grad 512 bfloat16": "cuda",
+             "conv_forward 64->64 3x3/1 @32x32 bfloat16": "cuda"}  # fmt: skip
+    monkeypatch.setattr(_measured, "_table", lambda: {"some GPU": table})
+    monkeypatch.setattr(_measured, "_name", lambda device: "some GPU")
+    monkeypatch.setattr(_loss._native, "cuda_missing", lambda: missing)
+    _measured._batches.cache_clear()
+    try:
+        features = torch.empty(rows, width, dtype=dtype, device="meta")
+        assert OPS["nt_xent"].route(features, None, 0.1, "all", True) == expected
+        assert OPS["mi_ue_value_and_grad"].route(torch.empty(500, 8, dtype=torch.bfloat16), None) == ("auto" if missing else "cuda")
+    finally:
+        _measured._batches.cache_clear()
 
 
 def test_masks_start_at_a_multiple_of_eight():

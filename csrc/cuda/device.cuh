@@ -103,6 +103,20 @@ void launch_cooperative(const char* name, int64_t x, int64_t y, int shared, [[ma
 #endif
 }
 
+// Compute capability of the current device, 10 * major + minor, or 0 without one.
+inline int capability() {
+#ifdef __CUDACC__
+    int device = 0, major = 0, minor = 0;
+    const bool known = cudaGetDevice(&device) == cudaSuccess &&
+                       cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess &&
+                       cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) == cudaSuccess;
+    if (!known) cudaGetLastError();
+    return known ? 10 * major + minor : 0;
+#else
+    return 90;
+#endif
+}
+
 // Whether the current device can hold that many blocks at once, one to a multiprocessor. False without a device: a launch says why.
 inline bool cooperative_fits([[maybe_unused]] int64_t blocks, [[maybe_unused]] int64_t shared) {
 #ifdef __CUDACC__
@@ -140,6 +154,16 @@ inline bool aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 
 
 __device__ __forceinline__ float half_value(uint16_t bits) { return __half2float(__ushort_as_half(bits)); }
 __device__ __forceinline__ uint16_t half_bits(float x) { return __half_as_ushort(__float2half_rn(x)); }
+// Both as fp16, `low` in the low half.
+__device__ __forceinline__ uint32_t half_pair(float low, float high) {
+#ifdef __CUDACC__
+    uint32_t pair;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+    return pair;
+#else
+    return half_bits(low) | static_cast<uint32_t>(half_bits(high)) << 16;
+#endif
+}
 __device__ __forceinline__ float bfloat_value(uint16_t bits) { return __bfloat162float(__ushort_as_bfloat16(bits)); }
 __device__ __forceinline__ uint16_t bfloat_bits(float x) { return __bfloat16_as_ushort(__float2bfloat16_rn(x)); }
 
@@ -239,6 +263,17 @@ __device__ __forceinline__ void store(void* p, DType t, int64_t at, const float 
         }
         *reinterpret_cast<uint2*>(static_cast<uint8_t*>(p) + at) = make_uint2(words[0], words[1]);
     }
+}
+
+// 2^x in one instruction (2 ulp); what is below 2^-126 is 0.
+__device__ __forceinline__ float exp2_of(float x) {
+#ifdef __CUDACC__
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+#else
+    return exp2f(x);
+#endif
 }
 
 // Every lane gets the sum; the order is fixed.

@@ -5,7 +5,7 @@
 //   weights      W r_j of one chunk x chunk square, as fp16 hi + lo with one power-of-two scale per row and 64 columns
 //   gradient     G += W q over that square; owner computes, no atomics
 //   project      (G - (G.z) z) / ||f||
-// A small batch takes one launch instead: nt_xent_small.cu.
+// A small batch takes one launch instead (nt_xent_small.cu), and a Hopper has other kernels for half precision (nt_xent_large.cu).
 #include <algorithm>
 #include <type_traits>
 
@@ -340,12 +340,18 @@ void several(const NtXentArgs& a, void* stream) {
 }  // namespace
 
 int64_t nt_xent_workspace_cuda(int64_t B, int64_t D, DType dtype, bool want_grad) {
-    return std::max(plan(B, D, dtype == DType::f32, want_grad, nullptr).bytes, nt_xent_small_workspace(B, D, dtype));
+    return std::max({plan(B, D, dtype == DType::f32, want_grad, nullptr).bytes, nt_xent_small_workspace(B, D, dtype),
+                     nt_xent_large_workspace(B, D, dtype, want_grad)});
 }
 
 void nt_xent_cuda(const NtXentArgs& a, void* stream) {
     require_dtype("nt_xent", "features", a.dtype, is_feature(a.dtype));
-    nt_xent_small_takes(a.B, a.D, a.dtype) ? nt_xent_small(a, stream) : nt_xent_several_cuda(a, stream);
+    nt_xent_small_takes(a.B, a.D, a.dtype) ? nt_xent_small(a, stream) : nt_xent_large_cuda(a, stream);
+}
+
+void nt_xent_large_cuda(const NtXentArgs& a, void* stream) {
+    require_dtype("nt_xent", "features", a.dtype, is_feature(a.dtype));
+    nt_xent_large_takes(a.B, a.D, a.dtype) ? nt_xent_large(a, stream) : nt_xent_several_cuda(a, stream);
 }
 
 void nt_xent_several_cuda(const NtXentArgs& a, void* stream) {

@@ -1,4 +1,4 @@
-// What the NT-Xent kernels share (nt_xent.cu: several launches, any size; nt_xent_small.cu: one launch).
+// What the NT-Xent kernels share (nt_xent.cu: several launches, any size; nt_xent_small.cu: one launch; nt_xent_large.cu: for Hopper).
 //
 // Tensor cores take fp16 and truncate their sums, so a row is scaled by a power of two into fp16's range. Half-precision features are then
 // exact. fp32 features are split into hi, whole numbers up to 2^11, and lo, the rest (SPLIT): hi*hi is a sum of whole numbers, exact on a
@@ -13,6 +13,10 @@ namespace miue {
 bool nt_xent_small_takes(int64_t B, int64_t D, DType);
 int64_t nt_xent_small_workspace(int64_t B, int64_t D, DType);
 void nt_xent_small(const NtXentArgs&, void* stream);
+// nt_xent_large.cu: the same.
+bool nt_xent_large_takes(int64_t B, int64_t D, DType);
+int64_t nt_xent_large_workspace(int64_t B, int64_t D, DType, bool want_grad);
+void nt_xent_large(const NtXentArgs&, void* stream);
 
 constexpr float MIN_NORM = 1e-8f;
 constexpr int TOP_BIT = 10;        // operands are scaled to magnitudes below 2^11: whole numbers up to there are fp16

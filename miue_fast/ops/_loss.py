@@ -2,6 +2,8 @@
 
 import torch
 
+from .. import _native
+from .._measured import faster_loss
 from .._registry import LIB
 
 
@@ -11,6 +13,11 @@ def fake(features, labels, *args):
     wide = torch.float64 if features.dtype == torch.float64 else torch.float32
     loss = torch.empty((), dtype=wide, device=features.device)
     return loss, torch.empty(features.shape if want_grad else (0,), dtype=wide, device=features.device)
+
+
+def route(op):
+    """For `define`: "cuda" where this GPU's table says that it is faster, else the first that can."""
+    return lambda features, *args: "cuda" if faster_loss(op, features) == "cuda" and not _native.cuda_missing() else "auto"
 
 
 def truth(formula, drop):

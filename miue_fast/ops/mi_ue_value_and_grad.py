@@ -30,6 +30,7 @@ define(
         Impl("cuda", _native.mi_ue_value_and_grad, frozenset({"cuda"}), FLOATS, _native.cuda_missing),
         Impl("cpu", _native.mi_ue_value_and_grad, frozenset({"cpu"}), DOUBLES, _native.cpu_missing),
     ],
+    route=_loss.route("mi_ue_value_and_grad"),
 )
 
 

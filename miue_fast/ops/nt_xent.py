@@ -32,9 +32,11 @@ define(
         Impl("triton", _triton.lazy("nt_xent"), _triton.DEVICES, FLOATS, _triton.missing,
              forms=(Form("triton, as a large batch", _triton.lazy("nt_xent_as_large", "nt_xent"), 2048, 2**-11),)),
         Impl("cuda", _native.nt_xent, frozenset({"cuda"}), FLOATS, _native.cuda_missing,
-             forms=(Form("cuda, several launches", _native.nt_xent_several, 512),)),
+             forms=(Form("cuda, as a large batch", _native.nt_xent_large, 512, 2**-11),
+                    Form("cuda, several launches", _native.nt_xent_several, 8192))),
         Impl("cpu", _native.nt_xent, frozenset({"cpu"}), DOUBLES, _native.cpu_missing),
     ],
+    route=_loss.route("nt_xent"),
 )  # fmt: skip
 _loss.differentiable_in_features("nt_xent")
 
@@ -49,8 +51,9 @@ def nt_xent(features, labels, temperature=0.1, *, denominator="all", backend="au
     Args:
         features: [B, D] float32, float16, bfloat16 (float64 on the CPU). Norms are clamped at 1e-8 (the gradient of a row below that is
             projected like any other row's, which the clamped formula would not do). Gradients are float32 (float64 for float64) until
-            they have been multiplied by the loss's own: with loss scaling those of float16 features do not underflow. Triton on a Hopper
-            rounds the pairs' weights to float16 (2^-11 each) for more than 2,048 half-precision rows of at most 512 columns.
+            they have been multiplied by the loss's own: with loss scaling those of float16 features do not underflow. On a Hopper the
+            pairs' weights are rounded to float16 (2^-11 each), and a cosine is one sum of tensor cores (at most 2^-18 of it is lost), for
+            half-precision rows of at most 512 columns: Triton above 2,048 rows, CUDA C++ above 512.
         labels: [B], any integer dtype, any values.
         temperature: 1e-3 to 10. `t` is another name for it.
         backend: "auto", "triton", "cuda", "cpu" or "reference".

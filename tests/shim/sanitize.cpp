@@ -56,9 +56,9 @@ void losses(int64_t B, int64_t D, int classes, DType t) {
     const auto features = numbers(B * D, t, 0, 1);
     const auto labels = labels_of(B, classes);
     const int64_t grad_bytes = B * D * 4;
-    for (const int way : {0, 1, 2, 3}) {
+    for (const int way : {0, 1, 2, 3, 4, 5}) {
         const bool negatives = way % 2;
-        const auto op = way / 2 ? nt_xent_cuda : nt_xent_several_cuda;
+        const auto op = way / 2 == 0 ? nt_xent_cuda : way / 2 == 1 ? nt_xent_large_cuda : nt_xent_several_cuda;
         twice(negatives ? "nt_xent negatives" : "nt_xent", grad_bytes + 4, [&](char* out) {
             std::vector<char> space(nt_xent_workspace_cuda(B, D, t, true) + 64, static_cast<char>(0xff));
             void* workspace = reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(space.data()) + 63) / 64 * 64);
@@ -151,6 +151,7 @@ void convolutions(int64_t B, int64_t H, int64_t W, DType t) {
 int main() {
     losses(70, 40, 9, DType::f32);
     losses(130, 65, 30, DType::bf16);
+    losses(200, 100, 9, DType::f16);  // as a large batch: two spans of two tiles, four tiles of sums in three buffers
     losses(20, 150, 4, DType::f16);  // one block of columns, three tiles of features
     covariances(70, 40, 9, DType::f32);
     covariances(150, 70, 3, DType::bf16);  // two tiles each way
