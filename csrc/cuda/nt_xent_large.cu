@@ -217,8 +217,6 @@ struct TileSums {
             if (same) P[r] += e;
             if (!same) N[r] += e;
         }
-#pragma unroll
-        for (int r = 0; r < 2; ++r) settle(P[r]), settle(N[r]);
     }
     // Over the four lanes of a row; all of them get it.
     __device__ __forceinline__ void finish() {

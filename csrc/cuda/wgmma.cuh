@@ -62,14 +62,6 @@ __device__ __forceinline__ void registers_up() {
 #endif
 }
 
-// x is computed here, and not later among the products of the next batch: where accumulators are still read there, ptxas lets no two
-// products overlap.
-__device__ __forceinline__ void settle([[maybe_unused]] float& x) {
-#ifdef __CUDACC__
-    asm volatile("" : "+f"(x)::"memory");
-#endif
-}
-
 // Before the first product of a batch, after the last write to its accumulators.
 template <int R>
 __device__ __forceinline__ void wgmma_begin([[maybe_unused]] float (&d)[R]) {
