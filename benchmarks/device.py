@@ -132,15 +132,20 @@ def parity_of(case, emit):
     torch.utils.deterministic.fill_uninitialized_memory = True
     op, count = OPS[case["op"]], 0
     impl = next(i for i in op.impls if i.backend == case["implementation"])
-    for args in op.samples_of(impl, measure.GPU, getattr(torch, case["dtype"])):
+    samples = list(op.samples_of(impl, measure.GPU, getattr(torch, case["dtype"])))
+    if impl.forms:
+        samples += _support.large_losses(measure.GPU, getattr(torch, case["dtype"]), big=measure.GPU != "cpu")
+    for args in samples:
         try:
             with measure.true_float32():
                 if op.exact:
                     _support.assert_same_bits(_support.run(op, impl.fn, args), _support.run(op, op.reference.fn, args))
+                elif impl.forms:
+                    mine = max((form.weights for form in impl.forms if len(args[0]) > form.rows), default=0.0)
+                    for fn, weights in ((impl.fn, mine), *((form.fn, form.weights) for form in impl.forms)):
+                        _support.check_losses(op, args, [replace(impl, fn=fn)], weights)
                 else:
                     _support.checker(op)(op, args, [impl])
-                    for form in impl.forms:
-                        _support.check_losses(op, args, [replace(impl, fn=form.fn)], form.weights)
         except (RuntimeError, AssertionError) as error:  # BackendError and launch failures among them
             emit({"samples": count, "outcome": f"failed: sample {count + 1}: {measure.first_line(error)}"})
             return

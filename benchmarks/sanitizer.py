@@ -38,13 +38,19 @@ def elements(args):
 
 def exercise(op, backend, device):
     """Runs samples of every dtype, the largest that LIMIT allows and smaller ones; prints how many."""
+    sys.path.insert(0, str(report.ROOT / "tests"))
+    import _support
+
     impl = next(i for i in OPS[op].impls if i.backend == backend)
     count = 0
     for dtype in sorted(impl.dtypes, key=str):
         if OPS[op].why_not(impl, device, dtype):
             continue
         found = sorted((args for args in OPS[op].samples_of(impl, device, dtype) if elements(args) <= LIMIT), key=elements, reverse=True)
-        for args in found[:: -(-len(found) // SAMPLES) or 1]:
+        found = found[:: -(-len(found) // SAMPLES) or 1]
+        if impl.forms:  # the wide tiles of their kernels
+            found += [args for args in _support.large_losses(device, dtype) if args[0].shape[1] > 128 and elements(args) <= LIMIT]
+        for args in found:
             for fn in (impl.fn, *(form.fn for form in impl.forms)):
                 measure.results(OPS[op], fn, args)
             count += 1

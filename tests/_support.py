@@ -168,6 +168,29 @@ def check_losses(op, args, impls, weights=0.0):
     return plain, truth
 
 
+def large_losses(device, dtype, big=False):
+    """Arguments of nt_xent for its kernels of large batches: several spans of several tiles, every width of a tile, rows that no vector
+    reads, weights of every size. big: more rows than any other kernel takes (a GPU's number of multiprocessors decides the spans).
+    """
+    gen = torch.Generator().manual_seed(4)
+
+    def case(features, labels, temperature=0.1, denominator="all"):
+        return features.to(dtype).to(device), labels.to(device), temperature, denominator, True
+
+    for batch, width, temperature, denominator in [
+        (200, 128, 0.1, "all"), (200, 100, 0.5, "negatives"), (300, 3, 0.1, "all"), (70, 200, 0.1, "negatives"), (140, 512, 0.1, "all"),
+        (130, 500, 0.02, "negatives"), *((2300, width, 0.1, way) for width in (512, 200, 100) for way in ("all", "negatives") if big),
+    ]:  # fmt: skip
+        yield case(torch.randn(batch, width, generator=gen), torch.arange(batch) % 7, temperature, denominator)
+    features = torch.randn(130, 500, generator=gen)
+    yield case(features, torch.arange(130) % 3)[0][::2, 1:], *case(features[:65], torch.arange(65) % 3)[1:]
+    yield case(features * torch.logspace(-3, 3, 130)[:, None], torch.arange(130) // 2)
+    centres, apart = torch.randn(3, 128, generator=gen), torch.randn(1, 20, generator=gen) * (-1.0) ** torch.arange(10)[:, None]
+    yield case(centres[torch.arange(130) % 3], torch.arange(130) % 3)  # nothing left to learn: tiny weights
+    apart = apart + 0.1 * torch.randn(10, 20, generator=gen)
+    yield case(apart, torch.arange(10) % 2, 1e-3, "negatives")  # the weight of a column that is not there overflows
+
+
 def check_convolutions(op, args, impls):
     """Every implementation against the reference in float64; the mask must be that of the call's own values."""
     if op.name == "conv_input_grad_step_":

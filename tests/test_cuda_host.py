@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from _support import CONVOLUTIONS, LOSSES, OPS, STATISTICS, assert_same_bits, check_losses, checker
+from _support import CONVOLUTIONS, LOSSES, OPS, STATISTICS, assert_same_bits, check_losses, checker, large_losses
 
 from miue_fast import _native
 from miue_fast._registry import BackendError
@@ -127,30 +127,13 @@ def test_every_way_of_a_batch(way, dtype):
     op, large = OPS["nt_xent"], way is _native.nt_xent_large
     if large and dtype == torch.float32:
         pytest.skip("as several launches")
-    for k, args in enumerate([*loss_cases(dtype), *(large_cases(dtype) if large else ())]):
+    for k, args in enumerate([*loss_cases(dtype), *(large_losses("cpu", dtype) if large else ())]):
         if large:
             check_losses(op, args, [replace(cuda_impl(op), fn=way)], 2**-11)
         else:
             assert_near(op, args, run(way, op, args), run(op.reference.fn, op, args), f"case {k}")
         if k % 3 == 0:
             assert all(same_bits(a, b) for a, b in zip(run(way, op, args), run(way, op, args), strict=True)), f"case {k} does not repeat"
-
-
-def large_cases(dtype):
-    """Several spans of several tiles, of sums and of gradients; every width; rows that no vector reads; weights of every size."""
-    gen = torch.Generator().manual_seed(4)
-    for batch, width, temperature, denominator in [
-        (200, 128, 0.1, "all"), (200, 100, 0.5, "negatives"), (300, 3, 0.1, "all"), (70, 200, 0.1, "negatives"), (140, 512, 0.1, "all"),
-        (130, 500, 0.02, "negatives"),
-    ]:  # fmt: skip
-        features = torch.randn(batch, width, generator=gen).to(dtype)
-        yield features, torch.arange(batch) % 7, temperature, denominator, True
-    yield features[::2, 1:], torch.arange(65) % 3, 0.1, "all", True
-    yield features * torch.logspace(-3, 3, batch)[:, None].to(dtype), torch.arange(batch) // 2, 0.1, "all", True
-    centres = torch.randn(3, 128, generator=gen)
-    yield centres[torch.arange(130) % 3].to(dtype), torch.arange(130) % 3, 0.1, "all", True  # nothing left to learn: tiny weights
-    apart = torch.randn(1, 20, generator=gen) * (-1.0) ** torch.arange(10)[:, None] + 0.1 * torch.randn(10, 20, generator=gen)
-    yield apart.to(dtype), torch.arange(10) % 2, 1e-3, "negatives", True  # a padded column's weight overflows
 
 
 def test_a_large_batch_takes_its_own_kernels():

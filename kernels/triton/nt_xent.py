@@ -301,7 +301,7 @@ def _resident_gradient_kernel(
         w = tl.exp2(logit + tl.where(same, row_pull[:, None], row_push[:, None]))
         w += tl.exp2(logit + tl.where(same, tl.load(log_pull + columns)[None, :], tl.load(log_push + columns)[None, :]))
         w *= column_inverse * scale  # inverse is in (2^-13, 2^-12]
-        w = tl.where(same, -w, w).to(tl.float16)
+        w = tl.where((columns < B)[None, :], tl.where(same, -w, w), 0.0).to(tl.float16)  # a row's coefficient alone may overflow
         dot += tl.sum(w.to(tl.float32) * raw, 1)
         g = tl.dot(w, theirs, g, input_precision="ieee")
     tl.store(parts + (split * B + rows[:, None]) * WIDTH + d[None, :], g, mask=(rows < B)[:, None])
