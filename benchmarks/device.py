@@ -261,10 +261,9 @@ def main(argv=None):
         if ops:
             record["rows"] = run_stages(ops, seconds_until_end_of(ops[-1]), options, reason)
         if not reason:
-            fastest = json.loads(_measured.TABLE.read_text()).get(torch.cuda.get_device_name(), {})
-            fastest |= layers.table(record["layer_times"]) | workloads.loss_table(record["rows"])
-            spec = {"table": str(Path(scratch.name, "table.json"))}
-            Path(spec["table"]).write_text(json.dumps({torch.cuda.get_device_name(): fastest}))
+            name, spec = torch.cuda.get_device_name(), {"table": str(Path(scratch.name, "table.json"))}
+            fastest = layers.table(record["layer_times"]) | workloads.loss_table(record["rows"])
+            Path(spec["table"]).write_text(json.dumps({name: _measured._table().get(name, {}) | fastest}))
             if options.write_table:
                 report.write_table(record)
         if "step" in stages:

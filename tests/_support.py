@@ -183,7 +183,8 @@ def large_losses(device, dtype, big=False):
     ]:  # fmt: skip
         yield case(torch.randn(batch, width, generator=gen), torch.arange(batch) % 7, temperature, denominator)
     features = torch.randn(130, 500, generator=gen)
-    yield case(features, torch.arange(130) % 3)[0][::2, 1:], *case(features[:65], torch.arange(65) % 3)[1:]
+    whole, labels, *rest = case(features, torch.arange(130) % 3)
+    yield whole[::2, 1:], labels[:65], *rest
     yield case(features * torch.logspace(-3, 3, 130)[:, None], torch.arange(130) // 2)
     centres, apart = torch.randn(3, 128, generator=gen), torch.randn(1, 20, generator=gen) * (-1.0) ** torch.arange(10)[:, None]
     yield case(centres[torch.arange(130) % 3], torch.arange(130) % 3)  # nothing left to learn: tiny weights

@@ -6,7 +6,7 @@ sources=${2:-$root/csrc}
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 for file in "$sources"/cuda/*.cu "$root/tests/shim/sanitize.cpp"; do
-    "${CXX:-g++}" -std=c++20 -O1 -g -fsanitize="$1" -fno-sanitize-recover=all -ffp-contract=off -fno-strict-aliasing -DMIUE_CHUNK=128 -DMIUE_SPANS=6 -DMIUE_MEMBERS=2 -DMIUE_BLOCKS=3 -DMIUE_MULTIPROCESSORS=3 \
+    "${CXX:-g++}" -std=c++20 -O1 -g -fsanitize="$1" -fno-sanitize-recover=all -ffp-contract=off -fno-strict-aliasing -DMIUE_CHUNK=128 -DMIUE_SPANS=6 -DMIUE_MEMBERS=2 -DMIUE_BLOCKS=3 -DMIUE_MULTIPROCESSORS=4 \
         -I "$root/tests/shim" -I "$sources" -include shim.h -x c++ -c "$file" -o "$folder/$(basename "$file").o" &
 done
 wait

@@ -112,7 +112,7 @@ __device__ __forceinline__ float value(uint32_t bits) {
 
 template <DType T>
 __device__ __forceinline__ uint32_t packed(float low, float high) {
-    if constexpr (T == DType::f16) return half_bits(low) | static_cast<uint32_t>(half_bits(high)) << 16;
+    if constexpr (T == DType::f16) return half_pair(low, high);
     return bfloat_bits(low) | static_cast<uint32_t>(bfloat_bits(high)) << 16;
 }
 
@@ -253,15 +253,13 @@ Plan cheapest(int64_t B, int H, int W, int groups) {
 // How many multiprocessors the current device has; BackendFailure unless sm_90a code runs on it.
 int hopper_multiprocessors() {
 #ifdef __CUDACC__
-    int device = 0, major = 0, minor = 0, count = 0;
+    int device = 0, count = 0;
     cudaError_t error = cudaGetDevice(&device);
-    if (error == cudaSuccess) error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-    if (error == cudaSuccess) error = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
     if (error == cudaSuccess) error = cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
     if (error != cudaSuccess) throw BackendFailure(std::string("conv64: ") + cudaGetErrorString(error));
-    if (major != 9 || minor != 0) {
-        throw BackendFailure("conv64: its code is for compute capability 9.0, this device has " + std::to_string(major) + "." +
-                             std::to_string(minor));
+    if (const int have = capability(); have != 90) {
+        throw BackendFailure("conv64: its code is for compute capability 9.0, this device has " + std::to_string(have / 10) + "." +
+                             std::to_string(have % 10));
     }
     return count;
 #else

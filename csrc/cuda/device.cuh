@@ -284,6 +284,13 @@ __device__ __forceinline__ T warp_sum(T x) {
     return x;
 }
 
+// Likewise the largest; NaN are passed over.
+__device__ __forceinline__ float warp_max(float x) {
+#pragma unroll
+    for (int lanes = 16; lanes > 0; lanes /= 2) x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, lanes));
+    return x;
+}
+
 // Sum over the block, valid in thread 0.
 __device__ __forceinline__ double block_sum(double x) {
     __shared__ double parts[WARPS];

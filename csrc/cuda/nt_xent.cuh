@@ -34,7 +34,7 @@ struct Norm {
         poison += x * 0.f;
     }
     __device__ __forceinline__ void finish() {
-        for (int lanes = 16; lanes > 0; lanes /= 2) largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, lanes));
+        largest = warp_max(largest);
         const double norm = sqrt(warp_sum(squares));
         poison = warp_sum(poison);
         const double clamped = norm < MIN_NORM ? MIN_NORM : norm;

@@ -15,8 +15,7 @@
 // tensor-core sum over all features, so that what its truncation does to P and to N cancels.
 #include <algorithm>
 
-#include "nt_xent.cuh"
-#include "wgmma.cuh"
+#include "nt_xent_tiles.cuh"
 
 // The CPU tests lower it, so that few rows reach several spans and several tiles of a span.
 #ifndef MIUE_MULTIPROCESSORS
@@ -25,63 +24,6 @@
 
 namespace miue {
 namespace {
-
-constexpr int TILE = 64, GROUP = 128, BUFFERS = 3, COLUMNS = 4;
-constexpr int UNIT = 12;                  // norms of packed rows are 2^UNIT to 2^(UNIT + 1), and so is the bound of a row's weights
-constexpr int64_t SPLIT_ROWS = 16384;     // rows of all spans together, if there are several
-constexpr float BITS = 1.44269504f;       // log2(e)
-
-struct Large {
-    const void* features;
-    DType dtype;
-    int64_t stride;
-    const int64_t* given_labels;
-    int64_t B, D, Bp;
-    int width, sum_spans, spans;
-    bool vectors, negatives;
-    float inv_t;
-    uint16_t* z;                    // [Bp / TILE][width / 8][TILE][8] fp16 bits
-    int64_t* labels;                // [Bp]
-    float *inverse, *own, *base;    // [Bp] 1 / norm of the packed row, 0 on padding; ||z||; clamped norm
-    float *P, *N, *top;             // [sum_spans, Bp] top: log2
-    float *pull, *push;             // [Bp] log2 of the coefficients times exp(-shift / t); -inf on padding
-    double* losses;                 // [Bp / 32]
-    float* peaks;                   // [Bp / 32] largest bound of a weight
-    float* scale;                   // one: what weights are multiplied with
-    float *parts, *along;           // [spans, B, width], [spans, Bp]
-};
-
-struct Columns {
-    alignas(16) float inverse[TILE], pull[TILE], push[TILE];
-    alignas(16) int64_t labels[TILE];
-};
-
-template <int W>
-constexpr int TILE_BYTES = TILE * W * 2;
-template <int W>
-constexpr int SUMS_SHARED = BUFFERS * TILE_BYTES<W> + COLUMNS * static_cast<int>(sizeof(Columns));
-// Registers of the gradient's warpgroups: two hold G, one makes the weights. There are as many as the block was launched with.
-constexpr int HOLDERS = 160, MAKER = 184;
-static_assert(2 * HOLDERS + MAKER <= 3 * (65536 / (3 * GROUP) / 8 * 8), "setmaxnreg would wait for ever");
-// How many times 16 features the gradient keeps in registers; the others, at 512, are in shared memory.
-template <int W>
-constexpr int KEPT = W / 16 < 28 ? W / 16 : 28;
-template <int W>
-constexpr int REST_BYTES = TILE_BYTES<W> - TILE_BYTES<16> * KEPT<W>;
-template <int W>
-constexpr int GRADIENT_SHARED = SUMS_SHARED<W> + static_cast<int>(sizeof(Columns)) + 2 * TILE_BYTES<TILE> + REST_BYTES<W>;
-
-// Where eight features of a row of a tile lie, in halves.
-__device__ __forceinline__ int64_t place(int64_t row, int eight, int width) {
-    return (row / TILE * (width / 8) + eight) * TILE * 8 + row % TILE * 8;
-}
-
-// Eight features from d on, 0 past the end.
-__device__ __forceinline__ void features_at(const Large& a, int64_t row, int d, float (&v)[8]) {
-    if (a.vectors && d + 8 <= a.D) return load(a.features, a.dtype, row * a.stride + d, v);
-#pragma unroll
-    for (int c = 0; c < 8; ++c) v[c] = d + c < a.D ? load(a.features, a.dtype, row * a.stride + d + c) : 0.f;
-}
 
 // One warp per row.
 __global__ void pack_tiles(Large a) {
@@ -107,74 +49,11 @@ __global__ void pack_tiles(Large a) {
     }
     if (lane == 0) {
         a.inverse[row] = real ? (finite ? 1 / ldexpf(norm.base, power) : 1.f) : 0.f;
-        a.own[row] = norm.own, a.base[row] = norm.base, a.labels[row] = real ? a.given_labels[row] : 0;
+        a.own[row] = norm.own, a.base[row] = norm.base, a.kinds[row] = real ? a.labels[row] : 0;
     }
 }
 
 #ifdef MIUE_HAS_WGMMA
-constexpr int COPIERS = 2 * GROUP;  // the first two warpgroups
-
-// What a kernel needs of its span of tiles: buffers in shared memory, and this thread's two rows (i and i + 8, z as A of a product).
-template <int W>
-struct Span {
-    const Large& a;
-    const int begin, end;
-    unsigned char* const tiles = dynamic_shared<unsigned char>();
-    Columns* const columns = reinterpret_cast<Columns*>(tiles + BUFFERS * TILE_BYTES<W>);
-
-    // The blockIdx.y-th of `spans` of `units` of `size` tiles.
-    __device__ __forceinline__ Span(const Large& large, int spans, int64_t units, int size)
-        : a(large), begin(static_cast<int>(units * blockIdx.y / spans) * size),
-          end(static_cast<int>(units * (blockIdx.y + 1) / spans) * size) {}
-    __device__ __forceinline__ unsigned char* tile(int n) const { return tiles + (n - begin) % BUFFERS * TILE_BYTES<W>; }
-    __device__ __forceinline__ const Columns& column(int n) const { return columns[(n - begin) % COLUMNS]; }
-
-    // By the copiers; nothing past the end.
-    template <bool WEIGHTS>
-    __device__ __forceinline__ void fetch(int n) const {
-        if (n >= end) return;
-        unsigned char* const to = tile(n) + threadIdx.x * 16;
-        const uint16_t* const from = a.z + int64_t{n} * (TILE * W) + threadIdx.x * 8;
-#pragma unroll
-        for (int k = 0; k < TILE * W / 8 / COPIERS; ++k) copy_async(to + k * COPIERS * 16, from + k * COPIERS * 8);
-        fetch_columns<WEIGHTS>(n, columns[(n - begin) % COLUMNS]);
-    }
-    template <bool WEIGHTS>
-    __device__ __forceinline__ void fetch_columns(int64_t n, Columns& to) const {
-        const int quarter = threadIdx.x / 16, at = threadIdx.x % 16 * 4, label = threadIdx.x % 32 * 2;
-        if (quarter == 0) copy_async(&to.inverse[at], &a.inverse[n * TILE + at]);
-        if (WEIGHTS && quarter == 1) copy_async(&to.pull[at], &a.pull[n * TILE + at]);
-        if (WEIGHTS && quarter == 2) copy_async(&to.push[at], &a.push[n * TILE + at]);
-        if (quarter == 4 || quarter == 5) copy_async(&to.labels[label], &a.labels[n * TILE + label]);
-    }
-    template <int STEPS>
-    __device__ __forceinline__ void rows(int64_t i, uint32_t (&z)[STEPS][4]) const {
-#pragma unroll
-        for (int k = 0; k < STEPS; ++k) {
-#pragma unroll
-            for (int x = 0; x < 4; ++x) {
-                z[k][x] = *reinterpret_cast<const uint32_t*>(a.z + place(i + x % 2 * 8, 2 * k + x / 2, W) + threadIdx.x % 4 * 2);
-            }
-        }
-    }
-    // The rows' products with those of tile n; in s after wgmma_wait. `rest`: the features that are not in registers.
-    template <int STEPS>
-    __device__ __forceinline__ void multiply(const uint32_t (&z)[STEPS][4], int n, float (&s)[32], [[maybe_unused]] uint64_t rest = 0) const {
-        const uint64_t theirs = descriptor(tile(n), TILE * 16, 128);
-        wgmma_first(s, z[0], theirs);
-#pragma unroll
-        for (int k = 1; k < W / 16; ++k) {
-            if constexpr (STEPS == W / 16) {
-                wgmma(s, z[k], theirs + k * (2 * TILE));
-            } else {
-                k < STEPS ? wgmma(s, z[k % STEPS], theirs + k * (2 * TILE))
-                          : wgmma<DType::f16, TILE>(s, rest + (k - STEPS) * (2 * TILE), theirs + k * (2 * TILE));
-            }
-        }
-        wgmma_commit();
-    }
-};
-
 // P, N and N's shift of this thread's two rows, over the columns that it has seen. Everything in units of log2: per, own: rate times
 // 1 / norm and ||z||. `real`: how many columns there are.
 template <bool NEGATIVES>
@@ -183,16 +62,16 @@ struct TileSums {
 
     __device__ __forceinline__ void add(float (&s)[32], const Columns& columns, const float (&per)[2], const float (&own)[2],
                                         const int64_t (&labels)[2], int real) {
-        const int t = threadIdx.x % 4;
+        const auto column = [](int k) { return k / 4 * 8 + threadIdx.x % 4 * 2 + k % 2; };
 #pragma unroll
         for (int k = 0; k < 32; ++k) {
             const int r = k / 2 % 2;
-            s[k] = fmaf(s[k] * columns.inverse[k / 4 * 8 + 2 * t + k % 2], per[r], NEGATIVES ? 0.f : -own[r]);
+            s[k] = fmaf(s[k] * columns.inverse[column(k)], per[r], NEGATIVES ? 0.f : -own[r]);
         }
         if (real < TILE) {
 #pragma unroll
             for (int k = 0; k < 32; ++k) {
-                if (k / 4 * 8 + 2 * t + k % 2 >= real) s[k] = -INFINITY;
+                if (static_cast<int>(column(k)) >= real) s[k] = -INFINITY;
             }
         }
         float shift[2] = {0, 0};
@@ -202,7 +81,7 @@ struct TileSums {
                 float best = top[r];
 #pragma unroll
                 for (int k = 2 * r; k < 32; k += k % 2 ? 3 : 1) {
-                    if (columns.labels[k / 4 * 8 + 2 * t + k % 2] != labels[r]) best = fmaxf(best, s[k]);
+                    if (columns.labels[column(k)] != labels[r]) best = fmaxf(best, s[k]);
                 }
                 if (best > top[r]) N[r] *= exp2_of(top[r] - best);
                 top[r] = best;
@@ -212,7 +91,7 @@ struct TileSums {
 #pragma unroll
         for (int k = 0; k < 32; ++k) {
             const int r = k / 2 % 2;
-            const bool same = columns.labels[k / 4 * 8 + 2 * t + k % 2] == labels[r];
+            const bool same = columns.labels[column(k)] == labels[r];
             const float e = exp2_of(NEGATIVES ? s[k] - (same ? own[r] : shift[r]) : s[k]);
             if (same) P[r] += e;
             if (!same) N[r] += e;
@@ -245,7 +124,7 @@ __global__ void __launch_bounds__(2 * GROUP, 1) tile_sums(Large a) {
     const Span<W> span(a, a.sum_spans, a.Bp / TILE / 2, 2);
     const float rate = a.inv_t * BITS, per[2] = {a.inverse[i] * rate, a.inverse[i + 8] * rate};
     const float own[2] = {a.own[i] * rate, a.own[i + 8] * rate};
-    const int64_t labels[2] = {a.labels[i], a.labels[i + 8]};
+    const int64_t labels[2] = {a.kinds[i], a.kinds[i + 8]};
     uint32_t z[W / 16][4];
     span.rows(i, z);
     TileSums<NEGATIVES> sums;
@@ -302,23 +181,21 @@ __global__ void row_weights(Large a) {
         peak = -same * P;
     }
     loss = warp_sum(loss);
-#pragma unroll
-    for (int lanes = 16; lanes > 0; lanes /= 2) peak = fmaxf(peak, __shfl_xor_sync(0xffffffffu, peak, lanes));
+    peak = warp_max(peak);
     if (threadIdx.x % 32 == 0) a.losses[i / 32] = loss, a.peaks[i / 32] = peak;
 }
 
-__global__ void whole_loss(Large a, float* loss) {
+__global__ void whole_loss(Large a) {
     __shared__ float peaks[WARPS];
     double total = 0;
     float peak = 0;
     for (int64_t k = threadIdx.x; k < a.Bp / 32; k += THREADS) total += a.losses[k], peak = fmaxf(peak, a.peaks[k]);
-#pragma unroll
-    for (int lanes = 16; lanes > 0; lanes /= 2) peak = fmaxf(peak, __shfl_xor_sync(0xffffffffu, peak, lanes));
+    peak = warp_max(peak);
     if (threadIdx.x % 32 == 0) peaks[threadIdx.x / 32] = peak;
     total = block_sum(total);
     if (threadIdx.x == 0) {
         for (int k = 1; k < WARPS; ++k) peak = fmaxf(peak, peaks[k]);
-        *loss = static_cast<float>(total / a.B);
+        *static_cast<float*>(a.loss) = static_cast<float>(total / a.B);
         // A weight is at most twice `peak`, the sum of a row's pulls and of its pushes; it is multiplied with an inverse, 2^-13 to 2^-12.
         *a.scale = ldexpf(1.f, UNIT + (peak > 0 ? min(UNIT - ilogbf(peak), 100) : 0));
     }
@@ -438,7 +315,8 @@ __global__ void __launch_bounds__(3 * GROUP, 1) tile_gradient(Large a) {
 }
 
 // One warp per row; grad may be the only part.
-__global__ void project_tiles(Large a, float* grad) {
+__global__ void project_tiles(Large a) {
+    float* const grad = static_cast<float*>(a.grad);
     const int64_t row = blockIdx.x * int64_t{WARPS} + threadIdx.x / 32;
     if (row >= a.B) return;
     const float inverse = a.inverse[row];
@@ -468,28 +346,33 @@ __global__ void project_tiles(Large a, float* grad) {
     }
 }
 
-// How many spans of tiles let the multiprocessors, one block each, end soonest.
-int spans_of(int64_t blocks, int64_t tiles) {
+// How many spans of `units` let the multiprocessors, one block each, end soonest.
+int spans_of(int64_t blocks, int64_t units, int64_t Bp) {
     int64_t best = 1, least = 0;
-    for (int64_t spans = 1; spans <= tiles && (spans == 1 || spans * tiles * TILE <= SPLIT_ROWS); ++spans) {
-        const int64_t cost = ceil_div(blocks * spans, MIUE_MULTIPROCESSORS) * ceil_div(tiles, spans);
+    for (int64_t spans = 1; spans <= units && (spans == 1 || spans * Bp <= SPLIT_ROWS); ++spans) {
+        const int64_t cost = ceil_div(blocks * spans, MIUE_MULTIPROCESSORS) * ceil_div(units, spans);
         if (spans == 1 || cost < least) best = spans, least = cost;
     }
     return static_cast<int>(best);
 }
 
-Large plan(int64_t B, int64_t D, bool want_grad, void* memory, int64_t* bytes) {
+Large plan(const NtXentArgs& args, bool want_grad, int64_t* bytes) {
     Large a{};
-    Carver carver{static_cast<char*>(memory)};
-    a.B = B, a.D = D, a.Bp = ceil_div(B, 2 * TILE) * 2 * TILE, a.width = D <= 128 ? 128 : D <= 256 ? 256 : 512;
-    const int64_t tiles = a.Bp / TILE;
-    a.sum_spans = spans_of(tiles / 2, tiles), a.spans = spans_of(tiles, tiles);
-    carver.take(a.z, a.Bp * a.width), carver.take(a.labels, a.Bp), carver.take(a.losses, a.Bp / 32);
+    static_cast<NtXentArgs&>(a) = args;
+    Carver carver{static_cast<char*>(args.workspace)};
+    a.Bp = ceil_div(a.B, 2 * TILE) * 2 * TILE, a.width = a.D <= 128 ? 128 : a.D <= 256 ? 256 : 512;
+    const int64_t tiles = a.Bp / TILE, pairs = tiles / 2;
+    a.sum_spans = spans_of(pairs, pairs, a.Bp), a.spans = spans_of(tiles, tiles, a.Bp);
+    carver.take(a.z, a.Bp * a.width), carver.take(a.kinds, a.Bp), carver.take(a.losses, a.Bp / 32);
     for (float** p : {&a.inverse, &a.own, &a.base, &a.pull, &a.push}) carver.take(*p, a.Bp);
     for (float** p : {&a.P, &a.N, &a.top}) carver.take(*p, a.sum_spans * a.Bp);
     carver.take(a.peaks, a.Bp / 32), carver.take(a.scale, 1);
     if (want_grad) carver.take(a.along, a.spans * a.Bp);
-    if (want_grad && (a.spans > 1 || D != a.width)) carver.take(a.parts, a.spans * B * a.width);
+    if (a.spans == 1 && a.D == a.width) {
+        a.parts = static_cast<float*>(a.grad);
+    } else if (want_grad) {
+        carver.take(a.parts, a.spans * a.B * a.width);
+    }
     *bytes = carver.bytes;
     return a;
 }
@@ -499,14 +382,15 @@ bool fits(int64_t B, int64_t D, DType dtype) {
 }
 
 template <int W>
-void launch_large(Large a, const NtXentArgs& args, void* stream) {
+void launch_large(const Large& a, void* stream) {
+    const auto sums = a.negatives ? tile_sums<W, true> : tile_sums<W, false>;
     launch("pack_tiles", pack_tiles, a.Bp / WARPS, 1, stream, a);
-    launch_wide("tile_sums", a.negatives ? tile_sums<W, true> : tile_sums<W, false>, a.Bp / TILE / 2, a.sum_spans, 2 * GROUP, SUMS_SHARED<W>, stream, a);
+    launch_wide("tile_sums", sums, a.Bp / TILE / 2, a.sum_spans, 2 * GROUP, SUMS_SHARED<W>, stream, a);
     launch("row_weights", row_weights, a.Bp / THREADS, 1, stream, a);
-    launch("whole_loss", whole_loss, 1, 1, stream, a, static_cast<float*>(args.loss));
-    if (!args.grad) return;
+    launch("whole_loss", whole_loss, 1, 1, stream, a);
+    if (!a.grad) return;
     launch_wide("tile_gradient", tile_gradient<W>, a.Bp / TILE, a.spans, 3 * GROUP, GRADIENT_SHARED<W>, stream, a);
-    launch("project_tiles", project_tiles, a.Bp / WARPS, 1, stream, a, static_cast<float*>(args.grad));
+    launch("project_tiles", project_tiles, a.Bp / WARPS, 1, stream, a);
 }
 
 }  // namespace
@@ -514,19 +398,20 @@ void launch_large(Large a, const NtXentArgs& args, void* stream) {
 bool nt_xent_large_takes(int64_t B, int64_t D, DType dtype) { return fits(B, D, dtype) && capability() == 90; }
 
 int64_t nt_xent_large_workspace(int64_t B, int64_t D, DType dtype, bool want_grad) {
+    NtXentArgs args{};
+    args.B = B, args.D = D;
     int64_t bytes = 0;
-    if (fits(B, D, dtype)) plan(B, D, want_grad, nullptr, &bytes);
+    if (fits(B, D, dtype)) plan(args, want_grad, &bytes);
     return bytes;
 }
 
 void nt_xent_large(const NtXentArgs& args, void* stream) {
     int64_t bytes;
-    Large a = plan(args.B, args.D, args.grad != nullptr, args.workspace, &bytes);
-    a.features = args.features, a.dtype = args.dtype, a.stride = args.row_stride, a.given_labels = args.labels;
-    a.vectors = aligned(args.features) && args.row_stride % 8 == 0, a.negatives = args.negatives;
-    a.inv_t = static_cast<float>(1 / args.temperature);
-    if (a.spans == 1 && a.D == a.width) a.parts = static_cast<float*>(args.grad);
-    a.width == 128 ? launch_large<128>(a, args, stream) : a.width == 256 ? launch_large<256>(a, args, stream) : launch_large<512>(a, args, stream);
+    Large a = plan(args, args.grad != nullptr, &bytes);
+    a.vectors = aligned(a.features) && a.row_stride % 8 == 0;
+    a.inv_t = static_cast<float>(1 / a.temperature);
+    if (a.width == 128) return launch_large<128>(a, stream);
+    a.width == 256 ? launch_large<256>(a, stream) : launch_large<512>(a, stream);
 }
 
 }  // namespace miue

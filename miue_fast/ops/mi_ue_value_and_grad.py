@@ -38,7 +38,7 @@ def mi_ue_value_and_grad(features, labels, temperature=0.1, zeta=0.1, *, denomin
     """Loss nt_xent + zeta * intra_class_distance of a batch and its gradient, without autograd.
 
     Args:
-        features: [B, D] float32, float16, bfloat16 (float64 on the CPU).
+        features: [B, D] float32, float16, bfloat16 (float64 on the CPU). What a Hopper rounds of large batches: as in `nt_xent`.
         labels: [B], any integer dtype, any values.
         temperature, denominator: as in `nt_xent`. normalize_dim: as in `intra_class_distance`.
         zeta: weight of the distance term; at 0 the term is not computed.

@@ -10,7 +10,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 # Small chunks, few spans and few blocks, so that small inputs reach every loop. No contraction, as in setup.py.
 FLAGS = "-std=c++20 -O2 -g1 -fPIC -ffp-contract=off -fno-strict-aliasing -Wall -Wextra -Werror -Wno-unknown-pragmas"
-DEFINES = ["-DMIUE_CHUNK=128", "-DMIUE_SPANS=6", "-DMIUE_MEMBERS=2", "-DMIUE_BLOCKS=3", "-DMIUE_MULTIPROCESSORS=3"]
+DEFINES = ["-DMIUE_CHUNK=128", "-DMIUE_SPANS=6", "-DMIUE_MEMBERS=2", "-DMIUE_BLOCKS=3", "-DMIUE_MULTIPROCESSORS=4"]
 
 
 def missing():
