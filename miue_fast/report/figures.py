@@ -9,6 +9,7 @@ import torch
 
 from ..evaluate.figure import missing, one_per_class, shown
 from .cells import Cells, gaps
+from .schema import PICTURES, SIDE, unpacked
 
 COLOURS = ("#1b7837", "#3b6fb6", "#b8860b", "#7b3294", "#c51b29", "#008080", "#555555", "#d95f02")
 
@@ -113,14 +114,14 @@ def _grid(rows, titles):
 
 
 def _chosen(clean):
-    rows = one_per_class(clean.labels, 8)
-    return rows, [clean.classes[int(clean.labels[k])] for k in rows]
+    rows = one_per_class(clean.labels, PICTURES)
+    return rows, [clean.classes[int(clean.labels[k])][:100] for k in rows]
 
 
 def thumbnails(clean, images):
     """Perturbations of eight images of a poison as JSON holds them: levels of 1/255, every k-th pixel of what is larger than 64."""
     rows, titles = _chosen(clean)
-    step = -(-max(images.shape[-2:]) // 64)
+    step = -(-max(images.shape[-2:]) // SIDE)
     levels = (images[rows, :, ::step, ::step].to(torch.int16) - clean.images[rows, :, ::step, ::step]).contiguous()
     packed = base64.b64encode(zlib.compress(levels.numpy().astype("<i2").tobytes(), 9)).decode()
     return {"titles": titles, "shape": list(levels.shape), "levels": packed}
@@ -131,8 +132,7 @@ def _noise(report):
     pictures, titles = {}, []
     for entry in report["poisons"]:
         if found := entry.get("pictures"):
-            titles, content = found["titles"], bytearray(zlib.decompress(base64.b64decode(found["levels"])))
-            delta = torch.frombuffer(content, dtype=torch.int16).view(found["shape"]).float()
+            titles, delta = found["titles"], unpacked(found).float()
             pictures[entry["name"]] = (0.5 + delta / (2 * max(float(delta.abs().max()), 1))).clamp(0, 1)
     return _grid(pictures, titles) if pictures else None
 

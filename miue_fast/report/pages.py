@@ -6,6 +6,7 @@ import html
 from .. import data
 from .content import FIGURE, TABLE, TEXT, sections
 from .figures import draw, missing
+from .schema import check_report
 
 CAPTIONS = {
     "jpeg": "Clean test accuracy against the JPEG quality of the training images; bands from the smallest to the largest seed.",
@@ -14,7 +15,6 @@ CAPTIONS = {
     "noise": "Perturbations alone, each at full contrast.",
     "images": "Images as the victims see them.",
 }
-KEYS = ("name", "paper", "setting", "missing", "classes", "poisons", "cells", "order")
 STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:72em;margin:2em auto;padding:0 1em;color:#222}
 table{border-collapse:collapse;margin:1em 0;font-size:13px}td,th{border:1px solid #ccc;padding:.25em .6em;text-align:left}
 th{background:#f3f3f3}img{max-width:100%}figure{margin:1em 0}figcaption{font-size:13px;color:#555}"""
@@ -26,10 +26,7 @@ def render(report, folder, sources=None):
     report: of `run`, or the content of a report.json. sources: with them the poisoned images are shown too. Without matplotlib there are no
     figures, and the report says so. Errors: ValueError, OSError.
     """
-    if not isinstance(report, dict) or report.get("format") != "miue_fast report 1":
-        raise ValueError("report: expected the content of a report.json of miue_fast, got something else")
-    if lacking := [key for key in KEYS if key not in report]:
-        raise ValueError(f"report: expected a whole report.json, got one without {', '.join(lacking)}")
+    check_report(report)
     folder = data.check_writable(folder)
     figures, parts = draw(report, sources), sections(report)
     wanted = [block[1] for _, blocks in parts for block in blocks if block[0] == FIGURE]

@@ -2,7 +2,6 @@
 
 import concurrent.futures
 import contextlib
-import json
 import multiprocessing
 import os
 import signal
@@ -12,8 +11,9 @@ import torch
 from tqdm import tqdm
 
 from .. import data, models
-from .._checks import fail
+from .._checks import LONGEST, fail, printable
 from .._registry import BackendError
+from ..data.kept import read_part, write_json
 from ..evaluate import check_pair
 from ..evaluate.defences import defence
 from ..evaluate.victims import build
@@ -21,8 +21,9 @@ from ..frozen import find_layer
 from ..generate import Interrupted
 from ..generate.objectives import default_layer
 from . import tasks
-from .config import CLEAN, Config, split
+from .config import Config, split
 from .figures import thumbnails
+from .schema import CLEAN, FORMAT, check_part
 
 _sources = None  # of a worker process
 
@@ -58,7 +59,7 @@ def run(config, folder, *, jobs=1, progress=True, make=True):
                     told = f"interrupted: {kept} finished parts are kept in {sources.folder}; the same command goes on"
                     raise Interrupted(told) from None
     found = collect(sources, failures)
-    tasks.write(sources.folder / "report.json", found)
+    write_json(sources.folder / "report.json", found)
     return found, sources
 
 
@@ -172,25 +173,30 @@ def collect(sources, failures=()):
     """
     config, failures = sources.config, dict(failures)
     poisons, cells, missing = [], [], []
-    for name in config.poisons:
-        if found := _read(sources.path(sources.poison_key(name))):
+    for name, entry in config.poisons.items():
+        whole = "of" not in entry or sources.path(sources.poison_key(entry["of"])).exists()  # a part is nothing without its whole
+        if whole and (found := _read(sources.path(sources.poison_key(name)), "poison", sources.poison_key(name))):
             pictures = thumbnails(*sources.images(name))
-            poisons.append({**found, "name": name, "options": _shown(config, config.poisons[name]), "pictures": pictures})
+            poisons.append({**found, "name": name, "options": _shown(config, entry), "pictures": pictures})
         else:
-            missing.append([f"poison {name}", failures.get(("make_poison", (name,)), "not made")])
+            missing.append([f"poison {name}", _why(failures, "make_poison", name)])
     for cell in config.cells():
-        if found := _read(sources.path(sources.cell_key(*cell))):
+        if found := _read(sources.path(sources.cell_key(*cell)), "cell", sources.cell_key(*cell)):
             cells.append({**found, **dict(zip(("poison", "victim", "defence", "seed"), cell))})
         else:
-            missing.append([", ".join(map(str, cell)), failures.get(("make_cell", cell), "not made")])
+            missing.append([", ".join(map(str, cell)), _why(failures, "make_cell", *cell)])
     _thin(cells)
     names = sources.clean.names
     setting = {"train_images": len(names), "test_images": len(sources.test.images), "victims": config.victims,
                "recipes": {victim: sources.recipe(victim) for victim in config.victims}, "image": list(sources.clean.images.shape[1:]),
                "jpeg": any(os.path.splitext(name)[1].lower() in (".jpg", ".jpeg") for name in names),
                "analysis": config.analysis}  # fmt: skip
-    return {"format": "miue_fast report 1", "name": config.name, "paper": config.paper, "setting": setting, "missing": missing,
+    return {"format": FORMAT, "name": config.name, "paper": config.paper, "setting": setting, "missing": missing,
             "classes": len(sources.clean.classes), "poisons": poisons, "cells": cells, "order": [CLEAN, *config.poisons]}  # fmt: skip
+
+
+def _why(failures, name, *arguments):
+    return printable(failures.get((name, arguments), "not made"), most=LONGEST)
 
 
 def _thin(cells):
@@ -208,15 +214,12 @@ def _shown(config, entry):
     return entry if "of" in entry else {"made": "elsewhere"} if "path" in entry else {**config.generation, **entry}
 
 
-def _read(path):
-    """A finished part without its key and checksum; None if there is none."""
+def _read(path, kind, key):
+    """A finished part without its key and checksum; None if there is none. ValueError: it is not what was written for this key."""
     if not path.exists():
         return None
-    try:
-        found = json.loads(path.read_text())
-        whole = isinstance(found, dict) and found.get("sha256") == tasks.checksum(found)
-    except ValueError:
-        whole = False
-    if not whole:
-        raise ValueError(f"report: {path}: expected a finished part, got a damaged file; remove it and run again")
+    found = read_part(path, key)
+    if found is None:
+        fail("report", str(path), "a finished part", "a damaged file; remove it and run again")
+    check_part(path, kind, found)
     return {name: value for name, value in found.items() if name not in ("key", "sha256")}

@@ -1,7 +1,6 @@
 """What a report is made of: poisons, cells (one victim on one training set) and noise measurements. Each leaves one JSON file."""
 
 import hashlib
-import json
 import resource
 import sys
 import time
@@ -15,11 +14,13 @@ from .. import __version__, data, models
 from .._checks import fail
 from .._environment import cpu_level
 from ..analyse import analyse_layers, layer_features, linear_separability
+from ..data.kept import digest, write_json
 from ..evaluate import poisoned_images, pretrain, run_cell
 from ..evaluate.start import poisoned_rows
 from ..evaluate.victims import recipe
 from ..generate import generate
-from .config import CLEAN, RECIPE, checksum, split
+from .config import RECIPE, split
+from .schema import CLEAN, POINTS, check_part
 
 LEVEL = 255
 FORMAT = 1  # of cells and of what they mean: another number, and everything is made anew
@@ -108,15 +109,10 @@ class Sources:
         return self._images[name]
 
 
-def digest(key):
-    return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def write(path, content):
-    """A JSON file whose last key is the sha256 of the rest, as one step."""
-    content = {**content, "sha256": checksum(content)}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    data.write_file(path, lambda file: file.write((json.dumps(content, indent=1, allow_nan=False) + "\n").encode()))
+def _finish(path, part):
+    """Keeps a finished part: one that a report could not take is a failure now, not when the pages are made."""
+    check_part(path.name, part["kind"], part)
+    write_json(path, part)
 
 
 def peak_memory():
@@ -146,7 +142,7 @@ def make_poison(sources, name):
     levels = images.to(torch.int16) - clean.images
     noise = {"linf": int(levels.abs().amax()), "l2": float((levels.float() / LEVEL).flatten(1).norm(dim=1).mean()),
              "separability": linear_separability(levels.float(), clean.labels).to_dict()}  # fmt: skip
-    write(sources.path(key), {"kind": "poison", "name": name, "key": key, "cost": cost, "noise": noise, **circumstances()})
+    _finish(sources.path(key), {"kind": "poison", "name": name, "key": key, "cost": cost, "noise": noise, **circumstances()})
 
 
 def make_start(sources, victim):
@@ -182,7 +178,7 @@ def make_cell(sources, poison, victim, defence, seed):
     if analysed:
         cell["analysis"] = _analysis(run.model, victim, clean, images, config)
     cell["all_seconds"] = time.perf_counter() - started
-    write(sources.path(key), {**cell, **circumstances()})
+    _finish(sources.path(key), {**cell, **circumstances()})
 
 
 def _analysis(model, victim, clean, images, config):
@@ -195,7 +191,7 @@ def _analysis(model, victim, clean, images, config):
         rows = analyse_layers(model, before, after, labels, estimators=estimators[:1], slices=slices)
     rows = [row for row in rows if row.layer != feature]
     rows += analyse_layers(model, before, after, labels, [feature], estimators=estimators, slices=slices)
-    few = torch.linspace(0, len(after) - 1, min(500, len(after))).round().long()
+    few = torch.linspace(0, len(after) - 1, min(POINTS, len(after))).round().long()
     features = layer_features(model, after[few].contiguous(), [feature])[feature].double().cpu()
     features = features - features.mean(0)
     axes = torch.linalg.svd(features, full_matrices=False)[2][:2]
