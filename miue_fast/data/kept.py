@@ -6,7 +6,6 @@ import os
 from pathlib import Path
 
 from .._checks import fail
-from .atomic import write_file
 
 LARGEST = 1 << 27  # bytes of a JSON file that is read
 
@@ -17,15 +16,13 @@ def digest(key):
 
 
 def checksum(content):
-    """sha256 of what `write_json` puts into a file, without that entry itself."""
+    """sha256 of what `pack` gives, without that entry itself."""
     return hashlib.sha256(json.dumps({name: value for name, value in content.items() if name != "sha256"}).encode()).hexdigest()
 
 
-def write_json(path, content):
-    """A JSON file whose last key is the sha256 of the rest, as one step. The folder is made. Errors: OSError."""
-    content = {**content, "sha256": checksum(content)}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_file(path, lambda file: file.write((json.dumps(content, indent=1, allow_nan=False) + "\n").encode()))
+def pack(content):
+    """The bytes of a JSON file whose last key is the sha256 of the rest."""
+    return (json.dumps({**content, "sha256": checksum(content)}, indent=1, allow_nan=False) + "\n").encode()
 
 
 def read_json(path, op):
@@ -45,7 +42,7 @@ def read_json(path, op):
 
 
 def read_part(path, key):
-    """What `write_json` wrote for the key that is its entry `key`; None if the file is damaged, or another one. Errors: OSError."""
+    """What `pack` gave for the key that is its entry `key`; None if the file is damaged, or another one. Errors: OSError."""
     try:
         found = read_json(path, "part")
     except ValueError:
@@ -54,7 +51,7 @@ def read_part(path, key):
 
 
 def is_whole(content):
-    """Whether a file's content is what `write_json` wrote."""
+    """Whether a file's content is what `pack` gave."""
     try:
         return isinstance(content, dict) and content.get("sha256") == checksum(content)
     except RecursionError:

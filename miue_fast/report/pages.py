@@ -1,6 +1,7 @@
 """A collected report as report.md (figures beside it) and as one self-contained report.html."""
 
 import base64
+import contextlib
 import html
 
 from .. import data
@@ -15,6 +16,8 @@ CAPTIONS = {
     "noise": "Perturbations alone, each at full contrast.",
     "images": "Images as the victims see them.",
 }
+NUMBERS = "report.json"
+PAGES = {"report.md", "report.html", *(f"{name}.png" for name in CAPTIONS)}
 STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:72em;margin:2em auto;padding:0 1em;color:#222}
 table{border-collapse:collapse;margin:1em 0;font-size:13px}td,th{border:1px solid #ccc;padding:.25em .6em;text-align:left}
 th{background:#f3f3f3}img{max-width:100%}figure{margin:1em 0}figcaption{font-size:13px;color:#555}"""
@@ -28,14 +31,27 @@ def render(report, folder, sources=None):
     """
     check_report(report)
     folder = data.check_writable(folder)
+    check_pages("report", folder)
     figures, parts = draw(report, sources), sections(report)
     wanted = [block[1] for _, blocks in parts for block in blocks if block[0] == FIGURE]
-    files = {folder / f"{name}.png": figures[name] for name in wanted if name in figures}
-    files[folder / "report.md"] = _markdown(report, parts, figures).encode()
-    files[folder / "report.html"] = _html(report, parts, figures).encode()
-    for path, content in files.items():
-        data.write_file(path, lambda file, content=content: file.write(content))
-    return sorted(files)
+    files = {f"{name}.png": figures[name] for name in wanted if name in figures}
+    files["report.md"] = _markdown(report, parts, figures).encode()
+    files["report.html"] = _html(report, parts, figures).encode()
+    replace(folder, files, gone=PAGES - files.keys())
+    return sorted(folder / name for name in files)
+
+
+def check_pages(op, folder):
+    """ValueError if a file that a report writes into `folder` is there and somebody else's."""
+    data.Owned(folder).check(op, sorted({NUMBERS, *PAGES}))
+
+
+def replace(folder, files, gone=()):
+    """Writes {name: bytes} into the folder of a report and removes what is `gone`: its own files alone. Errors: ValueError, OSError."""
+    own = data.Owned(folder)
+    own.write({name: lambda file, content=content: file.write(content) for name, content in files.items()}, tidy=False)
+    with contextlib.suppress(ValueError), data.only_writer(folder):  # a run at work there adds to the list, and tidies it itself
+        own.remove(sorted(gone))
 
 
 def _title(report):

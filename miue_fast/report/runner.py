@@ -1,19 +1,14 @@
 """Runs what a report misses, keeps what is finished, and may be stopped at any moment."""
 
-import concurrent.futures
 import contextlib
-import multiprocessing
 import os
-import signal
-from concurrent.futures.process import BrokenProcessPool
 
 import torch
 from tqdm import tqdm
 
 from .. import data, models
 from .._checks import LONGEST, fail, printable
-from .._registry import BackendError
-from ..data.kept import read_part, write_json
+from ..data.kept import pack, read_part
 from ..evaluate import check_pair
 from ..evaluate.defences import defence
 from ..evaluate.victims import build
@@ -23,9 +18,9 @@ from ..generate.objectives import default_layer
 from . import tasks
 from .config import Config, split
 from .figures import thumbnails
+from .pages import NUMBERS, check_pages, replace
+from .pool import done
 from .schema import CLEAN, FORMAT, check_part
-
-_sources = None  # of a worker process
 
 
 def run(config, folder, *, jobs=1, progress=True, make=True):
@@ -44,14 +39,18 @@ def run(config, folder, *, jobs=1, progress=True, make=True):
     if not isinstance(jobs, int) or jobs < 1:
         fail("report", "jobs", "a whole number >= 1", repr(jobs))
     folder = data.check_writable(folder)
+    check_pages("report", folder)
     sources = tasks.Sources(config, folder)
     _check(sources)
     failures = {}
     with data.only_writer(folder) if make else contextlib.nullcontext():
+        if make:
+            for part in (folder, data.check_writable(folder / "cells"), folder / "pretrained"):
+                data.sweep(part)
         for what, work in _stages(sources).items() if make else ():
             with tqdm(total=len(work), desc=what, unit="", disable=not progress, dynamic_ncols=True) as bar:
                 try:
-                    for task, error in _done([task for task in work if not _in_vain(sources, task, failures)], sources, jobs):
+                    for task, error in done([task for task in work if not _in_vain(sources, task, failures)], sources, jobs):
                         failures |= {task: error} if error else {}
                         bar.update()
                 except KeyboardInterrupt:
@@ -59,14 +58,14 @@ def run(config, folder, *, jobs=1, progress=True, make=True):
                     told = f"interrupted: {kept} finished parts are kept in {sources.folder}; the same command goes on"
                     raise Interrupted(told) from None
     found = collect(sources, failures)
-    write_json(sources.folder / "report.json", found)
+    replace(folder, {NUMBERS: pack(found)})
     return found, sources
 
 
 def _stages(sources):
     """{stage: [(name of a function of `tasks`, its arguments)]} of what is not there yet."""
     config = sources.config
-    missing = [name for name in config.poisons if not sources.path(sources.poison_key(name)).exists()]
+    missing = [name for name in config.poisons if not (sources.path(sources.poison_key(name)).exists() and sources.has(name))]
     starts = [name for name, options in config.victims.items() if "pretrain" in options and not sources.start_path(name).exists()]
     return {
         "poisons": [("make_poison", (name,)) for name in missing if "of" not in config.poisons[name]],
@@ -99,12 +98,14 @@ def _check(sources):
         for name, options in config.victims.items():
             build(options.get("model", name), classes, shape)
         for name, entry in config.poisons.items():
-            if "path" in entry:
+            if "path" in entry or ("of" not in entry and sources.has(name)):
                 sources.images(name)
             elif "of" not in entry:
                 _check_source_model({**config.generation, **entry}, classes, shape)
     for name, options in config.victims.items():
-        if "pretrain" in options and not sources.start_path(name).exists():
+        if "pretrain" in options and sources.start_path(name).exists():
+            sources.start(name)
+        elif "pretrain" in options:
             sources.other_images(name)
 
 
@@ -121,51 +122,6 @@ def _check_source_model(entry, classes, shape):
         fail("report", "target_shift", f"no multiple of the {classes} classes", options.target_shift)
 
 
-def _done(work, sources, jobs):
-    """(task, None or why it failed) of each task as it ends."""
-    if jobs == 1 or len(work) < 2:
-        for task in work:
-            yield task, _tried(sources, task)
-        return
-    threads = max(1, torch.get_num_threads() // jobs)
-    pool = concurrent.futures.ProcessPoolExecutor(
-        jobs, multiprocessing.get_context("spawn"), _start, (sources.config, sources.folder, threads)
-    )
-    try:
-        running = {pool.submit(_work, task): task for task in work}
-        for future in concurrent.futures.as_completed(running):
-            yield running[future], future.result()
-    except BrokenProcessPool:
-        raise BackendError(
-            f"report: a process was killed, probably out of memory: lower --jobs ({jobs}); the same command goes on"
-        ) from None
-    finally:
-        workers = list((pool._processes or {}).values())  # a worker in the middle of a training would be waited for
-        pool.shutdown(wait=False, cancel_futures=True)
-        for worker in workers:
-            worker.terminate()
-
-
-def _tried(sources, task):
-    name, arguments = task
-    try:
-        getattr(tasks, name)(sources, *arguments)
-    except ValueError as error:
-        return str(error)
-    return None
-
-
-def _start(config, folder, threads):
-    global _sources
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent process ends its workers
-    torch.set_num_threads(threads)
-    _sources = tasks.Sources(config, folder)
-
-
-def _work(task):
-    return _tried(_sources, task)
-
-
 def collect(sources, failures=()):
     """The finished poisons and cells of a configuration as one dict, in its order: all that `render` needs beside the images.
 
@@ -175,7 +131,7 @@ def collect(sources, failures=()):
     poisons, cells, missing = [], [], []
     for name, entry in config.poisons.items():
         whole = "of" not in entry or sources.path(sources.poison_key(entry["of"])).exists()  # a part is nothing without its whole
-        if whole and (found := _read(sources.path(sources.poison_key(name)), "poison", sources.poison_key(name))):
+        if whole and sources.has(name) and (found := _read(sources.path(sources.poison_key(name)), "poison", sources.poison_key(name))):
             pictures = thumbnails(*sources.images(name))
             poisons.append({**found, "name": name, "options": _shown(config, entry), "pictures": pictures})
         else:

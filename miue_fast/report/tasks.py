@@ -14,7 +14,7 @@ from .. import __version__, data, models
 from .._checks import fail
 from .._environment import cpu_level
 from ..analyse import analyse_layers, layer_features, linear_separability
-from ..data.kept import digest, write_json
+from ..data.kept import digest, pack
 from ..evaluate import poisoned_images, pretrain, run_cell
 from ..evaluate.start import poisoned_rows
 from ..evaluate.victims import recipe
@@ -55,6 +55,11 @@ class Sources:
     def poison_folder(self, name):
         return self.folder / "poisons" / digest(self.poison_key(name))
 
+    def has(self, name):
+        """Whether the perturbations of a poison are there: those made elsewhere, or generated and not removed since."""
+        entry = self.config.poisons[name]
+        return "path" in entry or (self.has(entry["of"]) if "of" in entry else (self.poison_folder(name) / data.POISON_FILES[0]).exists())
+
     def cell_key(self, poison, victim, defence, seed):
         key = {"format": FORMAT, **self.identity, "poison": None if poison == CLEAN else self.poison_key(poison),
                "recipe": self.recipe(victim, defence), "defence": defence, "seed": seed}  # fmt: skip
@@ -72,6 +77,15 @@ class Sources:
     def start_path(self, victim):
         """Of the pretrained weights."""
         return self.folder / "pretrained" / f"{digest({'format': FORMAT, **self.identity, 'recipe': self.recipe(victim)})}.safetensors"
+
+    def start(self, victim):
+        """The pretrained weights, as they were written. Errors: ValueError."""
+        path = self.start_path(victim)
+        content = path.read_bytes()
+        name = path.relative_to(self.folder).as_posix()
+        if hashlib.sha256(content).hexdigest() != data.Owned(self.folder).checksum(name):
+            fail("report", str(path), f"the weights whose sha256 is in {data.LIST}", "a damaged file; remove it and run again")
+        return safetensors.torch.load(content)
 
     def other_images(self, victim):
         """The images of each class that follow the first `per_class` ones, as many as the victim is pretrained on."""
@@ -105,14 +119,25 @@ class Sources:
                 kept = poisoned_rows(clean.labels, entry["ratio"], (), seed=0)[:, None, None, None]
                 self._images[name] = clean, torch.where(kept, images, clean.images)
             else:
-                self._images[name] = poisoned_images(self.clean, self.poison_folder(name))
+                try:
+                    self._images[name] = poisoned_images(self.clean, self.poison_folder(name))
+                except ValueError as error:
+                    raise ValueError(f"{error}; remove {self.poison_folder(name)} and run again") from None
         return self._images[name]
 
 
-def _finish(path, part):
+def _finish(sources, key, part):
     """Keeps a finished part: one that a report could not take is a failure now, not when the pages are made."""
+    path = sources.path(key)
     check_part(path.name, part["kind"], part)
-    write_json(path, part)
+    _keep(sources, path, pack(part))
+
+
+def _keep(sources, path, content):
+    """Writes a new file of the report's folder; its checksum goes into the list there. Several processes do."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    name = path.relative_to(sources.folder).as_posix()
+    data.Owned(sources.folder).write({name: lambda file: file.write(content)}, tidy=False)
 
 
 def peak_memory():
@@ -142,7 +167,7 @@ def make_poison(sources, name):
     levels = images.to(torch.int16) - clean.images
     noise = {"linf": int(levels.abs().amax()), "l2": float((levels.float() / LEVEL).flatten(1).norm(dim=1).mean()),
              "separability": linear_separability(levels.float(), clean.labels).to_dict()}  # fmt: skip
-    _finish(sources.path(key), {"kind": "poison", "name": name, "key": key, "cost": cost, "noise": noise, **circumstances()})
+    _finish(sources, key, {"kind": "poison", "name": name, "key": key, "cost": cost, "noise": noise, **circumstances()})
 
 
 def make_start(sources, victim):
@@ -151,9 +176,7 @@ def make_start(sources, victim):
     options = _recipe(config, victim) | {"epochs": config.victims[victim]["pretrain"]["epochs"]}
     state = pretrain(other.images, other.labels, sources.test.images, sources.test.labels, len(other.classes), seed=1000,
                      victim=_model(config, victim), **options)  # fmt: skip
-    content = safetensors.torch.save(state)
-    sources.start_path(victim).parent.mkdir(parents=True, exist_ok=True)
-    data.write_file(sources.start_path(victim), lambda file: file.write(content))
+    _keep(sources, sources.start_path(victim), safetensors.torch.save(state))
 
 
 def _model(config, victim):
@@ -170,7 +193,7 @@ def make_cell(sources, poison, victim, defence, seed):
     key, config = sources.cell_key(poison, victim, defence, seed), sources.config
     clean, images = sources.images(poison)
     analysed = "analysis" in key
-    init = sources.start_path(victim) if "pretrain" in config.victims[victim] else None
+    init = sources.start(victim) if "pretrain" in config.victims[victim] else None
     run = run_cell(images, clean.labels, sources.test.images, sources.test.labels, len(clean.classes), victim=_model(config, victim),
                    defence=defence, seed=seed, keep_model=analysed, init=init, **_recipe(config, victim))  # fmt: skip
     cell = {"kind": "cell", "poison": poison, "victim": victim, "defence": defence, "seed": seed, "key": key, "train": run.train,
@@ -178,7 +201,7 @@ def make_cell(sources, poison, victim, defence, seed):
     if analysed:
         cell["analysis"] = _analysis(run.model, victim, clean, images, config)
     cell["all_seconds"] = time.perf_counter() - started
-    _finish(sources.path(key), {**cell, **circumstances()})
+    _finish(sources, key, {**cell, **circumstances()})
 
 
 def _analysis(model, victim, clean, images, config):
