@@ -8,7 +8,8 @@ import torch
 
 from . import data
 from ._arguments import given, parse
-from ._checks import fail
+from ._checks import LONGEST, fail, printable
+from ._output import say, start_log
 from ._registry import BackendError
 from .data.export import FORMATS
 from .evaluate import evaluate, figure, poisoned_images
@@ -28,7 +29,7 @@ def main(argv=None):
     0: done. 1: `verify` found a difference, or `demo` missed its numbers. 2: bad input or a machine that cannot do it, one line on
     stderr. 3: done, but some images were unreadable (listed on stderr). 130: interrupted.
     """
-    logging.basicConfig(format="miue-fast: %(message)s")
+    start_log()
     try:
         args = parse(argv)
         return COMMANDS[args.command](args)
@@ -49,7 +50,7 @@ def _complain(error, code):
     text = str(error)
     if isinstance(error, OSError) and error.strerror:
         text = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    print("miue-fast:", " ".join(text.split()) or type(error).__name__, file=sys.stderr)
+    say(f"miue-fast: {printable(' '.join(text.split()) or type(error).__name__, most=LONGEST)}", error=True)
     return code
 
 
@@ -64,7 +65,7 @@ def _unreadable(*datasets):
     """Lists what was left out; the exit code."""
     left_out = [pair for dataset in datasets for pair in dataset.unreadable]
     for name, reason in left_out:
-        print(f"miue-fast: unreadable, left out: {name}: {reason}", file=sys.stderr)
+        say(f"miue-fast: unreadable, left out: {printable(name)}: {printable(reason)}", error=True)
     return 3 if left_out else 0
 
 
@@ -151,10 +152,12 @@ def _verify(args):
 
 
 def _evaluate(args):
-    for target in filter(None, (args.json, args.figure)):
+    targets = list(filter(None, (args.json, args.figure)))
+    for target in targets:
         data.check_writable(target.parent)
         if target.is_dir():
             fail("evaluate", "output", "a file", f"the folder {target}")
+    data.check_owned("evaluate", targets)
     if args.figure and figure_missing():
         raise BackendError(figure_missing())
     if args.figure:
@@ -167,10 +170,10 @@ def _evaluate(args):
     copy = data.Dataset(poisoned, clean.labels, clean.classes, clean.names)
     names = ("victim", "epochs", "seeds", "lr", "batch", "crop", "eps", "noise", "device", "defence", "poison_ratio", "unseen", "init")
     table = evaluate(clean, copy, test, progress=not args.quiet, **{name: getattr(args, name) for name in names})
-    print(table)
+    say(str(table))
     if args.json:
         content = {"poison": _origin(args.poisoned, clean, poisoned), **table.to_dict()}
-        data.write_file(args.json, lambda file: file.write((json.dumps(content, indent=1) + "\n").encode()))
+        data.write_owned({args.json: lambda file: file.write((json.dumps(content, indent=1) + "\n").encode())})
     if args.figure:
         figure(table, clean, poisoned, args.figure)
     return code
@@ -205,9 +208,9 @@ def _report(args):
         config = report.read(args.config, data=args.data, test=args.test)
         found, sources = report.run(config, args.out, jobs=args.jobs, progress=not args.quiet, make=not args.no_run)
     for path in report.render(found, args.out, sources):
-        print(path)
+        say(printable(path, most=None))
     for what, why in found["missing"]:
-        print(f"miue-fast: missing: {what}: {why}", file=sys.stderr)
+        say(f"miue-fast: missing: {printable(what)}: {printable(why, most=LONGEST)}", error=True)
     code = _unreadable(sources.clean, sources.test) if sources else 0
     return 2 if found["missing"] else code
 

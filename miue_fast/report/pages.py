@@ -3,8 +3,10 @@
 import base64
 import contextlib
 import html
+import re
 
 from .. import data
+from .._checks import printable
 from .content import FIGURE, TABLE, TEXT, sections
 from .figures import draw, missing
 from .schema import check_report
@@ -55,11 +57,11 @@ def replace(folder, files, gone=()):
 
 
 def _title(report):
-    return f"Evidence: {report['name']}"
+    return f"Evidence: {printable(report['name'])}"
 
 
 def _markdown(report, parts, figures):
-    lines = [f"# {_title(report)}", ""]
+    lines = [f"# {_escaped(_title(report))}", ""]
     for heading, blocks in parts:
         kept = [block for block in blocks if block[0] != FIGURE or block[1] in figures]
         if not kept:
@@ -67,7 +69,7 @@ def _markdown(report, parts, figures):
         lines += [f"## {heading}", ""]
         for kind, *rest in kept:
             if kind == TEXT:
-                lines += [rest[0], ""]
+                lines += ["**".join(map(_escaped, rest[0].split("**"))), ""]
             elif kind == TABLE:
                 head, rows = rest
                 lines += [_row(head), "|" + "---|" * len(head), *map(_row, rows), ""]
@@ -78,35 +80,45 @@ def _markdown(report, parts, figures):
     return "\n".join(lines)
 
 
+def _escaped(text):
+    """Text for Markdown that stands there as it is: no HTML, link, code, formula or emphasis can be made of it."""
+    text = printable(text, most=None).replace("&", "&amp;").replace("<", "&lt;")
+    return re.sub(r"[\\`*|~$]|\](?=[(\[:])|(?<!\w)_|_(?!\w)", r"\\\g<0>", text)
+
+
 def _row(cells):
-    return "| " + " | ".join(str(cell).replace("|", "\\|") for cell in cells) + " |"
+    return "| " + " | ".join(_escaped(str(cell)) for cell in cells) + " |"
+
+
+def _plain(text):
+    return html.escape(printable(text, most=None))
 
 
 def _html(report, parts, figures):
-    body = [f"<h1>{html.escape(_title(report))}</h1>"]
+    body = [f"<h1>{_plain(_title(report))}</h1>"]
     for heading, blocks in parts:
         kept = [block for block in blocks if block[0] != FIGURE or block[1] in figures]
         if not kept:
             continue
-        body.append(f"<h2>{html.escape(heading)}</h2>")
+        body.append(f"<h2>{_plain(heading)}</h2>")
         for kind, *rest in kept:
             if kind == TEXT:
-                body.append(f"<p>{html.escape(rest[0]).replace('**', '')}</p>")
+                body.append(f"<p>{_plain(rest[0]).replace('**', '')}</p>")
             elif kind == TABLE:
                 head, rows = rest
-                body.append("<table><tr>" + "".join(f"<th>{html.escape(str(c))}</th>" for c in head) + "</tr>")
-                body += ["<tr>" + "".join(f"<td>{html.escape(str(c))}</td>" for c in row) + "</tr>" for row in rows]
+                body.append("<table><tr>" + "".join(f"<th>{_plain(c)}</th>" for c in head) + "</tr>")
+                body += ["<tr>" + "".join(f"<td>{_plain(c)}</td>" for c in row) + "</tr>" for row in rows]
                 body.append("</table>")
             else:
                 picture = base64.b64encode(figures[rest[0]]).decode()
-                caption = html.escape(CAPTIONS[rest[0]])
+                caption = _plain(CAPTIONS[rest[0]])
                 body.append(
                     f'<figure><img alt="{caption}" src="data:image/png;base64,{picture}"><figcaption>{caption}</figcaption></figure>'
                 )
     if missing():
-        body.append(f"<p>{html.escape(missing())}</p>")
+        body.append(f"<p>{_plain(missing())}</p>")
     return (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(_title(report))}</title><style>{STYLE}</style>'
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{_plain(_title(report))}</title><style>{STYLE}</style>'
         + "\n".join(body)
         + "</html>\n"
     )
