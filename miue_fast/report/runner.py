@@ -9,10 +9,10 @@ import signal
 from concurrent.futures.process import BrokenProcessPool
 
 import torch
-from tqdm import tqdm
 
 from .. import data, models
 from .._checks import fail
+from .._output import progress_bar
 from .._registry import BackendError
 from ..evaluate import check_pair
 from ..evaluate.defences import defence
@@ -48,7 +48,7 @@ def run(config, folder, *, jobs=1, progress=True, make=True):
     failures = {}
     with data.only_writer(folder) if make else contextlib.nullcontext():
         for what, work in _stages(sources).items() if make else ():
-            with tqdm(total=len(work), desc=what, unit="", disable=not progress, dynamic_ncols=True) as bar:
+            with progress_bar(total=len(work), desc=what, unit="", disable=not progress) as bar:
                 try:
                     for task, error in _done([task for task in work if not _in_vain(sources, task, failures)], sources, jobs):
                         failures |= {task: error} if error else {}
