@@ -5,6 +5,8 @@ import logging
 import os
 import sys
 
+from tqdm import tqdm
+
 from ._checks import printable
 
 
@@ -22,6 +24,34 @@ def say(text="", *, error=False):
         print(text.encode(encoding, "backslashreplace").decode(encoding), file=stream, flush=True)
     except OSError:
         _discard(stream)
+
+
+def progress_bar(*, disable: bool, **options) -> tqdm:
+    """A progress bar on stderr that ends no work: where stderr is closed there is none, and where it breaks nothing more is shown."""
+    stream = None if disable or sys.stderr is None or sys.stderr.closed else _Steady(sys.stderr)
+    return tqdm(disable=stream is None, file=stream, dynamic_ncols=True, **options)
+
+
+class _Steady:
+    """A stream whose writes raise no OSError."""
+
+    def __init__(self, stream):
+        self._stream = stream
+
+    def __getattr__(self, name):
+        return getattr(self._stream, name)
+
+    def write(self, text):
+        try:
+            return self._stream.write(text)
+        except OSError:
+            _discard(self._stream)
+
+    def flush(self):
+        try:
+            self._stream.flush()
+        except OSError:
+            _discard(self._stream)
 
 
 def _discard(stream):

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shlex
 import sys
 
 import torch
@@ -18,6 +19,7 @@ from .evaluate.figure import check_suffix
 from .evaluate.figure import missing as figure_missing
 from .generate import Interrupted, generate
 from .generate.checkpoint import NAME as CHECKPOINT
+from .generate.checkpoint import unfinished
 from .generate.options import choose
 
 EXPORTS = {"pt": "poison.pt", "npz": "poisoned.npz", "pickle": "poison.pkl"}  # in the folder of `generate`; images go to "images"
@@ -47,11 +49,16 @@ def main(argv=None):
 
 
 def _complain(error, code):
+    say(f"miue-fast: {_text(error) or type(error).__name__}", error=True)
+    return code
+
+
+def _text(error):
+    """An exception's text as one line."""
     text = str(error)
     if isinstance(error, OSError) and error.strerror:
         text = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    say(f"miue-fast: {printable(' '.join(text.split()) or type(error).__name__, most=LONGEST)}", error=True)
-    return code
+    return printable(" ".join(text.split()), most=None)
 
 
 # the commands
@@ -65,12 +72,12 @@ def _unreadable(*datasets):
     """Lists what was left out; the exit code."""
     left_out = [pair for dataset in datasets for pair in dataset.unreadable]
     for name, reason in left_out:
-        say(f"miue-fast: unreadable, left out: {printable(name)}: {printable(reason)}", error=True)
+        say(printable(f"miue-fast: unreadable, left out: {name}: {reason}", most=None), error=True)
     return 3 if left_out else 0
 
 
 def _generate(args):
-    target = args.out / EXPORTS.get(args.export, "images")
+    target = args.out / EXPORTS.get(args.export, data.IMAGES)
     replace = args.overwrite or (args.resume and any((args.out / name).exists() for name in (CHECKPOINT, *data.POISON_FILES)))
     if data.is_tree(args.data):
         data.check_outside(args.out, args.data)
@@ -81,33 +88,39 @@ def _generate(args):
     _check_export(dataset, target, args, choose(args.preset, options).eps, replace)
     result = generate(dataset, args.out, preset=args.preset, model=args.model, feature=args.feature, resume=args.resume,
                       overwrite=args.overwrite, progress=not args.quiet, tensorboard=args.tensorboard, **options)  # fmt: skip
-    print(f"poison of {len(dataset)} images, budget {255 * result.options.eps:.3g}/255: {args.out}")
+    say(f"poison of {len(dataset)} images, budget {255 * result.options.eps:.3g}/255: {args.out}")
     if args.export:
         try:
             _write(dataset, result.delta, target, args.export, result.options.eps, args.allow_lossy, "nearest", overwrite=replace)
         except KeyboardInterrupt:
-            again = "the same command without --overwrite" if args.overwrite else "the same command"
+            words = [word for word, there in (("--overwrite", args.overwrite), ("--no-resume", not args.resume)) if there]
+            again = f"the same command{' without ' if words else ''}{' and '.join(words)}"
             raise Interrupted(f"interrupted: the poison is saved, {target} is incomplete; {again} exports it again") from None
-        if args.export in FORMATS:
-            data.remove_others(dataset, target, args.export)
+        except (ValueError, OSError, MemoryError) as error:
+            told = _text(error) or "out of memory"
+            raise BackendError(f"{told}; the poison is saved; once that is mended, this exports it: {_export_command(args)}") from error
     return code
 
 
+def _export_command(args):
+    """The command line that exports a finished poison to a new place."""
+    new = args.out.with_name(f"{args.out.name}-export") / EXPORTS.get(args.export, "")
+    words = ["miue-fast", "export", args.out, "--data", args.data, "--to", new, "--format", args.export]
+    for option in ("size", "split", "per_class"):
+        if getattr(args, option) is not None:
+            words += [f"--{option.replace('_', '-')}", getattr(args, option)]
+    return shlex.join(map(str, [*words, *(["--allow-lossy"] if args.allow_lossy else [])]))
+
+
 def _check_export(dataset, target, args, eps, replace):
-    """An export of no images makes all its checks now, not after hours of work."""
-    if args.export is None:
-        return
-    none = dataset.select([])
+    """What would stop the export is said now, not after hours of work."""
     if args.export in FORMATS:
-        data.export_folder(none, none.images.float(), target, eps=0, image_format=args.export, allow_lossy=args.allow_lossy,
-                           overwrite=replace)  # fmt: skip
-        others = [] if args.overwrite else data.other_images(dataset, target, args.export)
+        data.check_folder(dataset, target, eps=eps, image_format=args.export, allow_lossy=args.allow_lossy, overwrite=replace)
+        others = [] if args.overwrite or unfinished(args.out / CHECKPOINT) else data.other_files(dataset, target, args.export)
         if others:
             fail("generate", "export", f"only images of this export in {target} (or --overwrite, which removes others)", others[0])
-    elif target.exists() and not replace:
-        fail("generate", "export", "a new file (or --overwrite)", f"{target}, which exists")
-    elif args.export == "pickle":
-        data.check_pickle(eps)
+    elif args.export is not None:
+        data.check_file(target, args.export, eps=eps, overwrite=replace)
 
 
 def _write(dataset, delta, target, form, eps, allow_lossy, rounding, overwrite):
@@ -122,7 +135,7 @@ def _write(dataset, delta, target, form, eps, allow_lossy, rounding, overwrite):
     else:
         data.export_folder(dataset, delta, target, eps=eps, image_format=form, allow_lossy=allow_lossy, rounding=rounding,
                            overwrite=overwrite)  # fmt: skip
-    print(f"exported {len(dataset)} as {form}: {target}")
+    say(f"exported {len(dataset)} as {form}: {target}")
 
 
 def _export(args):
@@ -140,13 +153,13 @@ def _verify(args):
     clean = _load(args) if args.size or args.split else args.data
     report = data.verify(clean, args.out, eps=args.eps, per_class=args.per_class)
     for problem in report.problems:
-        print(problem)
+        say(printable(problem, most=None))
     if report.problem_count > len(report.problems):
-        print(f"... and {report.problem_count - len(report.problems)} more")
-    print(f"{'ok' if report.ok else 'FAILED'}: {report.count} images compared, {report.problem_count} problems, largest change "
+        say(f"... and {report.problem_count - len(report.problems)} more")
+    say(f"{'ok' if report.ok else 'FAILED'}: {report.count} images compared, {report.problem_count} problems, largest change "
           f"{report.max_linf:g}/255, budget {255 * args.eps:.3g}/255")  # fmt: skip
     if report.unchanged:
-        print(f"miue-fast: unchanged: {report.unchanged} of {report.count} images are their clean originals", file=sys.stderr)
+        say(f"miue-fast: unchanged: {report.unchanged} of {report.count} images are their clean originals", error=True)
     code = _unreadable(report)
     return code if report.ok else 1
 

@@ -30,7 +30,7 @@ def test_another_objective_does_not_replace_a_run(start, root, tmp_path, capsys)
     assert start(*RANDOM, "--export", "png") == 2 and "checkpoint.safetensors" in complaint(capsys)
     assert files(out) == before
     assert start(*RANDOM, "--export", "png", "--overwrite") == 0
-    assert {path.name for path in out.iterdir()} == {"poison.safetensors", "manifest.json", "images"}
+    assert {path.name for path in out.iterdir()} == {"poison.safetensors", "manifest.json", "images", data.LIST}
     noise = files(out)
     assert start(*RANDOM, "--export", "png") == 0 and files(out) == noise  # the same command again
     capsys.readouterr()
@@ -47,7 +47,7 @@ def test_a_new_export_format_needs_overwrite_and_leaves_no_old_images(start, roo
     assert start(*TINY, "--export", "webp") == 2 and "--overwrite" in complaint(capsys)
     assert files(tmp_path / "out") == before
     assert start(*TINY, "--export", "webp", "--overwrite") == 0
-    assert {path.suffix for path in (tmp_path / "out/images").rglob("*") if path.is_file()} == {".webp"}
+    assert {path.suffix for path in (tmp_path / "out/images").glob("*/*")} == {".webp"}
     assert start(*TINY, "--export", "webp", "--overwrite", "--per-class", "5") == 0
     assert run("verify", root / "train", tmp_path / "out/images", "--per-class", "5") == 0
     assert len(list((tmp_path / "out/images").rglob("*.webp"))) == 15
@@ -94,19 +94,19 @@ def test_a_run_that_ended_before_its_table_was_written(tmp_path, monkeypatch):
     shapes = data.shapes(30, seed=0, size=16, classes=3, difficulty=0)
     small = dict(model="small_resnet", width=4, steps=2, batch=30, epochs=2, progress=False)
     generate(shapes, tmp_path / "whole", **small)
-    write = loop.atomic.write_file
+    write = data.Owned.write
 
-    def stop(path, *arguments, **options):
-        if path.name == "metrics.csv":
+    def stop(self, writers, **options):
+        if "metrics.csv" in writers:
             raise KeyboardInterrupt
-        write(path, *arguments, **options)
+        write(self, writers, **options)
 
-    monkeypatch.setattr(loop.atomic, "write_file", stop)
+    monkeypatch.setattr(data.Owned, "write", stop)
     with pytest.raises(Interrupted, match="epoch 1 of 2 is saved"):
         generate(shapes, tmp_path / "cut", **small)
     with pytest.raises(Interrupted, match="epoch 2 of 2 is saved"):
         generate(shapes, tmp_path / "cut", **small)
-    monkeypatch.setattr(loop.atomic, "write_file", write)
+    monkeypatch.setattr(data.Owned, "write", write)
     generate(shapes, tmp_path / "cut", **small)
     table = (tmp_path / "cut/metrics.csv").read_text().splitlines()
     assert [row.split(",")[:6] for row in table] == [

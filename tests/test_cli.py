@@ -84,6 +84,9 @@ def test_verify_fails_with_1(root, tmp_path, capsys):
     image.save(victim)
     assert run("verify", root / "train", tmp_path / "copy") == 1
     assert victim.name in capsys.readouterr().out
+    assert run("verify", root / "train", tmp_path / "copy", "--eps", "9/255") == 1
+    assert f"{victim.name}: within the budget, but not the file that was written" in capsys.readouterr().out
+    (tmp_path / "copy" / data.LIST).unlink()  # as a folder of another program
     assert run("verify", root / "train", tmp_path / "copy", "--eps", "9/255") == 0
     victim.unlink()
     assert run("verify", root / "train", tmp_path / "copy", "--eps", "9/255") == 1
@@ -170,6 +173,9 @@ def test_a_bad_checkpoint_is_refused_and_kept(root, tmp_path, capsys, damage):
     before = files(out)
     assert run("generate", "--data", root / "train", "--out", out, *TINY) == 2
     assert "checkpoint" in complaint(capsys) and files(out) == before
+    assert run("generate", "--data", root / "train", "--out", out, "--overwrite", *TINY) == 2  # not what was written there
+    assert "move it away" in complaint(capsys) and files(out) == before
+    path.rename(out / "away")
     assert run("generate", "--data", root / "train", "--out", out, "--overwrite", *TINY) == 0
 
 

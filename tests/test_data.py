@@ -143,6 +143,7 @@ def test_export_keeps_tree_and_names(tmp_path):
     assert files == sorted([
         "cat/0000.png", "cat/0001.bmp.png", "cat/0001.jpg.png", "cat/0001.png.png", "cat/0001.png.png.png", "cat/0002.png.png",
         "cat/deep/a.b.png", "dog/0000.png", "dog/0001.png", "dog/0002.png", "dog/UPPER.png",
+        data.LIST, "miue-export.json",
     ])  # fmt: skip
     assert count == 11 and seen == [(k + 1, 11) for k in range(11)]
     for reference in (root, clean):

@@ -182,7 +182,7 @@ def test_pickle_round_trip(tmp_path, clean, delta, layout):
     data.export_pickle(clean, back, tmp_path / "c.pkl", eps=EPS, layout=layout)
     assert (tmp_path / "c.pkl").read_bytes() == (tmp_path / "a.pkl").read_bytes()
     assert data.verify(clean, tmp_path / "a.pkl", eps=EPS).max_linf == 8 and not data.verify(clean, tmp_path / "a.pkl", eps=7 / 255).ok
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.pkl", "b.pickle", "c.pkl"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.pkl", "b.pickle", "c.pkl", data.LIST]
     data.export_pickle(clean, delta * 2, tmp_path / "wide.pkl", eps=EPS)
     assert data.verify(clean, tmp_path / "wide.pkl", eps=EPS).max_linf == 8
 
@@ -209,8 +209,12 @@ def test_bad_exports_write_nothing(tmp_path, clean, delta):
             data.export_pickle(**{"dataset": clean, "delta": delta, "path": tmp_path / name, "eps": EPS, **change})
         assert "\n" not in str(told.value)
     assert [p.name for p in tmp_path.iterdir()] == ["old.pkl"] and (tmp_path / "old.pkl").read_bytes() == b"old"
-    data.export_pickle(clean, delta, tmp_path / "old.pkl", eps=EPS, overwrite=True)
-    assert data.load_poison(tmp_path / "old.pkl", clean)[0].abs().max() == 8 / 255
+    with pytest.raises(ValueError, match=r"old\.pkl, which miue_fast did not write; move it away"):
+        data.export_pickle(clean, delta, tmp_path / "old.pkl", eps=EPS, overwrite=True)
+    assert (tmp_path / "old.pkl").read_bytes() == b"old"
+    data.export_pickle(clean, delta, tmp_path / "new.pkl", eps=4 / 255)
+    data.export_pickle(clean, delta, tmp_path / "new.pkl", eps=EPS, overwrite=True)
+    assert data.load_poison(tmp_path / "new.pkl", clean)[0].abs().max() == 8 / 255
 
 
 def test_images_give_the_perturbation_back(tmp_path, clean, delta):

@@ -3,15 +3,18 @@
 from .align import align, poison_from_images
 from .atomic import check_outside, check_writable, only_writer, sweep, write_file, write_files
 from .dataset import Dataset
-from .export import check_pickle, export_folder, export_npz, export_pickle, export_pt, other_images, remove_others
+from .export import IMAGES, check_folder, export_folder, other_files
+from .export_file import check_file, export_npz, export_pickle, export_pt
 from .interop import read_pickle
 from .owned import LIST, Owned, check_owned, write_owned
-from .poison import POISON_FILES, apply_poison, is_poison, load_poison, quantise, random_noise, remove_poison, save_poison
+from .poison import POISON_FILES, apply_poison, is_poison, load_poison, quantise, random_noise, save_poison
+from .preflight import check_room
 from .shapes import shapes
 from .sources import from_arrays, is_tree, load, load_test
 from .verify import Report, verify
 
 __all__ = [
+    "IMAGES",
     "LIST",
     "POISON_FILES",
     "Dataset",
@@ -19,9 +22,11 @@ __all__ = [
     "Report",
     "align",
     "apply_poison",
+    "check_file",
+    "check_folder",
     "check_outside",
     "check_owned",
-    "check_pickle",
+    "check_room",
     "check_writable",
     "export_folder",
     "export_npz",
@@ -34,13 +39,11 @@ __all__ = [
     "load_poison",
     "load_test",
     "only_writer",
-    "other_images",
+    "other_files",
     "poison_from_images",
     "quantise",
     "random_noise",
     "read_pickle",
-    "remove_others",
-    "remove_poison",
     "save_poison",
     "shapes",
     "sweep",

@@ -15,7 +15,8 @@ class Dataset:
 
     images: uint8 [N, C, H, W] at the model's size, C = 1 or 3. labels: int64 [N], indices into `classes`.
     names: posix paths relative to `root` ("cat/0001.jpg"), or "00000017" for arrays.
-    sizes: original (width, height) of each image, None for arrays. unreadable: (name, reason) of every file left out.
+    sizes: original (width, height) of each image, None for arrays. digests: sha256 (hex) of each image file as it was read, None for
+    arrays: an export takes no other file for it. unreadable: (name, reason) of every file left out.
     """
 
     images: torch.Tensor
@@ -25,6 +26,7 @@ class Dataset:
     root: Path | None = None
     sizes: list[tuple[int, int]] | None = None
     unreadable: list[tuple[str, str]] = field(default_factory=list)
+    digests: list[str] | None = None
 
     def __post_init__(self):
         images, labels = self.images, self.labels
@@ -53,5 +55,6 @@ class Dataset:
         """The data set of the rows `index` (int64 tensor or list of ints), same classes."""
         index = torch.as_tensor(index, dtype=torch.int64)
         rows = index.tolist()
-        sizes = [self.sizes[i] for i in rows] if self.sizes is not None else None
-        return replace(self, images=self.images[index], labels=self.labels[index], names=[self.names[i] for i in rows], sizes=sizes)
+        sizes, digests = (None if column is None else [column[i] for i in rows] for column in (self.sizes, self.digests))
+        names = [self.names[i] for i in rows]
+        return replace(self, images=self.images[index], labels=self.labels[index], names=names, sizes=sizes, digests=digests)

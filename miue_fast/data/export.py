@@ -1,7 +1,9 @@
-"""Poisoned images out: a folder of the same tree and names, poison.pt, npz, pickle."""
+"""Poisoned images out: a folder of the same tree and names, with a list of checksums and a note of what it was made from."""
 
+import hashlib
+import io
+import json
 import os
-import pickle
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -10,11 +12,13 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from .._checks import describe, fail
-from .atomic import check_writable, only_writer, sweep, write_file
-from .images import UnreadableError, quiet_decoding, read_image, read_look
-from .interop import PICKLES
-from .poison import CHUNK, ROUNDINGS, apply_poison, budget, check_delta, quantise
+from .._checks import fail
+from .atomic import check_writable, only_writer, sweep
+from .export_file import check_content
+from .images import UnreadableError, quiet_decoding, read_bytes, read_image, read_look
+from .owned import LIST, Owned
+from .poison import CHUNK, apply_poison, budget, random_noise
+from .preflight import check_names, check_room, check_sizes, file_bytes
 from .tree import list_tree, target_names
 
 # Pillow's save options.
@@ -26,6 +30,10 @@ LOSSLESS = {
 }
 LOSSY = {"jpeg": (".jpg", {"format": "JPEG", "quality": 100, "subsampling": 0})}
 FORMATS = LOSSLESS | LOSSY
+IMAGES = "images"  # the folder of the images in that of a run
+NOTE = "miue-export.json"  # in an exported folder, written last: what it was made from
+NOTE_FORMAT = "miue_fast export 1"
+SAMPLES = 3  # images that are encoded to estimate the room on the disk
 
 
 def export_folder(dataset, delta, out, *, eps, image_format="png", allow_lossy=False, rounding="nearest", overwrite=False, progress=None):
@@ -33,7 +41,8 @@ def export_folder(dataset, delta, out, *, eps, image_format="png", allow_lossy=F
 
     Args:
         delta: float [N, C, H, W] at the data set's size, [0, 1] scale; see `apply_poison` for eps and rounding.
-        out: a new or empty folder, not inside the clean one (overwrite=True: files of the same names are replaced).
+        out: a new or empty folder, not inside the clean one. overwrite=True: an earlier export there is replaced, which is what the list
+            of checksums in it names and nobody changed; other images in it are refused.
         image_format: "png", "webp" (lossless), "tiff", "bmp"; "jpeg" needs allow_lossy=True because it breaks the budget.
         progress: function of (images done, N), called after each image.
 
@@ -41,31 +50,23 @@ def export_folder(dataset, delta, out, *, eps, image_format="png", allow_lossy=F
     it stays within eps; antialiased where it shrinks). Arrays become out/CLASS/00000017.png. Where two names would meet, both keep
     their old suffix ("a.jpg.png"). Each file appears whole or not at all. Files are 8-bit RGB of one frame, without alpha. Of the
     original's metadata the orientation (png, webp, jpeg) and an RGB colour profile (not bmp) are kept: they say how the pixels look.
-    Returns the number of files. Errors: ValueError, OSError (found before the first image is written, except a full disk).
+    Beside the class folders lie miue-files.sha256, the checksum of every file, and miue-export.json; `verify` reads both.
+    Returns the number of files. Errors: ValueError, OSError (found before the first image is written, but for a disk that fills up and an
+    image file that is no longer the one that was loaded).
     """
-    if image_format not in FORMATS:
-        fail("export", "image_format", " or ".join(FORMATS), repr(image_format))
-    if image_format in LOSSY and not allow_lossy:
-        fail("export", "image_format", "a lossless one, or allow_lossy=True / --allow-lossy (JPEG breaks the budget)", repr(image_format))
-    _check(dataset, delta, eps, rounding)
-    suffix, options = FORMATS[image_format]
-    targets = list(target_paths(dataset, suffix).values())
-    out = _prepare(dataset, Path(out), overwrite)
+    check_content(dataset, delta, eps, rounding)
+    targets = check_folder(dataset, out, eps=eps, image_format=image_format, allow_lossy=allow_lossy, overwrite=overwrite)
+    out, options = Path(out), FORMATS[image_format][1]
+    files = Owned(out)
 
     def write(job):
-        row, same_size = job
-        if same_size is None:
-            same_size = _full_size(dataset, delta, row, eps, rounding)
-        pixels = same_size[0] if len(same_size) == 1 else same_size.permute(1, 2, 0)
-        image = Image.fromarray(pixels.contiguous().numpy())
-        look = {} if dataset.root is None else _original(dataset, row, read_look)
-        if image_format == "tiff":
-            look.pop("exif", None)  # who reads it with Pillow would get other pixels
-        write_file(out / targets[row], lambda file: image.save(file, **options, **look), durable=False)
+        row, pixels = job
+        files.write({targets[row]: lambda file: file.write(_encoded(dataset, delta, row, eps, rounding, options, pixels))},
+                    durable=False, tidy=False)  # fmt: skip
 
     def jobs(start):
         rows = range(start, min(start + CHUNK, len(dataset)))
-        small = [row for row in rows if dataset.sizes is None or dataset.sizes[row] == _size(dataset)]
+        small = [row for row in rows if _in_memory(dataset, row)]
         done = dict(zip(small, apply_poison(dataset.images[small], delta[small], eps, rounding=rounding)))
         return [(row, done.get(row)) for row in rows]
 
@@ -73,8 +74,6 @@ def export_folder(dataset, delta, out, *, eps, image_format="png", allow_lossy=F
     with only_writer(out), quiet_decoding(), ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         for folder in sorted({(out / target).parent for target in targets}):
             folder.mkdir(parents=True, exist_ok=True)
-            if not folder.resolve().is_relative_to(out.resolve()):
-                fail("export", "out", "folders inside it", f"{folder}, a link out of it")
             sweep(folder)
         try:
             for start in range(0, len(dataset), CHUNK):
@@ -84,118 +83,130 @@ def export_folder(dataset, delta, out, *, eps, image_format="png", allow_lossy=F
                         progress(count, len(dataset))
         finally:
             pool.shutdown(cancel_futures=True)
+        files.remove(other_files(dataset, out, image_format))
+        note = {"format": NOTE_FORMAT, "image_format": image_format, "rounding": rounding, "eps": eps, "count": count,
+                "size": list(_size(dataset)), "pixels_sha256": pixels_digest(dataset), "files_sha256": files_digest(files)}  # fmt: skip
+        files.write({NOTE: lambda file: file.write((json.dumps(note, indent=1) + "\n").encode())})
     return count
 
 
-def other_images(dataset, out, image_format):
-    """Names of the images in `out` that an export of `dataset` in this format would not write: another export's."""
-    mine = set(target_paths(dataset, FORMATS[image_format][0]).values())
-    return [name for name in list_tree(out)[1] if name not in mine] if Path(out).is_dir() else []
+def check_folder(dataset, out, *, eps, image_format="png", allow_lossy=False, overwrite=False):
+    """Everything that would stop `export_folder`, before there is a perturbation; the images' paths in `out`, in the data set's order.
 
-
-def remove_others(dataset, out, image_format):
-    """Removes `other_images`, and folders that are then empty."""
-    for name in other_images(dataset, out, image_format):
-        path = Path(out) / name
-        path.unlink()
-        for folder in path.relative_to(out).parents[:-1]:
-            if not any((Path(out) / folder).iterdir()):
-                (Path(out) / folder).rmdir()
-
-
-def export_pt(dataset, delta, path, *, eps=1.0, overwrite=False):
-    """Writes `delta` as one bare fp32 tensor [N, C, H, W], [0, 1] scale, order = data-set index: poison.pt for other tools.
-
-    Float on [0, 1], clamped to +-eps, not rounded: whoever applies it rounds (here to nearest).
+    The format, the budget, files that somebody else put there, names and sizes that the file system or the format cannot hold, and room
+    on the disk, which a few images with noise are encoded for. Makes `out`. Errors: ValueError, OSError.
     """
-    _check(dataset, delta, eps, "nearest")
-    bare = delta.detach().cpu().float().clone(memory_format=torch.contiguous_format).clamp_(-eps, eps)
-    write_file(_new_file(path, (".pt",), overwrite), lambda file: torch.save(bare, file))
-
-
-def export_npz(dataset, delta, path, *, eps, rounding="nearest", overwrite=False):
-    """Writes poisoned `images` (uint8 [N, C, H, W]), `labels`, `classes` and `names` as a compressed .npz that `load` reads."""
-    _check(dataset, delta, eps, rounding)
-    content = {
-        "images": apply_poison(dataset.images, delta, eps, rounding=rounding).numpy(),
-        "labels": dataset.labels.numpy(),
-        "classes": np.array(dataset.classes, dtype=np.str_),
-        "names": np.array(dataset.names, dtype=np.str_),
-    }
-    write_file(_new_file(path, (".npz",), overwrite), lambda file: np.savez_compressed(file, **content))
-
-
-def export_pickle(dataset, delta, path, *, eps, layout="nhwc", overwrite=False):
-    """Writes the perturbation as one pickled numpy int8 array, order = data-set index: levels of 1/255, exact.
-
-    The levels are `quantise(delta, eps)`, so delta is rounded to nearest and clamped to eps once, here; `load_poison` and `apply_poison`
-    then give the same images as the other exports. eps: at most 127/255. layout: "nhwc" ([N, H, W, C]) or "nchw".
-    path: ends in .pkl or .pickle. Protocol 4; the same input gives the same bytes (with the same numpy). Errors: ValueError, OSError.
-    """
-    _check(dataset, delta, eps, "nearest")
-    check_pickle(eps)
-    if layout not in ("nhwc", "nchw"):
-        fail("export", "layout", "'nhwc' or 'nchw'", repr(layout))
-    path = _new_file(path, PICKLES, overwrite)
-    levels = quantise(delta, eps).to(torch.int8)
-    content = (levels.permute(0, 2, 3, 1) if layout == "nhwc" else levels).numpy()
-    write_file(path, lambda file: pickle.dump(content, file, protocol=4))
-
-
-def check_pickle(eps):
-    """ValueError if int8 levels cannot hold this budget."""
-    if budget(eps) > 127:
-        fail("export", "eps", "at most 127/255, int8 levels (a bare perturbation needs its budget: --eps)", eps)
-
-
-def _check(dataset, delta, eps, rounding):
-    if not isinstance(delta, torch.Tensor) or delta.shape != dataset.images.shape:
-        fail("export", "delta", f"a float tensor {list(dataset.images.shape)}", describe(delta))
-    check_delta(delta)
+    if image_format not in FORMATS:
+        fail("export", "image_format", " or ".join(FORMATS), repr(image_format))
+    if image_format in LOSSY and not allow_lossy:
+        fail("export", "image_format", "a lossless one, or allow_lossy=True / --allow-lossy (JPEG breaks the budget)", repr(image_format))
     budget(eps)
-    if rounding not in ROUNDINGS:
-        fail("export", "rounding", " or ".join(map(repr, ROUNDINGS)), repr(rounding))
-
-
-def _new_file(path, suffixes, overwrite):
-    path = Path(path)
-    if path.suffix not in suffixes:
-        fail("export", "path", f"a file name ending in {' or '.join(suffixes)}", str(path))
-    check_writable(path.parent)
-    if path.exists() and not overwrite:
-        fail("export", "path", "a new file (or overwrite=True)", f"{path}, which exists")
-    return path
-
-
-def _prepare(dataset, out, overwrite):
+    out, (suffix, options) = Path(out), FORMATS[image_format]
+    targets = list(target_paths(dataset, suffix).values())
     if dataset.root is not None:
         real, clean = out.resolve(), dataset.root.resolve()
         if real.is_relative_to(clean) or clean.is_relative_to(real):
             fail("export", "out", f"a folder apart from the clean one, {clean}", str(real))
     if out.is_dir() and any(out.iterdir()) and not overwrite:
         fail("export", "out", "a new or empty folder (or overwrite=True)", f"{out}, which is not empty")
-    return check_writable(out)
+    check_writable(out)
+    files = Owned(out)
+    files.check("export", [NOTE, *targets, *list_tree(out)[1]])
+    for folder in {parent for target in targets for parent in (out / target).parents if parent.is_relative_to(out)}:
+        if os.path.lexists(folder) and not (folder.is_dir() and folder.resolve().is_relative_to(out.resolve())):
+            fail("export", "out", "folders inside it for the classes", f"{folder}, a file or a link out of it")
+    check_names(out, targets)
+    check_sizes(dataset.sizes or [_size(dataset)] * bool(len(dataset)), image_format, options)
+    freed = sum(file_bytes((out / name).stat().st_size) for name in {*targets} & {*files.names()} if (out / name).is_file())
+    check_room("export", out, _needed(dataset, eps, options) - freed, f"{len(dataset)} {image_format} images")
+    return targets
+
+
+def _needed(dataset, eps, options):
+    """About how many bytes the images take as files: a few are encoded with noise of the budget."""
+    rows = sorted({len(dataset) * k // SAMPLES for k in range(SAMPLES)}) if len(dataset) else []
+    few = dataset.select(rows)
+    noise = random_noise(few, eps, 0, "sign")
+    sizes = few.sizes or [_size(few)] * len(few)
+    with quiet_decoding():
+        written = sum(len(_encoded(few, noise, row, eps, "nearest", options)) for row in range(len(few)))
+    per_pixel = written / max(1, sum(width * height for width, height in sizes))
+    whole = dataset.sizes or [_size(dataset)] * len(dataset)
+    return sum(file_bytes(per_pixel * width * height) for width, height in whole)
+
+
+def _encoded(dataset, delta, row, eps, rounding, options, pixels=None):
+    """The bytes of the poisoned image file. pixels: uint8 [C, H, W], where they were made at the data set's size already."""
+    look = {}
+    if dataset.root is not None:
+        path, raw = _original(dataset, row)
+        try:
+            look = read_look(path, raw)
+            if not _in_memory(dataset, row):
+                pixels = _enlarged(np.array(read_image(path, raw=raw)), delta[row : row + 1], eps, rounding)
+        except UnreadableError as error:
+            fail("export", str(path), "the image that was loaded", str(error))
+    if pixels is None:
+        pixels = apply_poison(dataset.images[row : row + 1], delta[row : row + 1], eps, rounding=rounding)[0]
+    if options["format"] == "TIFF":
+        look.pop("exif", None)  # who reads it with Pillow would get other pixels
+    image = Image.fromarray((pixels[0] if len(pixels) == 1 else pixels.permute(1, 2, 0)).contiguous().numpy())
+    image.save(content := io.BytesIO(), **options, **look)
+    return content.getbuffer()
+
+
+def _enlarged(clean, delta, eps, rounding):
+    clean = torch.from_numpy(clean).permute(2, 0, 1)
+    wide = F.interpolate(delta.cpu().float(), clean.shape[1:], mode="bilinear", align_corners=False, antialias=True)
+    return apply_poison(clean[None], wide.clamp_(-eps, eps), eps, rounding=rounding)[0]
+
+
+def _original(dataset, row):
+    """(path, bytes) of an image file, which must be the one that was loaded: another picture would get this one's perturbation."""
+    path = dataset.root / dataset.names[row]
+    try:
+        raw = read_bytes(path)
+    except UnreadableError as error:
+        fail("export", str(path), "the image that was loaded", str(error))
+    if dataset.digests is not None and hashlib.sha256(raw).hexdigest() != dataset.digests[row]:
+        fail("export", str(path), "the image that was loaded (sha256)", "another one; put back the one that was loaded, or generate anew")
+    return path, raw
+
+
+def pixels_digest(dataset):
+    """sha256 (hex) of the images as they were loaded, in the order of their paths in a folder: what a folder was made from."""
+    rows = dataset.images.permute(0, 2, 3, 1)
+    return combined_digest({path: image_digest(row.numpy()) for path, row in zip(tree_paths(dataset), rows)})
+
+
+def files_digest(files):
+    """sha256 (hex) of what the list says about the images: an export that was cut short, over another one or not, has another."""
+    lines = [f"{digest}  {name}\n" for name in files.names() if name != NOTE for digest in files.checksums(name)]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def image_digest(pixels):
+    """sha256 (hex) of uint8 pixels [H, W, C]; of nothing for None."""
+    return hashlib.sha256(b"" if pixels is None else np.ascontiguousarray(pixels)).hexdigest()
+
+
+def combined_digest(digests):
+    """`pixels_digest` from {path: `image_digest`}."""
+    return hashlib.sha256("".join(digests[path] for path in sorted(digests)).encode()).hexdigest()
+
+
+def other_files(dataset, out, image_format):
+    """Names of the files in `out` that an earlier export wrote and one of `dataset` in this format would not."""
+    mine = {LIST, NOTE, *target_paths(dataset, FORMATS[image_format][0]).values()}
+    return [name for name in Owned(out).names() if name not in mine and os.path.lexists(Path(out) / name)]
+
+
+def _in_memory(dataset, row):
+    return dataset.sizes is None or tuple(dataset.sizes[row]) == _size(dataset)
 
 
 def _size(dataset):
     return dataset.images.shape[3], dataset.images.shape[2]
-
-
-def _original(dataset, row, read):
-    path = dataset.root / dataset.names[row]
-    try:
-        return read(path)
-    except UnreadableError as error:
-        raise ValueError(f"export: {path}: expected the image that was loaded, got: {error}") from error
-
-
-def _full_size(dataset, delta, row, eps, rounding):
-    image = _original(dataset, row, read_image)
-    if image.size != tuple(dataset.sizes[row]):
-        fail("export", str(dataset.root / dataset.names[row]), f"the {dataset.sizes[row]} image that was loaded", image.size)
-    clean = torch.from_numpy(np.array(image)).permute(2, 0, 1)
-    wide = F.interpolate(delta[row : row + 1].cpu().float(), clean.shape[1:], mode="bilinear", align_corners=False, antialias=True)
-    return apply_poison(clean[None], wide.clamp_(-eps, eps), eps, rounding=rounding)[0]
 
 
 def tree_paths(dataset):

@@ -1,6 +1,7 @@
 """One image file to RGB pixels, whatever the file holds."""
 
 import contextlib
+import io
 import struct
 import warnings
 import zlib
@@ -31,15 +32,23 @@ def quiet_decoding():
         yield
 
 
-def read_image(path, *, mode=None):
+def read_bytes(path):
+    """The bytes of an image file, so that what is checked is what is decoded. UnreadableError: it cannot be read."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise UnreadableError(_reason(path, error)) from error
+
+
+def read_image(path, *, mode=None, raw=None):
     """An RGB Pillow image: the first frame, pixels in stored order (EXIF orientation is not applied), Pillow's `convert("RGB")`.
 
     That is what torchvision's ImageFolder gives a trainer: grayscale is repeated, palettes are looked up, alpha is dropped.
-    `mode` demands that the file is stored in this Pillow mode. UnreadableError: empty, truncated, not an image, over MAX_PIXELS,
-    or more than 8 bits per channel (would lose data).
+    `mode` demands that the file is stored in this Pillow mode; `raw`: the file's bytes, where they are there.
+    UnreadableError: empty, truncated, not an image, over MAX_PIXELS, or more than 8 bits per channel (would lose data).
     """
     try:
-        with Image.open(path, formats=FORMATS) as image:
+        with Image.open(path if raw is None else io.BytesIO(raw), formats=FORMATS) as image:
             width, height = image.size
             if width * height > MAX_PIXELS:
                 raise UnreadableError(f"{width} x {height} pixels are more than {MAX_PIXELS} (decompression bomb?)")
@@ -52,14 +61,14 @@ def read_image(path, *, mode=None):
         raise UnreadableError(_reason(path, error)) from error
 
 
-def read_look(path):
+def read_look(path, raw):
     """How the pixels of `read_image` are meant to be shown, as options of Pillow's `save`: orientation, and an RGB colour profile.
 
-    Pillow turns a TIFF while it reads it, so nothing is left to say.
+    raw: the bytes of the file. Pillow turns a TIFF while it reads it, so nothing is left to say.
     """
     look = {}
     try:
-        with Image.open(path, formats=FORMATS) as image:
+        with Image.open(io.BytesIO(raw), formats=FORMATS) as image:
             profile, orientation = image.info.get("icc_profile"), 1 if image.format == "TIFF" else image.getexif().get(ORIENTATION, 1)
     except DECODE_ERRORS as error:
         raise UnreadableError(_reason(path, error)) from error

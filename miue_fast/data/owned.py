@@ -1,5 +1,6 @@
 """Which files are this package's own: a list of checksums beside them, and the rule that nothing else is ever replaced or removed."""
 
+import contextlib
 import logging
 import os
 import threading
@@ -34,9 +35,9 @@ class Owned:
         """The names on the list, sorted; whether they still are what was written is for `owns` to say."""
         return sorted(self._known)
 
-    def checksum(self, name: str) -> str | None:
-        """The sha256 (hex) that the newest entry of `name` gives it, or None."""
-        return self._known[name][-1] if name in self._known else None
+    def checksums(self, name: str) -> list[str]:
+        """The sha256 (hex) that the list gives `name`: one, but for a file whose writing was cut short."""
+        return self._known.get(name, [])
 
     def owns(self, name: str) -> bool:
         """Whether the file `name` is there, is a file of its own (no link), and is what the list says."""
@@ -57,18 +58,35 @@ class Owned:
                 fail(op, "output", "a new name, or a file that miue_fast wrote and nobody changed",
                      f"{path}, which {reason}; move it away or choose another place")  # fmt: skip
 
+    def adopt(self, name: str) -> None:
+        """Puts a file on the list that proved to be this package's by a checksum of its own."""
+        if not self.owns(name):
+            self._record({name: sha256_of(self.folder / name)}, durable=True, adopts=True)
+
     def write(self, writers: dict[str, Callable[[BinaryIO], object]], *, durable: bool = True, tidy: bool = True) -> None:
         """`atomic.write_files` of {name: function of one binary stream}, for new names and owned files alone.
 
         tidy=False leaves older entries on the list, for `tidy` to remove once: writing many files, or several processes in one folder.
         Errors: ValueError (somebody else's file), OSError; then everything is as it was.
         """
-        write_files({self.folder / name: writer for name, writer in writers.items()}, durable=durable,
-                    before=lambda digests: self._record(dict(zip(writers, digests.values())), durable))  # fmt: skip
+        recorded = []
+
+        def before(digests):
+            self._record(dict(zip(writers, digests.values())), durable)
+            recorded.extend(writers)
+
+        try:
+            write_files({self.folder / name: writer for name, writer in writers.items()}, durable=durable, before=before)
+        except BaseException:
+            if recorded:
+                with contextlib.suppress(OSError):  # what caused this is raised; a line too many does no harm
+                    self.tidy()
+            raise
         for name in writers:
             self._seen[name] = _state(self.folder / name), self._known[name][-1]
         if tidy:
-            self.tidy()
+            with contextlib.suppress(OSError):  # the files are there, and an untidy list is a right one
+                self.tidy()
 
     def remove(self, names: Iterable[str]) -> list[str]:
         """Removes the owned files among `names`, and folders below this one that are then empty; returns those that were not owned.
@@ -112,11 +130,13 @@ class Owned:
         else:
             path.unlink(missing_ok=True)
 
-    def _record(self, digests, durable):
+    def _record(self, digests, durable, adopts=False):
         with self._lock:
-            self.check("output", digests)
+            if not adopts:
+                self.check("output", digests)
             path = self.folder / LIST
             text = "".join(_line(digest, name) for name, digest in digests.items())
+            new = not path.exists()
             try:
                 with open(path, "a+b", buffering=0) as file:  # one write: several processes may add lines
                     if not (size := file.seek(0, os.SEEK_END)):
@@ -124,11 +144,17 @@ class Owned:
                     elif file.seek(size - 1) >= 0 and file.read(1) != b"\n":
                         text = f"\n{text}"  # a process died in the middle of a line
                     left = memoryview(text.encode())
-                    while left:
-                        left = left[file.write(left) :]
-                    if durable:
-                        os.fsync(file.fileno())
+                    try:
+                        while left:
+                            left = left[file.write(left) :]
+                        if durable:
+                            os.fsync(file.fileno())
+                    except OSError:
+                        file.truncate(size)
+                        raise
             except OSError as error:
+                if new:
+                    path.unlink(missing_ok=True)
                 raise OSError(error.errno, f"cannot write {path}: {error.strerror}; what was there before is unchanged") from error
             for name, digest in digests.items():
                 self._known[name] = [*(known for known in self._known.get(name, []) if known != digest), digest]

@@ -13,9 +13,10 @@ import safetensors.torch
 import torch
 
 from .._checks import describe, fail
-from .atomic import check_writable, write_files
+from .atomic import check_writable
 from .images import one_line
 from .interop import PICKLES, channels_first, read_pickle
+from .owned import Owned
 from .sources import NPZ_ERRORS
 
 FORMAT = "miue_fast poison 1"
@@ -96,6 +97,8 @@ def random_noise(dataset, eps, seed, kind="uniform"):
 def save_poison(folder, delta, dataset, options):
     """Writes poison.safetensors (tensor `delta`) and manifest.json into `folder`, as one step: on any failure the old pair stays.
 
+    Files of these names that this package did not write, or that were changed since, are refused (`Owned`).
+
     delta: [N, C, H, W] float32, float16, or int8 levels of eps / 127. options: a dict with `eps`, JSON values.
     Errors: ValueError, OSError (one line). The same input gives the same bytes.
     """
@@ -119,13 +122,7 @@ def save_poison(folder, delta, dataset, options):
         "files": {TENSOR_FILE: hashlib.sha256(content).hexdigest()},
     }
     text = _manifest_text(manifest)
-    write_files({folder / TENSOR_FILE: lambda file: file.write(content), folder / MANIFEST_FILE: lambda file: file.write(text)})
-
-
-def remove_poison(folder):
-    """Removes what `save_poison` wrote, the manifest last."""
-    for name in POISON_FILES:
-        (Path(folder) / name).unlink(missing_ok=True)
+    Owned(folder).write({TENSOR_FILE: lambda file: file.write(content), MANIFEST_FILE: lambda file: file.write(text)})
 
 
 def _version():

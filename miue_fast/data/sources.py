@@ -1,5 +1,6 @@
 """Data in: ImageFolder trees, CIFAR python files, npz archives, arrays."""
 
+import hashlib
 import logging
 import os
 import struct
@@ -15,7 +16,7 @@ from PIL import Image
 from .._checks import INTEGERS, describe, fail
 from . import cifar
 from .dataset import Dataset
-from .images import UnreadableError, one_line, quiet_decoding, read_image
+from .images import UnreadableError, one_line, quiet_decoding, read_bytes, read_image
 from .tree import first_per_class, list_tree
 
 log = logging.getLogger("miue_fast")
@@ -24,6 +25,9 @@ NPZ_ERRORS = (
     OSError, ValueError, LookupError, AttributeError, TypeError, EOFError, SyntaxError, MemoryError, RuntimeError, OverflowError,
     AssertionError, struct.error, zipfile.BadZipFile, zlib.error,
 )  # fmt: skip
+
+
+MAX_SIZE = 4096  # pixels a side that images are resized to
 
 
 def load(source, *, size=None, split=None, per_class=None):
@@ -42,8 +46,8 @@ def load(source, *, size=None, split=None, per_class=None):
     Files that cannot be used (damaged, bombs, over 8 bits per channel, links to folders or out of the root) are left out and
     listed in `unreadable`. Deterministic. ValueError: empty, fewer than 2 classes, unequal sizes with size=None, wrong arrays.
     """
-    if size is not None and (type(size) is not int or not 1 <= size <= 4096):
-        fail("data", "size", "None or an integer from 1 to 4096", repr(size))
+    if size is not None and (type(size) is not int or not 1 <= size <= MAX_SIZE):
+        fail("data", "size", f"None or an integer from 1 to {MAX_SIZE}", repr(size))
     if per_class is not None and (type(per_class) is not int or per_class < 1):
         fail("data", "per_class", "None or an integer >= 1", repr(per_class))
     if isinstance(source, (str, os.PathLike)):
@@ -98,13 +102,14 @@ def _finish(data, size, per_class, name):
         if data.root is not None:
             fail("data", "size", f"the size this folder was loaded at, {list(data.images.shape[2:])} (load it again)", size)
         planes = data.images.reshape(-1, *data.images.shape[2:]).numpy()
-        resized = np.stack([_resize(Image.fromarray(plane), size) for plane in planes])
+        resized = np.stack([resize(Image.fromarray(plane), size) for plane in planes])
         images = torch.from_numpy(resized).reshape(*data.images.shape[:2], size, size)
         data = Dataset(images, data.labels, data.classes, data.names)
     return _two_classes(data, name)
 
 
-def _resize(image, size):
+def resize(image, size):
+    """uint8 [size, size, ...]: as `load` resizes an image."""
     return np.asarray(image if image.size == (size, size) else image.resize((size, size), Image.Resampling.BILINEAR))
 
 
@@ -112,19 +117,20 @@ def _load_folder(root, size, per_class):
     if not root.is_dir():
         fail("data", "source", "a folder", str(root))
     classes, names, unreadable = list_tree(root)
-    kept, pixels, sizes = [], [], []
+    kept, pixels, sizes, digests = [], [], [], []
 
     def read(name):
         try:
-            image = read_image(root / name)
-            return image.size, np.asarray(image) if size is None else _resize(image, size)
+            raw = read_bytes(root / name)
+            image = read_image(root / name, raw=raw)
+            return image.size, np.asarray(image) if size is None else resize(image, size), hashlib.sha256(raw).hexdigest()
         except UnreadableError as error:
-            return None, str(error)
+            return None, str(error), None
 
     with quiet_decoding(), ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         jobs = first_per_class(names, per_class)
         try:
-            for name, (original, result) in zip(jobs, pool.map(read, jobs)):
+            for name, (original, result, digest) in zip(jobs, pool.map(read, jobs)):
                 if original is None:
                     unreadable.append((name, result))
                     continue
@@ -134,6 +140,7 @@ def _load_folder(root, size, per_class):
                 kept.append(name)
                 pixels.append(result)
                 sizes.append(original)
+                digests.append(digest)
         finally:
             pool.shutdown(cancel_futures=True)
     filled = {name.split("/")[0] for name in kept}
@@ -144,7 +151,7 @@ def _load_folder(root, size, per_class):
     images = torch.empty((len(kept), 3, *(pixels[0].shape[:2] if pixels else (1, 1))), dtype=torch.uint8)
     for row in range(len(kept) - 1, -1, -1):  # from the end, so that each decoded image is freed once copied
         images[row] = torch.from_numpy(pixels.pop().copy()).permute(2, 0, 1)
-    return Dataset(images, labels, classes, kept, root.absolute(), sizes, sorted(unreadable))
+    return Dataset(images, labels, classes, kept, root.absolute(), sizes, sorted(unreadable), digests)
 
 
 # archives and arrays

@@ -1,5 +1,7 @@
-"""Proof, from the files alone, that a poisoned copy is complete and within its budget."""
+"""Proof, from the files alone, that a poisoned copy is complete, within its budget and as it was written."""
 
+import hashlib
+import json
 import os
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -11,10 +13,11 @@ import torch
 
 from . import cifar
 from .dataset import Dataset
-from .export import tree_paths
-from .images import UnreadableError, quiet_decoding, read_image
+from .export import NOTE, NOTE_FORMAT, combined_digest, files_digest, image_digest, pixels_digest, tree_paths
+from .images import UnreadableError, quiet_decoding, read_bytes, read_image
+from .owned import LIST, Owned
 from .poison import apply_poison, budget, is_poison, load_poison
-from .sources import is_tree, load
+from .sources import MAX_SIZE, is_tree, load, resize
 from .tree import first_per_class, list_tree, target_names
 
 LISTED = 20
@@ -24,6 +27,7 @@ LISTED = 20
 class Report:
     """What `verify` found. count: images compared, `unchanged` of them equal to their clean originals. max_linf: largest difference in
     levels of 1/255. problems: the first 20. unreadable: (name, reason) of clean files that cannot be read, so nobody could poison them.
+    listed: whether the folder has a list of checksums.
     """
 
     count: int = 0
@@ -31,6 +35,7 @@ class Report:
     max_linf: float = 0
     problems: list[str] = field(default_factory=list)
     problem_count: int = 0
+    listed: bool = False
     unreadable: list[tuple[str, str]] = field(default_factory=list)
 
     @property
@@ -45,6 +50,9 @@ class Report:
 
 def verify(clean, out, *, eps, per_class=None):
     """Re-reads `out` and proves count, names, sizes, modes, labels and L-inf <= 255 * eps against `clean`.
+
+    Of a folder that `export_folder` wrote also that every file has the checksum on its list, and that the clean images are those that were
+    poisoned (their pixels at the size they were loaded at).
 
     Args:
         clean: a Dataset, or what `load` takes. out: an exported folder, an .npz or (images, labels) of poisoned images, or a poison
@@ -121,29 +129,43 @@ def _verify_folder(report, clean, out, levels, per_class):
     report.unreadable += refused
     gray = root is None and clean.images.shape[1] == 1
     _, found, strange = list_tree(out)
+    files, note = Owned(out), None
+    report.listed = bool(files.names())
+    if report.listed:
+        note = _read_note(report, files)
     for name, reason in strange:
         report.add(f"{name}: {reason}")
     suffix = Counter(os.path.splitext(name)[1] for name in found).most_common(1)[0][0] if found else ".png"
     targets = target_names(paths, [name for name, _ in refused], suffix)
     for name in sorted(set(found) - set(targets.values())):
         report.add(f"{name}: no such clean image")
-    present = set(found)
+    present, loaded = set(found), {}
 
     def compare(job):
         row, name = job
         try:
-            before = np.asarray(read_image(root / name)) if root is not None else clean.images[row].permute(1, 2, 0).numpy()
+            if root is None:
+                before = clean.images[row].permute(1, 2, 0).numpy()
+            else:
+                image = read_image(root / name)
+                before = np.asarray(image)
+                if note is not None:
+                    loaded[name] = image_digest(_loaded(image, note["size"]))
         except UnreadableError as error:
             return f"{targets[name]}: its clean image is unreadable" if targets[name] in present else error
         if targets[name] not in present:
             return f"{targets[name]}: missing"
         try:
-            after = np.asarray(read_image(out / targets[name], mode="L" if gray else "RGB"))
+            raw = read_bytes(out / targets[name])
+            after = np.asarray(read_image(out / targets[name], mode="L" if gray else "RGB", raw=raw))
         except UnreadableError as error:
             return f"{targets[name]}: {error}"
         if after.shape[:2] != before.shape[:2]:
             return f"{targets[name]}: {after.shape[1]} x {after.shape[0]}, the clean image is {before.shape[1]} x {before.shape[0]}"
-        return int(np.abs(after[..., :1].astype(np.int16) - before).max() if gray else np.abs(after.astype(np.int16) - before).max())
+        linf = int(np.abs(after[..., :1].astype(np.int16) - before).max() if gray else np.abs(after.astype(np.int16) - before).max())
+        if linf <= levels and report.listed and hashlib.sha256(raw).hexdigest() not in files.checksums(targets[name]):
+            return f"{targets[name]}: within the budget, but not the file that was written (its sha256 is not on {LIST})"
+        return linf
 
     with quiet_decoding(), ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         for name, result in zip(paths, pool.map(compare, enumerate(paths))):
@@ -157,3 +179,35 @@ def _verify_folder(report, clean, out, levels, per_class):
                 report.max_linf = max(report.max_linf, result)
                 if result > levels:
                     report.add(f"{targets[name]}: {result} levels, more than {levels}")
+    if note is not None:
+        now = pixels_digest(clean) if root is None else combined_digest(loaded)
+        if now != note["pixels_sha256"]:
+            report.add("the clean images are not those that were poisoned (fingerprint): one was replaced, added or removed since")
+
+
+def _read_note(report, files):
+    """What the folder was made from, or None, which is a problem: it is written last."""
+    if not files.owns(NOTE):
+        report.add(f"{NOTE}: missing or changed: the export was not finished")
+        return None
+    try:
+        note = json.loads((files.folder / NOTE).read_bytes())
+        sides = note["size"]
+        whole = note["format"] == NOTE_FORMAT and len(sides) == 2 and all(type(side) is int and side > 0 for side in sides)
+        whole = whole and isinstance(note["pixels_sha256"], str)
+        done = note["files_sha256"] == files_digest(files)
+    except (ValueError, LookupError, TypeError, RecursionError):
+        whole = done = False
+    if whole and not done:
+        report.add(f"{NOTE}: it is of other files than {LIST}: the last export was not finished")
+    if whole:
+        return note
+    report.add(f"{NOTE}: expected the note of an export of this version, got something else")
+    return None
+
+
+def _loaded(image, size):
+    """The image's pixels at the (width, height) it was loaded at, [H, W, 3]; None if it could not have been."""
+    if image.size == tuple(size):
+        return np.asarray(image)
+    return resize(image, size[0]) if size[0] == size[1] <= MAX_SIZE else None

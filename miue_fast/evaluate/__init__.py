@@ -1,10 +1,10 @@
 """Does a poison work? The standard victim, trained on clean, poisoned and random-noise images with the same seeds."""
 
 import torch
-from tqdm import tqdm
 
 from .. import _checks, data
 from .._checks import fail
+from .._output import progress_bar
 from .cell import pretrain, run_cell
 from .defences import Defence
 from .defences import defence as make_defence
@@ -69,7 +69,7 @@ def evaluate(clean, poisoned, test, *, victim="small_resnet", epochs=None, seeds
         eps = int((images.to(torch.int16) - clean.images).abs().amax()) / 255
     test_images = test.images.contiguous()
     rows = {"clean": [], "poisoned": [], "random noise": []}
-    with tqdm(total=len(rows) * len(seeds) * plan.epochs, unit="epoch", disable=not progress, dynamic_ncols=True, leave=False) as bar:
+    with progress_bar(total=len(rows) * len(seeds) * plan.epochs, unit="epoch", disable=not progress, leave=False) as bar:
 
         def tick(run):
             known = {"train": run.train, **({"test": run.test} if run.test_curve else {})}

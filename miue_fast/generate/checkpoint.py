@@ -7,17 +7,20 @@ import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
 
-from ..data.atomic import write_file
+from ..data import Owned
 
 NAME = "checkpoint.safetensors"
 FORMAT = "miue_fast checkpoint 1"
 
 
-def save(path, tensors, header):
-    """Atomic: on any error (full disk: OSError) the file that was there stays. `header` is JSON and carries `epoch`."""
+def save(path, tensors, header, files=None):
+    """Atomic: on any error (full disk: OSError) the file that was there stays. `header` is JSON and carries `epoch`.
+
+    files: the `Owned` of the folder, which need not read the file that is replaced where it wrote it.
+    """
     text = json.dumps({"format": FORMAT, **header})
     data = safetensors.torch.save(tensors, {"header": text, "sha256": _digest(tensors, text)})
-    write_file(path, lambda stream: stream.write(data))
+    (files or Owned(path.parent)).write({path.name: lambda stream: stream.write(data)})
 
 
 def load(path):
@@ -28,13 +31,13 @@ def load(path):
     except SafetensorError as error:
         raise _corrupt(path, error) from None
     if not {"header", "sha256"} <= set(metadata):
-        raise ValueError(f"{path}: expected a {FORMAT}, got another safetensors file; move it away or set overwrite=True")
+        raise ValueError(f"{path}: expected a {FORMAT}, got another safetensors file; move it away")
     if _digest(tensors, metadata["header"]) != metadata["sha256"]:
         raise _corrupt(path, "its sha256 does not match")
     header = json.loads(metadata["header"])
     found = header.get("format") if isinstance(header, dict) else None
     if found != FORMAT:
-        raise ValueError(f"{path}: expected a {FORMAT}, got {found!r}; move it away or set overwrite=True")
+        raise ValueError(f"{path}: expected a {FORMAT}, got {found!r}; move it away")
     return tensors, header
 
 
@@ -43,13 +46,21 @@ def saved_epoch(path):
     return json.loads(_metadata(path)["header"])["epoch"] if path.exists() else 0
 
 
+def unfinished(path):
+    """Whether the file is the checkpoint of a run that has epochs to go: what else lies beside it is of a run that this one replaces."""
+    if not path.is_file():
+        return False
+    header = load(path)[1]
+    return header["epoch"] < header["options"]["epochs"]
+
+
 def _metadata(path):
     with safe_open(path, "pt") as file:
         return file.metadata() or {}
 
 
 def _corrupt(path, why):
-    return ValueError(f"{path}: expected a readable checkpoint, got a corrupt file ({why}); move it away or set overwrite=True")
+    return ValueError(f"{path}: expected a readable checkpoint, got a corrupt file ({why}); move it away")
 
 
 def _digest(tensors, text):

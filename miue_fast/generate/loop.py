@@ -11,10 +11,10 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from .. import _checks, models
 from .. import data as datasets
+from .._output import progress_bar
 from ..data import atomic
 from ..frozen import find_layer, freeze
 from ..ops import projected_step_
@@ -89,18 +89,19 @@ def generate(data, out=None, *, preset="paper", model="resnet18", feature=None, 
             network, layout = _in_layout(network, options, dataset, device)
             options = replace(options, channels_last=layout)
             _probe(network, feature, dataset, device, logits_wanted=on_logits(options.objective))
-            run = _Run(network, feature, dataset, options, keep, _name(model), overwrite)
+            run = _Run(network, feature, dataset, options, keep, _name(model), overwrite, resume)
             if keep and keep.exists() and not overwrite:
                 run.resume()
             return run.finish(progress, board)
 
 
 class _Run:
-    def __init__(self, network, feature, dataset, options, keep, name, overwrite=False):
+    def __init__(self, network, feature, dataset, options, keep, name, overwrite=False, resumes=True):
         self.network, self.feature, self.dataset, self.options, self.keep, self.name = network, feature, dataset, options, keep, name
         self.printed = hashlib.sha256(repr(network).encode()).hexdigest()
-        self.overwrite = overwrite
+        self.overwrite, self.resumes = overwrite, resumes
         self.replaces = overwrite  # what `keep` names is another run's, until the first epoch of this one is saved
+        self.files = datasets.Owned(keep.parent) if keep else None
         device = torch.device(options.device)
         self.images, self.labels = dataset.images.contiguous().to(device), dataset.labels.to(device)
         rows = len(dataset.classes) if options.classwise else len(self.images)
@@ -113,6 +114,14 @@ class _Run:
         self.descend = Descent(net, self.images, self.delta, options, len(dataset.classes))
         self.history = []
         self.fingerprint = dataset.fingerprint if keep else None
+        if keep:
+            self._check_room()
+
+    def _check_room(self):
+        """The poison, and a checkpoint beside the one that it replaces."""
+        state = sum(tensor.nbytes for tensor in [*self.network.state_dict().values(), *self.network.parameters(), self.delta])
+        there = self.keep.stat().st_size if self.keep.exists() else 0
+        datasets.check_room("generate", self.keep.parent, 2 * state - there + 4 * self.images.numel(), "the poison and its checkpoints")
 
     def resume(self):
         tensors, header = checkpoint.load(self.keep)
@@ -125,7 +134,10 @@ class _Run:
             raise ValueError(f"{self.keep}: expected a checkpoint of the same options, got {', '.join(told)}; "
                              "repeat them, choose another folder or set overwrite=True")  # fmt: skip
         checkpoint.restore(self.keep, tensors, self.network, self.trainer.optimizer, self.delta)
+        self.files.adopt(checkpoint.NAME)
         self.history = header["history"]
+        if len(self.history) < self.options.epochs:  # killed while it took the place of another run
+            _remove_run(self.keep.parent, but=(checkpoint.NAME, METRICS))
         if header.get("network", now["network"]) != now["network"]:
             log.warning("resumed with a model that prints differently: options of its layers (dropout, ...) may have changed")
         for what in ("torch", "threads"):
@@ -135,8 +147,8 @@ class _Run:
     def finish(self, progress, board):
         o, count = self.options, len(self.images)
         done = len(self.history)
-        with tqdm(total=o.epochs * count * (o.steps + 1), initial=done * count * (o.steps + 1), unit="image-step", unit_scale=True,
-                  disable=not progress, dynamic_ncols=True) as bar:  # fmt: skip
+        with progress_bar(total=o.epochs * count * (o.steps + 1), initial=done * count * (o.steps + 1), unit="image-step", unit_scale=True,
+                          disable=not progress) as bar:  # fmt: skip
             try:
                 if not done and o.random_start:
                     self._random_start()
@@ -219,10 +231,10 @@ class _Run:
     def _save(self):
         if self.keep is None:
             return
-        checkpoint.save(self.keep, checkpoint.gather(self.network, self.trainer.optimizer, self.delta), self._header())
+        checkpoint.save(self.keep, checkpoint.gather(self.network, self.trainer.optimizer, self.delta), self._header(), self.files)
         if self.replaces:
             self.replaces = False
-            datasets.remove_poison(self.keep.parent)  # nobody may take the replaced run's for this one's
+            _remove_run(self.keep.parent, but=(checkpoint.NAME,))  # nobody may take the replaced run's poison or images for this one's
         self._write_metrics()
 
     def _write_metrics(self):
@@ -230,7 +242,7 @@ class _Run:
         writer = csv.DictWriter(table, self.history[0])
         writer.writeheader()
         writer.writerows(self.history)
-        atomic.write_file(self.keep.with_name(METRICS), lambda stream: stream.write(table.getvalue().encode()))
+        self.files.write({METRICS: lambda stream: stream.write(table.getvalue().encode())})
 
     def _interrupted(self):
         if self.keep is None:
@@ -238,7 +250,8 @@ class _Run:
         epoch = 0 if self.replaces else checkpoint.saved_epoch(self.keep)
         if not epoch:
             return f"interrupted: no epoch was finished, nothing is saved in {self.keep.parent}"
-        again = "the same command without overwrite" if self.overwrite else "the same command"
+        without = [word for word, there in (("overwrite", self.overwrite), ("no-resume", not self.resumes)) if there]
+        again = f"the same command{' without ' if without else ''}{' and '.join(without)}"
         return f"interrupted: epoch {epoch} of {self.options.epochs} is saved in {self.keep}; {again} goes on from there"
 
 
@@ -258,20 +271,29 @@ def _random(dataset, options, keep, overwrite):
         delta = delta[dataset.labels.unique(return_inverse=True)[1]]
     _warn_unchanged(delta, options.eps)
     if keep:
-        datasets.save_poison(keep.parent, delta, dataset, options.as_dict())
         if overwrite:
-            for name in (checkpoint.NAME, METRICS):
-                keep.with_name(name).unlink(missing_ok=True)
+            _remove_run(keep.parent)
+        datasets.save_poison(keep.parent, delta, dataset, options.as_dict())
     return Result(delta, dataset, [], options)
 
 
+def _remove_run(folder, but=()):
+    """Removes what an earlier run left in `folder` and what was exported there, but for the files of the names `but`."""
+    exported = datasets.Owned(folder / datasets.IMAGES)
+    exported.remove(exported.names())
+    files = datasets.Owned(folder)
+    files.remove(name for name in files.names() if name not in but)
+
+
 def _open_folder(folder, resume, overwrite, options):
-    """The checkpoint's path in a folder that can be written. Refuses to replace anything unless asked.
+    """The checkpoint's path in a folder that can be written. Refuses to replace anything unless asked, and what others wrote anyway.
 
     A run goes on from its checkpoint; the objective random has none, and makes the same poison again.
     """
     atomic.sweep(folder)
     path = folder / checkpoint.NAME
+    mine = [checkpoint.NAME] if overwrite else []  # one that a run goes on from proves itself when it is read
+    datasets.Owned(folder).check("generate", [*mine, *datasets.POISON_FILES, METRICS])
     if overwrite or (resume and options.objective != "random" and path.exists()):
         return path
     if resume and options.objective == "random" and not path.exists() and _made_with(folder, options):

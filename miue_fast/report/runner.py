@@ -4,10 +4,10 @@ import contextlib
 import os
 
 import torch
-from tqdm import tqdm
 
 from .. import data, models
 from .._checks import LONGEST, fail, printable
+from .._output import progress_bar
 from ..data.kept import pack, read_part
 from ..evaluate import check_pair
 from ..evaluate.defences import defence
@@ -48,7 +48,7 @@ def run(config, folder, *, jobs=1, progress=True, make=True):
             for part in (folder, data.check_writable(folder / "cells"), folder / "pretrained"):
                 data.sweep(part)
         for what, work in _stages(sources).items() if make else ():
-            with tqdm(total=len(work), desc=what, unit="", disable=not progress, dynamic_ncols=True) as bar:
+            with progress_bar(total=len(work), desc=what, unit="", disable=not progress) as bar:
                 try:
                     for task, error in done([task for task in work if not _in_vain(sources, task, failures)], sources, jobs):
                         failures |= {task: error} if error else {}
