@@ -1,5 +1,8 @@
 """Does a poison work? The standard victim, trained on clean, poisoned and random-noise images with the same seeds."""
 
+import functools
+from dataclasses import asdict
+
 import torch
 
 from .. import _checks, data
@@ -9,6 +12,7 @@ from .cell import pretrain, run_cell
 from .defences import Defence
 from .defences import defence as make_defence
 from .figure import figure
+from .kept import Kept
 from .poisoned import poisoned_images
 from .start import class_numbers, poisoned_rows, read_state
 from .table import Table
@@ -19,7 +23,8 @@ NOISES = ("sign", "uniform")
 
 
 def evaluate(clean, poisoned, test, *, victim="small_resnet", epochs=None, seeds=1, lr=None, batch=None, crop=None, eps=None, noise="sign",
-             size=None, device=None, progress=True, defence="none", poison_ratio=1.0, unseen=None, init=None, curve=True):  # fmt: skip
+             size=None, device=None, progress=True, defence="none", poison_ratio=1.0, unseen=None, init=None, curve=True,
+             keep=None):  # fmt: skip
     """Trains one victim per training set and seed and returns a Table of train and clean-test accuracies.
 
     Args:
@@ -41,6 +46,8 @@ def evaluate(clean, poisoned, test, *, victim="small_resnet", epochs=None, seeds
         unseen: names or indices of classes that stay clean; the test accuracy is given apart for them and for the others.
         init: pretrained weights (see `pretrain`): every victim starts from them. None: from the seed.
         curve: False takes the test accuracy after the last epoch only, which saves time.
+        keep: a folder where each finished victim becomes a file, named after all it depends on: the same call, interrupted or not, trains
+            only what is missing there. For built-in victims from the seed. None: nothing is kept.
 
     Deterministic on the CPU for given seeds, versions and thread count. Errors: ValueError, OSError.
     """
@@ -48,6 +55,8 @@ def evaluate(clean, poisoned, test, *, victim="small_resnet", epochs=None, seeds
     plan = recipe(victim, epochs, lr, batch, crop, adversarial=defence.attack is not None)
     if not 0 < poison_ratio <= 1:
         fail("evaluate", "poison_ratio", "a number in (0, 1]", poison_ratio)
+    if keep is not None and (not isinstance(victim, str) or init is not None):
+        fail("evaluate", "keep", "None for a victim of your own or from given weights", repr(keep))
     init = read_state(init) if init is not None else None
     seeds = list(range(seeds)) if isinstance(seeds, int) else [int(seed) for seed in seeds]
     for seed in seeds:
@@ -68,6 +77,8 @@ def evaluate(clean, poisoned, test, *, victim="small_resnet", epochs=None, seeds
     if eps is None:
         eps = int((images.to(torch.int16) - clean.images).abs().amax()) / 255
     test_images = test.images.contiguous()
+    kept = Kept(keep, plan=asdict(plan), defence=defence.spec, classes=len(clean.classes), labels=clean.labels, test=test_images,
+                test_labels=test.labels, unseen=apart, curve=curve, device=device) if keep is not None else Kept(None)  # fmt: skip
     rows = {"clean": [], "poisoned": [], "random noise": []}
     with progress_bar(total=len(rows) * len(seeds) * plan.epochs, unit="epoch", disable=not progress, leave=False) as bar:
 
@@ -82,10 +93,11 @@ def evaluate(clean, poisoned, test, *, victim="small_resnet", epochs=None, seeds
             for name, used in zip(rows, (clean.images, images, noisy)):
                 bar.set_description(f"{name}, seed {seed}", refresh=False)
                 used = torch.where(chosen, used, clean.images).contiguous()
-                run = run_cell(used, clean.labels, test_images, test.labels, len(clean.classes), victim=victim, defence=defence, seed=seed,
-                               epochs=plan.epochs, lr=plan.lr, batch=plan.batch, crop=plan.crop, init=init, unseen=apart, curve=curve,
-                               device=device, on_epoch=tick)  # fmt: skip
-                rows[name].append(run)
+                make = functools.partial(
+                    run_cell, used, clean.labels, test_images, test.labels, len(clean.classes), victim=victim, defence=defence, seed=seed,
+                    epochs=plan.epochs, lr=plan.lr, batch=plan.batch, crop=plan.crop, init=init, unseen=apart, curve=curve,
+                    device=device, on_epoch=tick)  # fmt: skip
+                rows[name].append(kept.run(used, seed, make))
     options = {
         "victim": victim if isinstance(victim, str) else getattr(victim, "__name__", type(victim).__name__),
         "epochs": plan.epochs,
