@@ -37,7 +37,7 @@ def by_autograd(model, feature, images, seed=1):
     seen = []
     layer = dict(model.named_modules())[feature]
     handle = layer.register_forward_hook(lambda m, i, o: seen.append(o))
-    x = images.double().requires_grad_()
+    x = images.double().clone().requires_grad_()
     model.double()(x)
     handle.remove()
     f = seen[0].flatten(1)
