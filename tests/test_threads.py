@@ -175,7 +175,7 @@ def test_a_trace_follows_what_holds_the_layers_and_leaves_nothing_behind():
 
 def test_a_function_that_wants_to_be_whole_is_named():
     """torch.fx.wrap: with a stand-in for the tensor this one would take the other branch."""
-    with pytest.raises(NotLowered, match="whole, which torch.fx.wrap keeps whole"):
+    with pytest.raises(NotLowered, match=r"whole, which torch.fx.wrap keeps whole"):
         lower(Wrapping().eval(), "avgpool")
 
 
@@ -202,7 +202,7 @@ def test_many_threads_trace_at_once():
 
     threads = [threading.Thread(target=work, args=(k,)) for k in range(4)]
     [t.start() for t in threads], [t.join() for t in threads]
-    assert all(torch.equal(a, b) for a, b in zip(wanted, got)) and not Tracer(models_of[0], "avgpool").twins
+    assert all(torch.equal(a, b) for a, b in zip(wanted, got)) and not Tracer(models_of[0], "avgpool", True).twins
 
 
 # ---- one thread at a time

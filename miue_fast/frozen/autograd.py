@@ -23,10 +23,14 @@ class AutogradNet(Frozen):
     def __init__(self, model, feature, reason, *, dtype, chunk, channels_last):
         super().__init__(model)
         self.feature, self.reason, self.dtype = feature, reason, dtype
-        self.layout = NHWC if channels_last else torch.contiguous_format
+        self.channels_last = channels_last
         self.chunk = Chunks(chunk or 2**62)
         if any(tensor.is_inference() for tensor in [*model.parameters(), *model.buffers()]):
             fail("freeze", "model", "ordinary tensors as weights", "tensors that were made in torch.inference_mode")
+
+    @property
+    def layout(self):
+        return NHWC if self.channels_last else torch.contiguous_format
 
     @contextlib.contextmanager
     def alone(self):
@@ -89,7 +93,8 @@ class AutogradNet(Frozen):
         hook = dict(self.model.named_modules())[self.feature].register_forward_hook(see)
         modes = [(module, module.training) for module in self.model.modules()]
         needed = [(parameter, parameter.requires_grad) for parameter in self.model.parameters()]
-        half = torch.autocast(x.device.type, self.dtype) if self.dtype in (torch.float16, torch.bfloat16) else contextlib.nullcontext()
+        halves = self.dtype in (torch.float16, torch.bfloat16)  # not cached: a caller's autocast would keep what was cast before training
+        half = torch.autocast(x.device.type, self.dtype, cache_enabled=False) if halves else contextlib.nullcontext()
         try:
             self.model.eval()
             self.model.requires_grad_(False)

@@ -81,6 +81,11 @@ class Layer:
     def refold(self, dtype, device):
         """Reads the model's present weights into this layer's tensors, in place."""
 
+    def _same(self, what, then, now, value=None):
+        if then != now:
+            fail("freeze", "model", f"{what} of {self.name} as they were frozen, {then}", f"{now}; call freeze again")
+        return value
+
     def _finish(self, tape, y, bias, residual, backend):
         mask = None
         if self.relu:
@@ -104,8 +109,6 @@ def _keep(holder, name, value):
     there = getattr(holder, name, None)
     if there is None:
         setattr(holder, name, value.clone(memory_format=torch.preserve_format))
-    elif there.shape != value.shape:
-        fail("freeze", "model", f"weights of the shape {list(there.shape)}, as they were frozen", f"{list(value.shape)}; call freeze again")
     else:
         there.copy_(value)
 
@@ -120,16 +123,15 @@ class Conv(Layer):
     fp8: bool = False  # e4m3 operands, each tensor with a scale of its own
 
     def __post_init__(self):
-        self.geometry = self._geometry()
+        self.geometry, self.shape = self._geometry(), list(self.module.weight.shape)
 
     def _geometry(self):
         m = self.module
         return {"stride": [self.pick * s for s in m.stride], "padding": list(m.padding), "dilation": list(m.dilation), "groups": m.groups}
 
     def refold(self, dtype, device, input_scale=None):
-        if self._geometry() != self.geometry:
-            fail("freeze", "model", f"{self.name} with {self.geometry}, as it was frozen", f"{self._geometry()}; call freeze again")
-        w = self.module.weight.detach().double()
+        self._same("geometry", self.geometry, self._geometry())
+        w = self._same("weights", self.shape, list(self.module.weight.shape), self.module.weight.detach().double())
         scale, shift = scale_and_shift(self.norms, len(w), w.device)
         if self.module.bias is not None:
             shift = shift + self.module.bias.detach().double() * scale
@@ -193,8 +195,11 @@ class Linear(Layer):
     module: torch.nn.Module = None
     norms: list = field(default_factory=list)
 
+    def __post_init__(self):
+        self.shape = list(self.module.weight.shape)
+
     def refold(self, dtype, device):
-        w = self.module.weight.detach().double()
+        w = self._same("weights", self.shape, list(self.module.weight.shape), self.module.weight.detach().double())
         scale, shift = scale_and_shift(self.norms, len(w), w.device)
         if self.module.bias is not None:
             shift = shift + self.module.bias.detach().double() * scale

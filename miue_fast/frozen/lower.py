@@ -44,13 +44,7 @@ class Slice(Layer):
 
 def lower(model, feature):
     """The Plan of a model in eval mode up to the output of the layer called `feature`. The model is only read."""
-    tracer = Tracer(model, feature)
-    try:
-        graph = tracer.run()
-    except NotLowered:
-        raise
-    except Exception as error:  # noqa: BLE001 - the user's forward runs here, with stand-ins for tensors: it may raise anything
-        raise NotLowered(f"torch.fx cannot trace it ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})") from None
+    tracer, graph = _traced(model, feature)
     if len(tracer.found) != 1:
         fail("freeze", "feature", "a layer that runs once per forward pass", f"{feature!r}, which ran {len(tracer.found)} times")
     if not isinstance(tracer.found[0], fx.Proxy):
@@ -67,6 +61,18 @@ def lower(model, feature):
     if not isinstance(out, Cell):
         raise NotLowered(f"{feature}: not a tensor of activations")
     return _fuse(reader.layers, out.value, _places(model, tracer.ran))
+
+
+def _traced(model, feature):
+    for buffers in (True, False):
+        tracer = Tracer(model, feature, buffers)
+        try:
+            return tracer, tracer.run()
+        except NotLowered:
+            raise
+        except Exception as error:  # noqa: BLE001 - the user's forward runs here, with stand-ins for tensors: it may raise anything
+            said = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    raise NotLowered(f"torch.fx cannot trace it ({said})")
 
 
 def _places(model, modules):

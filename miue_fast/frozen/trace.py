@@ -35,13 +35,15 @@ def hooks_of_all_modules():
 class Tracer(fx.Tracer):
     """The graph of `model` in eval mode up to its end. The model is only read.
 
-    found: what the layer called `feature` returned, once per run. ran: the modules that ran, until then. constants: tensors of the graph
-    that are no attribute of the model, by the name of their node.
+    buffers: whether floating buffers are operands of the graph, as parameters are: then what is computed from them is part of it, but a
+    forward that looks at their values cannot be traced. found: what the layer called `feature` returned, once per run. ran: the modules
+    that ran, until then. constants: tensors of the graph that are no attribute of the model, by the name of their node.
     """
 
-    def __init__(self, model, feature):
+    def __init__(self, model, feature, buffers):
         super().__init__()
-        self.model, self.feature, self.found, self.ran, self.twins = model, feature, [], [model], {}
+        self.model, self.feature, self.buffers = model, feature, buffers
+        self.found, self.ran, self.twins = [], [model], {}
 
     def run(self):
         if hooks_of_all_modules():
@@ -55,15 +57,22 @@ class Tracer(fx.Tracer):
         for path, module in self.model.named_modules():
             self.tensor_attrs.update({v: f"{path}.{k}".lstrip(".") for k, v in vars(module).items() if isinstance(v, torch.Tensor)})
         forward, (root, *inputs) = self.create_args_for_root(forward, True)
-        parameters = {}
-        for name, parameter in self.model.named_parameters():  # read as attributes they are operands of the graph
-            parameters[parameter] = self.create_proxy("get_attr", name, (), {})
-        for module in self.submodule_paths:
-            vars(module).update({k: parameters[v] for k, v in module._parameters.items() if v is not None})
+        self._operands()
         before = set(vars(self.root))
         self.create_node("output", "output", (self.create_arg(forward(root, *inputs)),), {})
         self.constants = {k: v for k, v in vars(self.root).items() if k not in before and not isinstance(v, fx.Proxy)}
         return self.graph
+
+    def _operands(self):
+        """Parameters, and buffers and other tensors of the modules, that are read as attributes become values of the graph."""
+        read = {}
+        for path, module in self.model.named_modules():
+            held = module._buffers | vars(module) if self.buffers else {}
+            for name, tensor in (held | module._parameters).items():
+                if isinstance(tensor, torch.Tensor) and tensor.is_floating_point():
+                    if id(tensor) not in read:
+                        read[id(tensor)] = self.create_proxy("get_attr", f"{path}.{name}".lstrip("."), (), {})
+                    vars(self.twins[id(module)])[name] = read[id(tensor)]
 
     def call_module(self, twin, forward, args, kwargs):
         path = self.path_of_module(twin)
