@@ -124,7 +124,7 @@ def test_a_new_classifier_is_no_change_of_the_features():
 
 
 OTHER = [("stride", (2, 2), "geometry of conv1 as they were frozen, {'stride': [1, 1]"),
-         ("weight", nn.Parameter(torch.ones(1, 3, 3, 3)), "weights of conv1 as they were frozen, [8, 3, 3, 3], got [1, 3, 3, 3]")]  # fmt: skip
+         ("weight", nn.Parameter(torch.ones(1, 3, 3, 3)), "weights of conv1 as they were frozen, [8, 3, 3, 3]")]  # fmt: skip
 
 
 @pytest.mark.parametrize("change, words", [(lambda m, n=name, v=value: setattr(m.conv1, n, v), words) for name, value, words in OTHER])

@@ -86,9 +86,8 @@ class Frozen:
 
     @contextlib.contextmanager
     def alone(self):
-        """No other thread's calls, nothing of this thread's modes, and a model that is still what was frozen. Errors: ValueError."""
+        """No other thread's calls, and nothing of this thread's modes. Errors: ValueError."""
         with self.turn, ordinary():
-            self.check()
             yield
 
     def check(self):
@@ -105,6 +104,7 @@ class Frozen:
         """
         wanted = torch.is_grad_enabled()
         with self.alone():
+            self.check()
             images = check_images(images, self.device, self.channels, wanted)
             features = self.features(images)
             self.thread = threading.get_ident()
@@ -174,6 +174,7 @@ class FrozenNet(Frozen):
     def refold(self):
         """Takes over the model's present weights and running statistics, in place and without tracing again. Errors: ValueError."""
         with self.alone():
+            self.check()
             self._refold()
 
     @torch.no_grad()

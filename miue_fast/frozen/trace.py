@@ -22,7 +22,7 @@ class NotLowered(Exception):
 
 def changed_calls(module):
     """What a call of this module does besides its class's forward, as text, or None."""
-    if any(getattr(module, name) for name in _HOOKS):
+    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
         return "hooks"
     return "a forward of its own" if "forward" in vars(module) else None  # its class then says nothing
 

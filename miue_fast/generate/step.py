@@ -47,6 +47,7 @@ class Descent:
         Returns: the last step's loss (before its update), and int64 [2]: how often the loss, and the gradient, was NaN or Inf.
         """
         with self.turn, self.net.alone():
+            self.net.check()
             return self._descend(labels, index, flip, alpha)
 
     def _descend(self, labels, index, flip, alpha):
