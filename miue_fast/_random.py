@@ -76,20 +76,24 @@ def _dropout(x, p, train, *, generator):
     return x * kept * (0.0 if p == 1 else 1 / (1 - p)) if train else x.clone(), kept
 
 
-class _NoDraws(TorchDispatchMode):
-    def __init__(self, op):
+class NoDraws(TorchDispatchMode):
+    """`refuse(name)` is called in place of a random operation of this thread, and raises."""
+
+    def __init__(self, refuse):
         super().__init__()
-        self.op = op
+        self.refuse = refuse
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if torch.Tag.nondeterministic_seeded in func.tags and _taking_a_generator(func) is not None:
-            fail(self.op, "model", "no random numbers in the backward pass (checkpointed dropout)", func.name())
+            self.refuse(func.name())
         return func(*args, **(kwargs or {}))
 
 
 def backward_of(draws):
     """For the backward pass of a step that may have drawn: activation checkpointing would draw again, and others."""
-    return _NoDraws(draws.op) if draws is not None and draws.drew else contextlib.nullcontext()
+    if draws is None or not draws.drew:
+        return contextlib.nullcontext()
+    return NoDraws(lambda name: fail(draws.op, "model", "no random numbers in the backward pass (checkpointed dropout)", name))
 
 
 @contextlib.contextmanager

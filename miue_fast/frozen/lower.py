@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from .._checks import fail
+from .._random import NoDraws
 from .constants import Arithmetic, Attribute, Call, Norm, flat
 from .layers import Add, Affine, AvgPool, Concat, Conv, Flatten, Layer, Linear, MaxPool, device_of
 from .trace import NotLowered, Tracer
@@ -44,6 +45,16 @@ class Slice(Layer):
 
 def lower(model, feature):
     """The Plan of a model in eval mode up to the output of the layer called `feature`. The model is only read."""
+    with NoDraws(_noise):
+        return _lower(model, feature)
+
+
+def _noise(name):
+    """Numbers that were drawn here would be drawn once, for ever."""
+    raise NotLowered(f"{name}: random numbers in eval mode")
+
+
+def _lower(model, feature):
     tracer, graph = _traced(model, feature)
     if len(tracer.found) != 1:
         fail("freeze", "feature", "a layer that runs once per forward pass", f"{feature!r}, which ran {len(tracer.found)} times")
