@@ -2,7 +2,7 @@
 
 import torch
 
-from .. import _checks, data
+from .. import _calls, _checks, data
 from .._checks import fail
 from .._output import progress_bar
 from .cell import pretrain, run_cell
@@ -18,6 +18,7 @@ __all__ = ["Defence", "Run", "Table", "check_pair", "evaluate", "figure", "poiso
 NOISES = ("sign", "uniform")
 
 
+@_calls.ordinary()
 def evaluate(clean, poisoned, test, *, victim="small_resnet", epochs=None, seeds=1, lr=None, batch=None, crop=None, eps=None, noise="sign",
              size=None, device=None, progress=True, defence="none", poison_ratio=1.0, unseen=None, init=None, curve=True):  # fmt: skip
     """Trains one victim per training set and seed and returns a Table of train and clean-test accuracies.
@@ -44,6 +45,7 @@ def evaluate(clean, poisoned, test, *, victim="small_resnet", epochs=None, seeds
 
     Deterministic on the CPU for given seeds, versions and thread count. Errors: ValueError, OSError.
     """
+    _calls.default_dtype("evaluate")
     defence = make_defence(defence)
     plan = recipe(victim, epochs, lr, batch, crop, adversarial=defence.attack is not None)
     if not 0 < poison_ratio <= 1:

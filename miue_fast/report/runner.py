@@ -13,6 +13,7 @@ import torch
 from .. import data, models
 from .._checks import fail
 from .._output import progress_bar
+from .._random import Draws
 from .._registry import BackendError
 from ..evaluate import check_pair
 from ..evaluate.defences import defence
@@ -94,9 +95,10 @@ def _check(sources):
         fail("report", "data", "two images of every class", f"{least} of one")
     for text in {cell[2] for cell in config.cells()}:
         defence(text).check(shape, classes)
-    with torch.random.fork_rng([]):
-        for name, options in config.victims.items():
-            build(options.get("model", name), classes, shape)
+    draws = Draws("report", 0)
+    for name, options in config.victims.items():
+        build(options.get("model", name), classes, shape, draws, torch.device("cpu"))
+    with draws:
         for name, entry in config.poisons.items():
             if "path" in entry:
                 sources.images(name)
