@@ -63,6 +63,16 @@ KINDS = {
 }
 
 
+# Options that Python, or another part of the package, calls something else; a configuration has its own data and test.
+WRITTEN = {
+    "generate": {"folder": "--out", "image_format": "--export"},
+    "export": {"folder": "--to", "out": "--to", "export.path": "--to", "image_format": "--format"},
+    "evaluate": {"clean": "--data", "folder": "--json or --figure", "figure.path": "--figure"},
+    "report": {"folder": "--out", "data": "data", "test": "test"},
+    "demo": {"folder": "--out"},
+}
+
+
 class _Parser(argparse.ArgumentParser):
     """A wrong command line is a bad input like any other: a ValueError of one line, no usage text above it."""
 
@@ -70,7 +80,8 @@ class _Parser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, **options)
 
     def error(self, message):
-        raise ValueError(f"{self.prog.removeprefix('miue-fast ')}: {message} (see {self.prog} --help)")
+        command = self.prog.removeprefix("miue-fast").lstrip()
+        raise ValueError(f"{command and f'{command}: '}{message} (see {self.prog} --help)")
 
 
 def parse(argv=None):
@@ -146,6 +157,9 @@ def _parser():
     sub.add_argument("--seed", type=int, default=0, help="default 0")
 
     command("info", "ops and backends of this machine, versions, build")
+    for name, sub in commands.choices.items():
+        flags = {action.dest: f"--{action.dest.replace('_', '-')}" for action in sub._actions if action.option_strings}
+        sub.set_defaults(written=flags | WRITTEN.get(name, {}))
     return parser
 
 

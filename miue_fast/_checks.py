@@ -1,13 +1,17 @@
 """One wording for every bad input: `op: argument: expected X, got Y`."""
 
+from pathlib import Path
+
 import torch
 
+from . import _written
 from ._registry import DOUBLES, FLOATS
 
 INTEGERS = frozenset({torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64})
 
 
 def fail(op, argument, expected, got):
+    argument = _written.shown(op, argument)
     raise ValueError(f"{op}: {argument}: expected {expected}, got {got}")
 
 
@@ -33,7 +37,7 @@ def features_and_labels(op, features, labels):
 def seed(op, value, name="seed"):
     """PyTorch's generators take no more."""
     if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 2**63:
-        fail(op, name, "a whole number from 0 to 2^63 - 1", repr(value))
+        fail(op, name, "a whole number from 0 to 2^63 - 1", short(value))
 
 
 def temperature(op, value):
@@ -105,3 +109,11 @@ def device(op, value):
     if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
         fail(op, "device", f"one of the {torch.cuda.device_count()} CUDA devices here", repr(value))
     return str(found)
+
+
+def short(value):
+    """`value` in a message: numbers of thousands of digits and texts of thousands of characters lose their middle."""
+    if isinstance(value, int) and value.bit_length() > 128:  # Python refuses to write out very long ones
+        return f"a {'negative ' if value < 0 else ''}number of {value.bit_length()} bits"
+    text = str(value) if isinstance(value, Path) else repr(value)
+    return text if len(text) <= 120 else f"{text[:60]}...{text[-55:]}"

@@ -1,13 +1,13 @@
 """Images in, poisoned images out. `load`, `shapes`, the poison store, exports and their verification."""
 
 from .align import align, poison_from_images
-from .atomic import check_outside, check_writable, only_writer, sweep, write_file, write_files
+from .atomic import check_outside, check_system, check_writable, only_writer, sweep, write_file, write_files
 from .dataset import Dataset
 from .export import check_pickle, export_folder, export_npz, export_pickle, export_pt, other_images, remove_others
 from .interop import read_pickle
-from .poison import POISON_FILES, apply_poison, is_poison, load_poison, quantise, random_noise, remove_poison, save_poison
+from .poison import POISON_FILES, apply_poison, budget, is_poison, load_poison, quantise, random_noise, remove_poison, save_poison
 from .shapes import shapes
-from .sources import from_arrays, is_tree, load, load_test
+from .sources import check_selection, from_arrays, is_tree, load, load_test
 from .verify import Report, verify
 
 __all__ = [
@@ -16,8 +16,11 @@ __all__ = [
     "Report",
     "align",
     "apply_poison",
+    "budget",
     "check_outside",
     "check_pickle",
+    "check_selection",
+    "check_system",
     "check_writable",
     "export_folder",
     "export_npz",

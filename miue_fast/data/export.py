@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from .._checks import describe, fail
+from .._written import option
 from .atomic import check_writable, only_writer, sweep, write_file
 from .images import UnreadableError, quiet_decoding, read_image, read_look
 from .interop import PICKLES
@@ -46,7 +47,7 @@ def export_folder(dataset, delta, out, *, eps, image_format="png", allow_lossy=F
     if image_format not in FORMATS:
         fail("export", "image_format", " or ".join(FORMATS), repr(image_format))
     if image_format in LOSSY and not allow_lossy:
-        fail("export", "image_format", "a lossless one, or allow_lossy=True / --allow-lossy (JPEG breaks the budget)", repr(image_format))
+        fail("export", "image_format", f"a lossless one, or {option('allow_lossy', True)} (JPEG breaks the budget)", repr(image_format))
     _check(dataset, delta, eps, rounding)
     suffix, options = FORMATS[image_format]
     targets = list(target_paths(dataset, suffix).values())
@@ -145,7 +146,7 @@ def export_pickle(dataset, delta, path, *, eps, layout="nhwc", overwrite=False):
 def check_pickle(eps):
     """ValueError if int8 levels cannot hold this budget."""
     if budget(eps) > 127:
-        fail("export", "eps", "at most 127/255, int8 levels (a bare perturbation needs its budget: --eps)", eps)
+        fail("export", "eps", f"at most 127/255, int8 levels (a bare perturbation needs its budget: {option('eps', '8/255')})", eps)
 
 
 def _check(dataset, delta, eps, rounding):
@@ -163,7 +164,7 @@ def _new_file(path, suffixes, overwrite):
         fail("export", "path", f"a file name ending in {' or '.join(suffixes)}", str(path))
     check_writable(path.parent)
     if path.exists() and not overwrite:
-        fail("export", "path", "a new file (or overwrite=True)", f"{path}, which exists")
+        fail("export", "path", f"a new file (or {option('overwrite', True)})", f"{path}, which exists")
     return path
 
 
@@ -173,7 +174,7 @@ def _prepare(dataset, out, overwrite):
         if real.is_relative_to(clean) or clean.is_relative_to(real):
             fail("export", "out", f"a folder apart from the clean one, {clean}", str(real))
     if out.is_dir() and any(out.iterdir()) and not overwrite:
-        fail("export", "out", "a new or empty folder (or overwrite=True)", f"{out}, which is not empty")
+        fail("export", "out", f"a new or empty folder (or {option('overwrite', True)})", f"{out}, which is not empty")
     return check_writable(out)
 
 

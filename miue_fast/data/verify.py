@@ -14,7 +14,7 @@ from .dataset import Dataset
 from .export import tree_paths
 from .images import UnreadableError, quiet_decoding, read_image
 from .poison import apply_poison, budget, is_poison, load_poison
-from .sources import is_tree, load
+from .sources import check_selection, is_tree, load
 from .tree import first_per_class, list_tree, target_names
 
 LISTED = 20
@@ -55,6 +55,7 @@ def verify(clean, out, *, eps, per_class=None):
     cannot be read and have no copy are not missing: they are listed in `unreadable`.
     ValueError: `clean` or `out` is nothing that can be compared at all (missing folder, damaged poison).
     """
+    check_selection(None, per_class)
     report = Report()
     levels = budget(eps)
     path = Path(out) if isinstance(out, (str, os.PathLike)) else None

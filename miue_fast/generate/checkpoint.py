@@ -7,6 +7,7 @@ import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
 
+from .._written import option
 from ..data.atomic import write_file
 
 NAME = "checkpoint.safetensors"
@@ -28,13 +29,13 @@ def load(path):
     except SafetensorError as error:
         raise _corrupt(path, error) from None
     if not {"header", "sha256"} <= set(metadata):
-        raise ValueError(f"{path}: expected a {FORMAT}, got another safetensors file; move it away or set overwrite=True")
+        raise ValueError(f"{path}: expected a {FORMAT}, got another safetensors file; move it away or set {option('overwrite', True)}")
     if _digest(tensors, metadata["header"]) != metadata["sha256"]:
         raise _corrupt(path, "its sha256 does not match")
     header = json.loads(metadata["header"])
     found = header.get("format") if isinstance(header, dict) else None
     if found != FORMAT:
-        raise ValueError(f"{path}: expected a {FORMAT}, got {found!r}; move it away or set overwrite=True")
+        raise ValueError(f"{path}: expected a {FORMAT}, got {found!r}; move it away or set {option('overwrite', True)}")
     return tensors, header
 
 
@@ -49,7 +50,9 @@ def _metadata(path):
 
 
 def _corrupt(path, why):
-    return ValueError(f"{path}: expected a readable checkpoint, got a corrupt file ({why}); move it away or set overwrite=True")
+    return ValueError(
+        f"{path}: expected a readable checkpoint, got a corrupt file ({why}); move it away or set {option('overwrite', True)}"
+    )
 
 
 def _digest(tensors, text):
@@ -78,7 +81,9 @@ def restore(path, tensors, model, optimizer, delta):
     state = {name.removeprefix("model."): value for name, value in tensors.items() if name.startswith("model.")}
     own = _state(model)
     if {k: (v.shape, v.dtype) for k, v in state.items()} != {k: (v.shape, v.dtype) for k, v in own.items()}:
-        raise ValueError(f"{path}: expected a checkpoint of this model, got one with other layers; set overwrite=True to start again")
+        raise ValueError(
+            f"{path}: expected a checkpoint of this model, got one with other layers; set {option('overwrite', True)} to start again"
+        )
     if tensors["delta"].shape != delta.shape or tensors["delta"].dtype != delta.dtype:
         raise ValueError(f"{path}: expected a checkpoint of {delta.dtype} {list(delta.shape)}, got {list(tensors['delta'].shape)}")
     persistent = model.state_dict().keys()

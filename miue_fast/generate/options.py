@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, fields, replace
 
 import torch
 
-from .. import _checks
+from .. import _checks, _ranges
 from .._registry import BACKENDS
 from .objectives import OBJECTIVES
 
@@ -52,17 +52,17 @@ class Options:
 
     def __post_init__(self):
         for name in ("steps", "epochs", "batch", "train_batch", "target_shift"):
-            self._whole(name, {"batch": 2, "train_batch": 2}.get(name, 1))
+            _ranges.whole("option", name, getattr(self, name), {"batch": 2, "train_batch": 2}.get(name, 1))
         _checks.seed("option", self.seed)
-        for name, least in (("network_chunk", 2), ("width", 1)):
+        for name, *limits in (("network_chunk", 2), ("width", 1, _ranges.WIDEST)):
             if getattr(self, name) is not None:
-                self._whole(name, least)
-        self._number("eps", lambda v: 0 < v <= 1, "a number in (0, 1] ([0, 1] image scale: 8/255, not 8)")
+                _ranges.whole("option", name, getattr(self, name), *limits)
+        _ranges.budget("option", "eps", self.eps)
         for name in ("zeta", "weight_decay"):
-            self._number(name, lambda v: 0 <= v < math.inf, "a finite number >= 0")
+            self._number(name, lambda v: 0 <= v <= _ranges.LARGEST, f"a number from 0 to {_ranges.LARGEST:g}")
         for name in ("alpha_0",) if self.alpha_K is None else ("alpha_0", "alpha_K"):
-            self._number(name, lambda v: 0 <= v <= 1, "a number from 0 to 1 ([0, 1] image scale)")
-        self._number("lr", lambda v: 0 < v < math.inf, "a finite number > 0")
+            _ranges.budget("option", name, getattr(self, name), zero=True)
+        _ranges.positive("option", "lr", self.lr)
         self._number("momentum", lambda v: 0 <= v < 1, "a number in [0, 1)")
         self._number("flip", lambda v: 0 <= v <= 1, "a probability from 0 to 1")
         self._number("temperature", lambda v: 1e-3 <= v <= 10, "a number from 1e-3 to 10")
@@ -83,15 +83,8 @@ class Options:
             _checks.fail("option", "delta_dtype", "float32 or float16 with classwise", repr(self.delta_dtype))
         object.__setattr__(self, "device", _checks.device("option", self.device))
 
-    def _whole(self, name, least):
-        value = getattr(self, name)
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            _checks.fail("option", name, f"a whole number >= {least}", repr(value))
-
     def _number(self, name, good, expected):
-        value = getattr(self, name)
-        if not isinstance(value, int | float) or isinstance(value, bool) or not good(value):
-            _checks.fail("option", name, expected, repr(value))
+        _ranges.number("option", name, getattr(self, name), good, expected)
 
     @property
     def last_alpha(self):

@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from .. import data, models
 from .._checks import fail
+from .._ranges import whole
 from .._registry import BackendError
 from ..evaluate import check_pair
 from ..evaluate.defences import defence
@@ -24,6 +25,7 @@ from . import tasks
 from .config import CLEAN, Config, split
 from .figures import thumbnails
 
+MOST_JOBS = 1024
 _sources = None  # of a worker process
 
 
@@ -40,8 +42,7 @@ def run(config, folder, *, jobs=1, progress=True, make=True):
     """
     if not isinstance(config, Config):
         fail("report", "config", "a Config (see report.read)", type(config).__name__)
-    if not isinstance(jobs, int) or jobs < 1:
-        fail("report", "jobs", "a whole number >= 1", repr(jobs))
+    check_jobs(jobs)
     folder = data.check_writable(folder)
     sources = tasks.Sources(config, folder)
     _check(sources)
@@ -60,6 +61,10 @@ def run(config, folder, *, jobs=1, progress=True, make=True):
     found = collect(sources, failures)
     tasks.write(sources.folder / "report.json", found)
     return found, sources
+
+
+def check_jobs(jobs):
+    whole("report", "jobs", jobs, 1, MOST_JOBS)
 
 
 def _stages(sources):
