@@ -47,7 +47,7 @@ def temperature(op, value):
 
 def denominator(op, value):
     if value not in ("all", "negatives"):
-        fail(op, "denominator", "'all' or 'negatives'", repr(value))
+        fail(op, "denominator", "'all' or 'negatives'", short(value))
 
 
 def step_sizes(op, alpha, eps):
@@ -102,10 +102,10 @@ def device(op, value):
         return None
     try:
         found = torch.device(value)
-    except (RuntimeError, TypeError):
+    except (RuntimeError, TypeError, ValueError):
         found = None
     if found is None or found.type not in ("cpu", "cuda"):
-        fail(op, "device", "'cpu', 'cuda' or 'cuda:N'", repr(value))
+        fail(op, "device", "'cpu', 'cuda' or 'cuda:N'", short(value))
     if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
         fail(op, "device", f"one of the {torch.cuda.device_count()} CUDA devices here", repr(value))
     return str(found)

@@ -75,7 +75,7 @@ def _check(args):
     """Judges every option, and whether every path can be looked up, before anything is read or made."""
     for name, value in vars(args).items():
         if isinstance(value, Path):
-            _ranges.reachable(args.command, name, value)
+            _ranges.reachable("path", name, value)
     if hasattr(args, "size"):
         data.check_selection(args.size, args.per_class)
     if args.command in CHECKS:

@@ -1,7 +1,6 @@
 """Does a poison work? The standard victim, trained on clean, poisoned and random-noise images with the same seeds."""
 
 import operator
-from collections.abc import Iterable
 
 import torch
 from tqdm import tqdm
@@ -109,22 +108,23 @@ def check_options(*, victim, epochs, seeds, lr, batch, crop, eps, noise, device,
     plan = recipe(victim, epochs, lr, batch, crop, adversarial=defence.attack is not None)
     _ranges.number("evaluate", "poison_ratio", poison_ratio, lambda v: 0 < v <= 1, "a number in (0, 1]")
     if noise not in NOISES:
-        fail("evaluate", "noise", " or ".join(map(repr, NOISES)), repr(noise))
+        fail("evaluate", "noise", " or ".join(map(repr, NOISES)), _checks.short(noise))
     if eps is not None:
         _ranges.budget("evaluate", "eps", eps)
     return plan, defence, _seeds(seeds), _checks.device("evaluate", device)
 
 
 def _seeds(seeds):
-    if isinstance(seeds, Iterable) and not isinstance(seeds, str):
-        seeds = [_plain(seed) for seed in seeds]
-        for seed in seeds:
-            _checks.seed("evaluate", seed, "seeds")
-        if not seeds:
-            fail("evaluate", "seeds", "at least one", seeds)
-        return seeds
-    _ranges.whole("evaluate", "seeds", seeds, 1, MOST_SEEDS)
-    return list(range(seeds))
+    try:
+        found = [_plain(seed) for seed in seeds]
+    except TypeError:  # not a sequence: how many
+        _ranges.whole("evaluate", "seeds", seeds, 1, MOST_SEEDS)
+        return list(range(seeds))
+    for seed in found:
+        _checks.seed("evaluate", seed, "seeds")
+    if not found:
+        fail("evaluate", "seeds", "at least one", _checks.short(seeds))
+    return found
 
 
 def _plain(number):

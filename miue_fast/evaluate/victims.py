@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from .. import _ranges, models
-from .._checks import fail
+from .._checks import fail, short
 from ..ops import perturbed_input
 from .adversarial import robust_accuracy
 from .defences import defence as make_defence
@@ -93,7 +93,7 @@ def recipe(victim, epochs, lr, batch, crop=None, *, adversarial=False):
     """
     usual = RECIPES.get(victim) if isinstance(victim, str) else None
     if usual is None and (isinstance(victim, str) or not callable(victim)):
-        fail("evaluate", "victim", f"{', '.join(RECIPES)} or a callable (classes -> module)", repr(victim))
+        fail("evaluate", "victim", f"{', '.join(RECIPES)} or a callable (classes -> module)", short(victim))
     if usual is None and (epochs is None or lr is None):
         fail("evaluate", "epochs and lr", "both, for a victim of your own", f"epochs={epochs}, lr={lr}")
     usual = usual or Recipe(victim, epochs, lr, 128)

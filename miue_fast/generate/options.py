@@ -73,14 +73,14 @@ class Options:
             if isinstance(getattr(self, name), torch.dtype):
                 object.__setattr__(self, name, str(getattr(self, name))[6:])
             if getattr(self, name) not in known:
-                _checks.fail("option", name, f"one of {', '.join(known)}", repr(getattr(self, name)))
+                _checks.fail("option", name, f"one of {', '.join(known)}", _checks.short(getattr(self, name)))
         for name in ("classwise", "normalize_dim", "random_start", "channels_last", "fused", "fp8"):
             if not isinstance(getattr(self, name), bool) and (name, self.channels_last) != ("channels_last", None):
-                _checks.fail("option", name, "True or False", repr(getattr(self, name)))
+                _checks.fail("option", name, "True or False", _checks.short(getattr(self, name)))
         if self.fp8 and self.dtype != "bfloat16":
             _checks.fail("option", "fp8", "False without dtype bfloat16", f"True with {self.dtype}")
         if self.classwise and self.delta_dtype == "int8":
-            _checks.fail("option", "delta_dtype", "float32 or float16 with classwise", repr(self.delta_dtype))
+            _checks.fail("option", "delta_dtype", "float32 or float16 with classwise", _checks.short(self.delta_dtype))
         object.__setattr__(self, "device", _checks.device("option", self.device))
 
     def _number(self, name, good, expected):
@@ -103,7 +103,7 @@ class Options:
         known = [field.name for field in fields(self)]
         for name in changes:
             if name not in known:
-                _checks.fail("generate", "option", f"one of {', '.join(known)}", repr(name))
+                _checks.fail("generate", "option", f"one of {', '.join(known)}", _checks.short(name))
         return replace(self, **changes)
 
     def as_dict(self):
@@ -119,7 +119,7 @@ PRESETS = {
 
 def choose(preset, changes):
     if preset not in PRESETS:
-        _checks.fail("generate", "preset", f"one of {', '.join(PRESETS)}", repr(preset))
+        _checks.fail("generate", "preset", f"one of {', '.join(PRESETS)}", _checks.short(preset))
     options = PRESETS[preset].with_(changes)
     if options.device is None:
         options = replace(options, device="cuda" if torch.cuda.is_available() else "cpu")

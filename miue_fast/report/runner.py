@@ -15,6 +15,7 @@ from .. import data, models
 from .._checks import fail
 from .._ranges import whole
 from .._registry import BackendError
+from .._written import shown
 from ..evaluate import check_pair
 from ..evaluate.defences import defence
 from ..evaluate.victims import build
@@ -141,7 +142,7 @@ def _done(work, sources, jobs):
             yield running[future], future.result()
     except BrokenProcessPool:
         raise BackendError(
-            f"report: a process was killed, probably out of memory: lower --jobs ({jobs}); the same command goes on"
+            f"report: a process was killed, probably out of memory: lower {shown('report', 'jobs')} ({jobs}); the same command goes on"
         ) from None
     finally:
         workers = list((pool._processes or {}).values())  # a worker in the middle of a training would be waited for
