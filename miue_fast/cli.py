@@ -16,6 +16,7 @@ from .data.export import FORMATS, LOSSY
 from .evaluate import check_options, evaluate, figure, poisoned_images
 from .evaluate.figure import check_suffix
 from .evaluate.figure import missing as figure_missing
+from .evaluate.start import read_state
 from .frozen import find_layer
 from .generate import Interrupted, generate
 from .generate.checkpoint import NAME as CHECKPOINT
@@ -111,6 +112,8 @@ def _check_lossy(command, form, args):
 def _check_evaluate(args):
     names = ("victim", "epochs", "seeds", "lr", "batch", "crop", "eps", "noise", "device", "defence", "poison_ratio")
     check_options(**{name: getattr(args, name) for name in names})
+    if args.init is not None:
+        args.init = read_state(args.init)
 
 
 def _check_report(args):

@@ -18,16 +18,17 @@ def test_rows_and_target(tmp_path, monkeypatch, capsys, slow, met):
     asked = []
 
     def run(images, words, variables, hogs, limit):
-        asked.append((variables.get("OMP_WAIT_POLICY", "passive"), hogs))
-        return (4.0 if not hogs else 4.0 * slow if not variables else None), 8.0
+        name = next(name for name, given in busy.WAITING.items() if given == variables)
+        asked.append((name, hogs))
+        return (4.0 if not hogs else None if name == "active" else 4.0 * slow), 8.0
 
     monkeypatch.setattr(busy, "run", run)
     assert busy.main(["--out", str(tmp_path / "busy.json"), "--rounds", "3", "--limit", "60"]) == 0
     cores = os.cpu_count()
-    assert asked[:4] == [("passive", 0), ("passive", cores), ("active", 0), ("active", cores)]
+    assert asked[:6] == [(name, hogs) for name in ("passive", "short spin", "active") for hogs in (0, cores)]
     assert asked.count(("passive", cores)) == asked.count(("active", 0)) == 3 and asked.count(("active", cores)) == 1
     record = report.load(tmp_path / "busy.json")
-    passive, active = record["rows"]
+    passive, _, active = record["rows"]
     assert passive["times_idle"] == pytest.approx(slow) and passive["idle_walls_s"] == [4.0] * 3
     assert active["busy_wall_s"] is None and active["times_idle"] is None
     assert record["targets"][0]["met"] is met and record["targets"][0]["measured"] == passive["times_idle"]
