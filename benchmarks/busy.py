@@ -2,9 +2,9 @@
 
 python benchmarks/busy.py --out benchmarks/results/busy.json     # three minutes at most, on a machine that does nothing else
 
-Each run is `miue-fast generate` on drawn shapes with two threads, as a user starts it; other ways of waiting
-are asked for in its environment. Idle and busy runs take turns. Spinning beside busy processes may take minutes: it is stopped after --limit
-seconds, and its row then says "more than".
+Each run is `miue-fast generate` on drawn shapes with two threads, as a user starts it; other ways of waiting are asked for in its
+environment. Idle and busy runs take turns. Spinning beside busy processes may take minutes: it is stopped after --limit seconds, and its
+row then says "more than".
 """
 
 import argparse

@@ -18,7 +18,7 @@ def own_process(words, argv):
         return False
     if argv[0] == "-m":  # so it stands until the module is found; the words after the module are its own
         return words[len(words) - len(argv)].removeprefix("-m") in PROGRAMS
-    return Path(argv[0]).stem == "miue-fast"
+    return Path(argv[0]).name == "miue-fast"  # the console script
 
 
 if own_process(sys.orig_argv, getattr(sys, "argv", [])):

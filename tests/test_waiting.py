@@ -58,7 +58,6 @@ def test_whose_process_it_is():
         (["python", "-m", "miue_fast.cli", "generate"], ["-m", "generate"]),
         (["python", "-X", "dev", "-mmiue_fast.demo"], ["-m"]),
         (["python", "/usr/bin/miue-fast", "info"], ["/usr/bin/miue-fast", "info"]),
-        (["python.exe", "miue-fast.exe"], ["miue-fast.exe"]),
     ]
     others = [
         (["python", "-m", "theirs", "miue_fast.cli"], ["-m", "miue_fast.cli"]),
@@ -66,6 +65,7 @@ def test_whose_process_it_is():
         (["python", "-m", "miue_fast.info"], ["-m"]),
         (["python", "-m", "miue_fast"], ["-m"]),
         (["python", "miue-fast/train.py"], ["miue-fast/train.py"]),
+        (["python", "miue-fast.py"], ["miue-fast.py"]),
         (["python"], [""]),
         ([], []),
         (["python"], ["-m", "several", "words"]),
