@@ -9,8 +9,8 @@ from dataclasses import dataclass, field, replace
 import torch
 import torch.nn.functional as F
 
-from .. import models
-from .._checks import describe, fail
+from .. import _ranges, models
+from .._checks import describe, fail, short
 from .._random import Draws, backward_of, seeded_globally
 from ..ops import perturbed_input
 from .adversarial import robust_accuracy
@@ -94,7 +94,7 @@ def recipe(victim, epochs, lr, batch, crop=None, *, adversarial=False):
     """
     usual = RECIPES.get(victim) if isinstance(victim, str) else None
     if usual is None and (isinstance(victim, str) or not callable(victim)):
-        fail("evaluate", "victim", f"{', '.join(RECIPES)} or a callable (classes -> module)", repr(victim))
+        fail("evaluate", "victim", f"{', '.join(RECIPES)} or a callable (classes -> module)", short(victim))
     if usual is None and (epochs is None or lr is None):
         fail("evaluate", "epochs and lr", "both, for a victim of your own", f"epochs={epochs}, lr={lr}")
     usual = usual or Recipe(victim, epochs, lr, 128)
@@ -104,12 +104,10 @@ def recipe(victim, epochs, lr, batch, crop=None, *, adversarial=False):
     given = {"epochs": epochs, "lr": lr, "batch": batch, "crop": crop}
     plan = replace(usual, **{name: value for name, value in given.items() if value is not None})
     for name, value in (("epochs", plan.epochs), ("batch", plan.batch)):
-        if not isinstance(value, int) or value < 1:
-            fail("evaluate", name, "a whole number >= 1", value)
-    if not 0 < plan.lr < float("inf"):
-        fail("evaluate", "lr", "a finite number > 0", plan.lr)
-    if crop is not None and (not isinstance(crop, int) or not 0 <= crop <= 4096):
-        fail("evaluate", "crop", "None or a whole number from 0 to 4096", crop)
+        _ranges.whole("evaluate", name, value)
+    _ranges.positive("evaluate", "lr", plan.lr)
+    if crop is not None:
+        _ranges.whole("evaluate", "crop", crop, 0, 4096)
     return plan
 
 

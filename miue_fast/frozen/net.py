@@ -9,6 +9,7 @@ import torch
 from .._calls import Turn, ordinary
 from .._checks import describe, fail
 from .._registry import BackendError
+from .._written import option, shown
 from ..ops import perturbed_input
 from .layers import NHWC, Conv, Gradients, Tape, _keep, device_of, scale_and_shift, wide
 from .lower import consumers
@@ -31,11 +32,14 @@ class Chunks:
 
     def halve(self, count):
         if count < 2 * self.least:
-            raise BackendError(f"out of memory with {count} images per network launch: use a smaller model, or delta_dtype float16 or int8")
+            raise BackendError(
+                f"out of memory with {count} images per network launch: use a smaller model, or {option('delta_dtype', 'float16')} or int8"
+            )
         self.size = (count + 1) // 2
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        log.warning("out of memory: network_chunk is now %d (the contrastive batch and the objective do not change)", self.size)
+        log.warning("out of memory: %s is now %d (the contrastive batch and the objective do not change)",
+                    shown("generate", "network_chunk"), self.size)  # fmt: skip
 
     def each(self, rows, work):
         """work(part) over `rows`, in order, each row once. A short tail joins the launch before it."""

@@ -16,6 +16,7 @@ from .. import _calls, _checks, models
 from .. import data as datasets
 from .._output import progress_bar
 from .._random import Draws, seeded_globally
+from .._written import option, shown
 from ..data import atomic
 from ..frozen import find_layer, freeze
 from ..ops import projected_step_
@@ -139,11 +140,12 @@ class _Run:
         now = self._header()
         if header["fingerprint"] != now["fingerprint"]:
             raise ValueError(f"{self.keep}: expected a checkpoint of these images and labels, got one of another data set; "
-                             "choose another folder or set overwrite=True")  # fmt: skip
-        told = [f"{k} = {header['options'].get(k)!r} (now {v!r})" for k, v in now["options"].items() if header["options"].get(k) != v]
+                             f"choose another folder or set {option('overwrite', True)}")  # fmt: skip
+        before = header["options"]
+        told = [f"{shown('generate', k)} = {before.get(k)!r} (now {v!r})" for k, v in now["options"].items() if before.get(k) != v]
         if told:
             raise ValueError(f"{self.keep}: expected a checkpoint of the same options, got {', '.join(told)}; "
-                             "repeat them, choose another folder or set overwrite=True")  # fmt: skip
+                             f"repeat them, choose another folder or set {option('overwrite', True)}")  # fmt: skip
         checkpoint.restore(self.keep, tensors, self.network, self.trainer.optimizer, self.delta)
         self.files.adopt(checkpoint.NAME)
         self.history = header["history"]
@@ -204,7 +206,7 @@ class _Run:
             index = order[part]
             loss, bad = self.descend(self.labels[index], index, flips[part], o.alpha(epoch))
             check_finite(f"generate: epoch {epoch}, batch {number} of {len(slices)} of the poison step", bad,
-                         f"lower lr ({o.lr}) or use dtype float32")  # fmt: skip
+                         f"lower {shown('generate', 'lr')} ({o.lr}) or use {shown('generate', 'dtype')} float32")  # fmt: skip
             losses.append(loss * len(index))
             tick(len(index) * o.steps)
         return float(torch.stack(losses).sum()) / count
@@ -263,7 +265,9 @@ class _Run:
         epoch = 0 if self.replaces else checkpoint.saved_epoch(self.keep)
         if not epoch:
             return f"interrupted: no epoch was finished, nothing is saved in {self.keep.parent}"
-        without = [word for word, there in (("overwrite", self.overwrite), ("no-resume", not self.resumes)) if there]
+        without = [
+            text for text, there in ((option("overwrite", True), self.overwrite), (option("resume", False), not self.resumes)) if there
+        ]
         again = f"the same command{' without ' if without else ''}{' and '.join(without)}"
         return f"interrupted: epoch {epoch} of {self.options.epochs} is saved in {self.keep}; {again} goes on from there"
 
@@ -313,7 +317,7 @@ def _open_folder(folder, resume, overwrite, options):
         return path
     for name in (checkpoint.NAME, *datasets.POISON_FILES, METRICS):
         if (folder / name).exists():
-            told = f"expected an empty folder or a run to resume, got {folder / name}; set overwrite=True to replace it"
+            told = f"expected an empty folder or a run to resume, got {folder / name}; set {option('overwrite', True)} to replace it"
             raise ValueError(f"generate: out: {told}")
     return path
 

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from .._calls import Turn, borrowed, ordinary
 from .._random import backward_of
 from .._registry import OPS, BackendError
+from .._written import shown
 from . import batches
 from .graphs import Captured
 from .network import autocast
@@ -66,12 +67,14 @@ class Trainer:
                 correct += right
                 tick(len(index))
         except torch.OutOfMemoryError as error:
-            raise BackendError(f"generate: out of memory in the model step: lower train_batch ({o.train_batch}) or the width") from error
+            raise BackendError(
+                f"generate: out of memory in the model step: lower {shown('generate', 'train_batch')} ({o.train_batch}) or the width"
+            ) from error
         losses = torch.stack(losses)
         bad = (~losses.isfinite()).nonzero()
         if len(bad):
             raise ValueError(f"generate: epoch {number}, batch {int(bad[0]) + 1} of {len(slices)} of the model step: loss: expected a "
-                             f"finite number, got NaN or Inf; lower lr ({o.lr})")  # fmt: skip
+                             f"finite number, got NaN or Inf; lower {shown('generate', 'lr')} ({o.lr})")  # fmt: skip
         return float(losses.sum()) / count, 100 * float(correct) / count
 
     def _set_learning_rate(self, value):

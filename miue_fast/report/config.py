@@ -5,7 +5,8 @@ import json
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
-from .. import _checks, models
+from .. import _checks, _ranges, models
+from .._written import written_as
 from ..analyse import ESTIMATORS
 from ..evaluate.defences import defence
 from ..evaluate.victims import recipe
@@ -101,8 +102,8 @@ def check(content):
         if not isinstance(content.get(key, kind()), kind):
             _checks.fail("report", key, f"a {kind.__name__}", repr(content[key]))
     for key in ("size", "per_class", "test_per_class"):
-        if content.get(key) is not None and (not isinstance(content[key], int) or content[key] < 1):
-            _checks.fail("report", key, "a whole number >= 1", repr(content[key]))
+        if content.get(key) is not None:
+            _ranges.whole("report", key, content[key], 1, 4096 if key == "size" else _ranges.MOST)
     for name, options in content["poisons"].items():
         _poison(name, options, content)
     for name, options in content["victims"].items():
@@ -160,7 +161,9 @@ def _poison(name, options, content):
         if not isinstance(options.get("ratio"), int | float) or not 0 < options["ratio"] < 1:
             _checks.fail("report", f"{where}.ratio", "a number between 0 and 1", repr(options.get("ratio")))
     else:
-        split({**content.get("generation", {}), **options})
+        given = {**content.get("generation", {}), **options}
+        with written_as({key: f"{where if key in options else 'generation'}.{key}" for key in given}):
+            split(given)
 
 
 def _victim(name, options, per_class):
@@ -169,13 +172,13 @@ def _victim(name, options, per_class):
     for key, kind, what in (("model", str, "text"), ("lr", int | float, "a number")):
         if key in options and not isinstance(options[key], kind):
             _checks.fail("report", f"victims.{name}.{key}", what, repr(options[key]))
-    recipe(options.get("model", name), *(options.get(key) for key in RECIPE))
+    with written_as({key: f"victims.{name}.{key}" for key in RECIPE}):
+        recipe(options.get("model", name), *(options.get(key) for key in RECIPE))
     if "pretrain" not in options:
         return
     where = f"victims.{name}.pretrain"
     for key, value in {**_PRETRAIN, **_only(where, options["pretrain"], _PRETRAIN)}.items():
-        if type(value) is not int or value < 1:
-            _checks.fail("report", f"{where}.{key}", "a whole number >= 1", repr(value))
+        _ranges.whole("report", f"{where}.{key}", value)
     if per_class is None:
         _checks.fail("report", where, "per_class: the images after the first ones of each class are disjoint from them", "no per_class")
 
@@ -220,8 +223,7 @@ def _analysis(content):
         _checks.fail("report", "analysis.estimators", "one at least", "none")
     _seeds("analysis.seeds", analysis["seeds"])
     for key, least in (("slices", 2), ("points", 20)):
-        if type(analysis[key]) is not int or analysis[key] < least:
-            _checks.fail("report", f"analysis.{key}", f"a whole number >= {least}", repr(analysis[key]))
+        _ranges.whole("report", f"analysis.{key}", analysis[key], least)
     if analysis["layers"] is not None and analysis["layers"] not in analysis["victims"]:
         _checks.fail("report", "analysis.layers", f"null or one of analysis.victims ({', '.join(analysis['victims'])})",
                      repr(analysis["layers"]))  # fmt: skip

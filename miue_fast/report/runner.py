@@ -14,7 +14,9 @@ from .. import data, models
 from .._checks import fail
 from .._output import progress_bar
 from .._random import Draws
+from .._ranges import whole
 from .._registry import BackendError
+from .._written import shown
 from ..evaluate import check_pair
 from ..evaluate.defences import defence
 from ..evaluate.victims import build
@@ -25,6 +27,7 @@ from . import tasks
 from .config import CLEAN, Config, split
 from .figures import thumbnails
 
+MOST_JOBS = 1024
 _sources = None  # of a worker process
 
 
@@ -41,8 +44,7 @@ def run(config, folder, *, jobs=1, progress=True, make=True):
     """
     if not isinstance(config, Config):
         fail("report", "config", "a Config (see report.read)", type(config).__name__)
-    if not isinstance(jobs, int) or jobs < 1:
-        fail("report", "jobs", "a whole number >= 1", repr(jobs))
+    check_jobs(jobs)
     folder = data.check_writable(folder)
     sources = tasks.Sources(config, folder)
     _check(sources)
@@ -61,6 +63,10 @@ def run(config, folder, *, jobs=1, progress=True, make=True):
     found = collect(sources, failures)
     tasks.write(sources.folder / "report.json", found)
     return found, sources
+
+
+def check_jobs(jobs):
+    whole("report", "jobs", jobs, 1, MOST_JOBS)
 
 
 def _stages(sources):
@@ -138,7 +144,7 @@ def _done(work, sources, jobs):
             yield running[future], future.result()
     except BrokenProcessPool:
         raise BackendError(
-            f"report: a process was killed, probably out of memory: lower --jobs ({jobs}); the same command goes on"
+            f"report: a process was killed, probably out of memory: lower {shown('report', 'jobs')} ({jobs}); the same command goes on"
         ) from None
     finally:
         workers = list((pool._processes or {}).values())  # a worker in the middle of a training would be waited for

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import resource
 import sys
 import time
 from dataclasses import asdict
@@ -121,6 +120,8 @@ def write(path, content):
 
 def peak_memory():
     """Largest resident memory of this process so far, in bytes."""
+    import resource  # POSIX, as all that is written
+
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
