@@ -3,7 +3,7 @@ VENV ?= .venv
 PY = $(VENV)/bin/python
 PYTHON ?= python3
 
-.PHONY: setup demo test lint bench report fuzz asan install-check clean
+.PHONY: setup demo test lint bench busy report fuzz asan install-check clean
 
 setup: $(VENV)/.ready
 
@@ -28,6 +28,10 @@ lint: setup
 bench: setup
 	$(PY) benchmarks/bench.py --out benchmarks/results/cpu.json
 	$(PY) benchmarks/report.py --readme
+
+# Three minutes on a machine that does nothing else.
+busy: setup
+	$(PY) benchmarks/busy.py --out benchmarks/results/busy.json
 
 # Heavier checks, run by hand: 100,000 cases per op, 50 kills; sanitizers; numel > 2^31; isolated installs from the package index.
 fuzz: setup

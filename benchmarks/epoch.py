@@ -8,9 +8,10 @@ import torch
 import workloads
 
 from miue_fast import freeze, models
+from miue_fast._calls import deterministic_cudnn
 from miue_fast.data import Dataset
 from miue_fast.generate import Options
-from miue_fast.generate.loop import _in_layout, _Run, _settings
+from miue_fast.generate.loop import _in_layout, _Run
 from miue_fast.generate.step import Descent
 
 COUNT, SIDE, WIDTH, CHUNK = 50_000, 32, 64, 4096
@@ -37,7 +38,7 @@ def run(quick, deadline, emit):
         if measure.GPU == "cuda":
             torch.cuda.reset_peak_memory_stats()
         try:
-            with _settings(torch.device(measure.GPU)):
+            with deterministic_cudnn():
                 row |= work(count(quick), deadline)
         except (RuntimeError, ValueError) as error:  # also a diverged training
             row["reason"] = f"failed: {measure.first_line(error)}"

@@ -2,6 +2,8 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
+from . import _waiting  # noqa: F401  (before torch)
+
 try:
     __version__ = version("miue_fast")
 except PackageNotFoundError:

@@ -6,6 +6,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from . import __version__
+from ._checks import short
 from .data.export import FORMATS
 from .evaluate import NOISES
 from .evaluate.defences import NAMES as DEFENCES
@@ -52,14 +53,31 @@ def _number(text):
     try:
         return float(above) / float(below or 1)
     except (ValueError, ZeroDivisionError):
-        raise argparse.ArgumentTypeError(f"expected a number or a fraction such as 8/255, got {text!r}") from None
+        raise argparse.ArgumentTypeError(f"expected a number or a fraction such as 8/255, got {short(text)}") from None
+
+
+def _whole(text):
+    try:
+        return int(text)
+    except ValueError:  # also more digits than Python reads
+        raise argparse.ArgumentTypeError(f"expected a whole number, got {short(text)}") from None
 
 
 KINDS = {
     bool: {"action": argparse.BooleanOptionalAction},
-    int: {"type": int, "metavar": "N"},
+    int: {"type": _whole, "metavar": "N"},
     float: {"type": _number, "metavar": "X"},
     str: {"type": str, "metavar": "NAME"},
+}
+
+
+# Options that Python, or another part of the package, calls something else; a configuration has its own data and test.
+WRITTEN = {
+    "generate": {"folder": "--out", "image_format": "--export"},
+    "export": {"folder": "--to", "out": "--to", "export.path": "--to", "image_format": "--format"},
+    "evaluate": {"clean": "--data", "folder": "--json or --figure", "figure.path": "--figure"},
+    "report": {"folder": "--out", "report.data": "data", "report.test": "test"},
+    "demo": {"folder": "--out"},
 }
 
 
@@ -70,7 +88,8 @@ class _Parser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, **options)
 
     def error(self, message):
-        raise ValueError(f"{self.prog.removeprefix('miue-fast ')}: {message} (see {self.prog} --help)")
+        command = self.prog.removeprefix("miue-fast").lstrip()
+        raise ValueError(f"{command and f'{command}: '}{message} (see {self.prog} --help)")
 
 
 def parse(argv=None):
@@ -113,11 +132,11 @@ def _parser():
     sub.add_argument("--test-split", default=None, choices=["train", "test"], help="of the --test folder")
     sub.add_argument("--victim", default="small_resnet", choices=list(RECIPES), metavar="NAME",
                      help=f"{', '.join(RECIPES)}; default: small_resnet")  # fmt: skip
-    sub.add_argument("--seeds", type=int, default=1, metavar="N", help="victims per training set; default 1")
-    sub.add_argument("--epochs", type=int, default=None, help="default: the victim's own")
+    sub.add_argument("--seeds", type=_whole, default=1, metavar="N", help="victims per training set; default 1")
+    sub.add_argument("--epochs", type=_whole, default=None, help="default: the victim's own")
     sub.add_argument("--lr", type=_number, default=None, help="default: the victim's own")
-    sub.add_argument("--batch", type=int, default=None, help="default: the victim's own")
-    sub.add_argument("--crop", type=int, default=None, help="padding of the random crop; default: an eighth of the width; 0: flips only")
+    sub.add_argument("--batch", type=_whole, default=None, help="default: the victim's own")
+    sub.add_argument("--crop", type=_whole, default=None, help="padding of the random crop; default: an eighth of the width; 0: flips only")
     sub.add_argument("--eps", type=_number, default=None, help="budget of the random noise; default: the one found in the poisoned images")
     sub.add_argument("--noise", default="sign", choices=NOISES, help="random noise: sign (+-eps, default) or uniform")
     text = f"what the victim's owner does: {', '.join(DEFENCES)}; options behind colons: jpeg:10, adversarial:4:steps=3; default: none"
@@ -137,21 +156,24 @@ def _parser():
     )
     sub.add_argument("--data", type=Path, default=None, metavar="DIR", help="clean images, instead of the configuration's")
     sub.add_argument("--test", type=Path, default=None, metavar="DIR", help="clean test images, instead of the configuration's")
-    sub.add_argument("--jobs", type=int, default=1, metavar="N", help="processes at once, each with its share of the threads; default 1")
+    sub.add_argument("--jobs", type=_whole, default=1, metavar="N", help="processes at once, each with its share of the threads; default 1")
     sub.add_argument("--no-run", action="store_true", default=False, help="train nothing: the report of what is finished")
     sub.add_argument("--quiet", action="store_true", default=False, help="no progress bar")
 
     sub = command("demo", "the whole story on drawn shapes, in a few minutes on a CPU, without a download")
     sub.add_argument("--out", type=Path, default=Path("demo-output"), metavar="DIR", help="default: demo-output; replaced")
-    sub.add_argument("--seed", type=int, default=0, help="default 0")
+    sub.add_argument("--seed", type=_whole, default=0, help="default 0")
 
     command("info", "ops and backends of this machine, versions, build")
+    for name, sub in commands.choices.items():
+        flags = {action.dest: f"--{action.dest.replace('_', '-')}" for action in sub._actions if action.option_strings}
+        sub.set_defaults(written=flags | WRITTEN.get(name, {}))
     return parser
 
 
 def _selection_options(sub):
-    sub.add_argument("--size", type=int, default=None, metavar="N", help="resize to N x N for the network; default: images as they are")
-    sub.add_argument("--per-class", type=int, default=None, metavar="N", help="only the first N images of each class")
+    sub.add_argument("--size", type=_whole, default=None, metavar="N", help="resize to N x N for the network; default: images as they are")
+    sub.add_argument("--per-class", type=_whole, default=None, metavar="N", help="only the first N images of each class")
     sub.add_argument("--split", default=None, choices=["train", "test"], help="read this part of the data")
 
 

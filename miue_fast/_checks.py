@@ -1,9 +1,11 @@
 """One wording for every bad input: `op: argument: expected X, got Y`."""
 
 import unicodedata
+from pathlib import Path
 
 import torch
 
+from . import _written
 from ._registry import DOUBLES, FLOATS
 
 INTEGERS = frozenset({torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64})
@@ -13,6 +15,7 @@ LONGEST = 2000  # characters of a message: enough for a path of any length that 
 
 
 def fail(op, argument, expected, got):
+    argument = _written.shown(op, argument)
     raise ValueError(printable(f"{op}: {argument}: expected {expected}, got {got}", most=LONGEST))
 
 
@@ -53,7 +56,7 @@ def features_and_labels(op, features, labels):
 def seed(op, value, name="seed"):
     """PyTorch's generators take no more."""
     if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 2**63:
-        fail(op, name, "a whole number from 0 to 2^63 - 1", repr(value))
+        fail(op, name, "a whole number from 0 to 2^63 - 1", short(value))
 
 
 def temperature(op, value):
@@ -63,7 +66,7 @@ def temperature(op, value):
 
 def denominator(op, value):
     if value not in ("all", "negatives"):
-        fail(op, "denominator", "'all' or 'negatives'", repr(value))
+        fail(op, "denominator", "'all' or 'negatives'", short(value))
 
 
 def step_sizes(op, alpha, eps):
@@ -118,10 +121,18 @@ def device(op, value):
         return None
     try:
         found = torch.device(value)
-    except (RuntimeError, TypeError):
+    except (RuntimeError, TypeError, ValueError):
         found = None
     if found is None or found.type not in ("cpu", "cuda"):
-        fail(op, "device", "'cpu', 'cuda' or 'cuda:N'", repr(value))
+        fail(op, "device", "'cpu', 'cuda' or 'cuda:N'", short(value))
     if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
         fail(op, "device", f"one of the {torch.cuda.device_count()} CUDA devices here", repr(value))
     return str(found)
+
+
+def short(value):
+    """`value` in a message: numbers of thousands of digits and texts of thousands of characters lose their middle."""
+    if isinstance(value, int) and value.bit_length() > 128:  # Python refuses to write out very long ones
+        return f"a {'negative ' if value < 0 else ''}number of {value.bit_length()} bits"
+    text = str(value) if isinstance(value, Path) else repr(value)
+    return text if len(text) <= 120 else f"{text[:60]}...{text[-55:]}"

@@ -4,24 +4,28 @@ import json
 import logging
 import shlex
 import sys
+from pathlib import Path
 
 import torch
 
-from . import data
+from . import _ranges, data, models
 from ._arguments import given, parse
 from ._checks import LONGEST, fail, printable
 from ._output import say, start_log
 from ._registry import BackendError
-from .data.export import FORMATS
-from .evaluate import evaluate, figure, poisoned_images
-from .evaluate.defences import defence
+from ._written import written_as
+from .data.export import FORMATS, LOSSY
+from .evaluate import check_options, evaluate, figure, poisoned_images
 from .evaluate.figure import check_suffix
 from .evaluate.figure import missing as figure_missing
+from .evaluate.start import read_state
+from .frozen import find_layer
 from .generate import Interrupted, generate
 from .generate.checkpoint import NAME as CHECKPOINT
 from .generate.checkpoint import unfinished
 from .generate.options import choose
 
+NO_MEMORY = ("can't allocate memory", "not enough memory", "Storage size calculation overflowed")  # in torch's RuntimeErrors
 EXPORTS = {"pt": "poison.pt", "npz": "poisoned.npz", "pickle": "poison.pkl"}  # in the folder of `generate`; images go to "images"
 
 
@@ -34,18 +38,30 @@ def main(argv=None):
     start_log()
     try:
         args = parse(argv)
-        return COMMANDS[args.command](args)
+        with written_as(args.written):
+            _check(args)
+            return COMMANDS[args.command](args)
     except Interrupted as told:
         return _complain(told, 130)
     except KeyboardInterrupt:
         return _complain("interrupted: what was finished before is kept; the same command starts again", 130)
     except (ValueError, BackendError, OSError) as error:
         return _complain(error, 2)
-    except (MemoryError, RuntimeError) as error:
-        text = str(error) or "none left"
-        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "can't allocate memory" not in text:
+    except (MemoryError, OverflowError, RuntimeError) as error:
+        told = _too_large(error)
+        if told is None:
             raise
-        return _complain(f"memory: expected enough, got: {text.splitlines()[0]}", 2)
+        return _complain(told, 2)
+
+
+def _too_large(error):
+    """One line about sizes that fit no memory or numbers that fit no type of torch; None: the error is a fault of this program."""
+    text = (str(error) or "none left").splitlines()[0]
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or any(sign in text for sign in NO_MEMORY):
+        return f"memory: expected enough, got: {text}; choose smaller sizes (width, batch, images)"
+    if isinstance(error, OverflowError) or "without overflow" in text:
+        return f"numbers: expected such as 32 bits hold, got: {text}; choose smaller ones"
+    return None
 
 
 def _complain(error, code):
@@ -62,6 +78,66 @@ def _text(error):
 
 
 # the commands
+
+
+def _check(args):
+    """Judges every option, and whether every path can be looked up, before anything is read or made."""
+    for name, value in vars(args).items():
+        if isinstance(value, Path):
+            _ranges.reachable("path", name, value)
+    if hasattr(args, "size"):
+        data.check_selection(args.size, args.per_class)
+    if args.command in CHECKS:
+        CHECKS[args.command](args)
+
+
+def _check_generate(args):
+    options = choose(args.preset, given(args))
+    _check_lossy("generate", args.export, args)
+    if options.objective != "random":
+        with torch.device("meta"):  # no memory for its weights
+            network = models.build(args.model, 2, width=options.width, size=args.size or 32)
+        if args.feature is not None:
+            find_layer("generate", network, args.feature)
+
+
+def _check_export_options(args):
+    data.check_system()
+    _check_lossy("export", args.format, args)
+    if args.format in ("pt", "pickle") and args.rounding != "nearest":
+        fail("export", "rounding", f"'nearest' for {args.format}, which holds the perturbation", repr(args.rounding))
+    if hasattr(args, "eps"):
+        data.budget(args.eps)
+        if args.format == "pickle":
+            data.check_pickle(args.eps)
+
+
+def _check_lossy(command, form, args):
+    if form in LOSSY and not args.allow_lossy:
+        fail(command, "image_format", "a lossless one, or --allow-lossy (JPEG breaks the budget)", repr(form))
+
+
+def _check_evaluate(args):
+    names = ("victim", "epochs", "seeds", "lr", "batch", "crop", "eps", "noise", "device", "defence", "poison_ratio")
+    check_options(**{name: getattr(args, name) for name in names})
+    if args.init is not None:
+        args.init = read_state(args.init)
+
+
+def _check_report(args):
+    from .report import check_jobs
+
+    check_jobs(args.jobs)
+
+
+CHECKS = {
+    "generate": _check_generate,
+    "export": _check_export_options,
+    "verify": lambda args: data.budget(args.eps),
+    "evaluate": _check_evaluate,
+    "report": _check_report,
+    "demo": lambda args: _ranges.whole("demo", "seed", args.seed, 0),
+}
 
 
 def _load(args):
@@ -124,8 +200,6 @@ def _check_export(dataset, target, args, eps, replace):
 
 
 def _write(dataset, delta, target, form, eps, allow_lossy, rounding, overwrite):
-    if form in ("pt", "pickle") and rounding != "nearest":
-        fail("export", "rounding", f"'nearest' for {form}, which holds the perturbation", repr(rounding))
     if form == "pt":
         data.export_pt(dataset, delta, target, eps=eps, overwrite=overwrite)
     elif form == "pickle":
@@ -175,7 +249,6 @@ def _evaluate(args):
         raise BackendError(figure_missing())
     if args.figure:
         check_suffix(args.figure)
-    defence(args.defence)  # a wrong text is told before the images are read
     clean = _load(args)
     test = data.load_test(args.test, size=args.size, split=args.test_split)
     code = _unreadable(clean, test)

@@ -82,7 +82,7 @@ def test_overwrite_says_how_to_go_on_and_leaves_no_stale_poison(tmp_path, monkey
         generate(shapes, tmp_path, epochs=3, seed=9, overwrite=True, **small)
     assert files(tmp_path) == before
     stop_at(2)
-    with pytest.raises(Interrupted, match=r"epoch 1 of 3 is saved .* the same command without overwrite goes on"):
+    with pytest.raises(Interrupted, match=r"epoch 1 of 3 is saved .* the same command without overwrite=True goes on"):
         generate(shapes, tmp_path, epochs=3, seed=9, overwrite=True, **small)
     assert not (tmp_path / "poison.safetensors").exists() and not (tmp_path / "manifest.json").exists()
     stop_at(None)
@@ -277,7 +277,7 @@ def test_what_can_be_told_before_the_work_is(root, tmp_path, capsys, monkeypatch
     evaluated = ["evaluate", "--data", root / "train", "--poisoned", root / "out", "--test", root / "test", "--quiet"]
     for words, expected in (
         ([*generated, "--export", "pickle", "--eps", "1"], "127/255"),
-        ([*generated, "--alpha-0", "1e300"], "alpha_0: expected"),
+        ([*generated, "--alpha-0", "1e300"], "--alpha-0: expected"),
         ([*generated, "--seed", "99999999999999999999999"], "seed: expected"),
         ([*evaluated, "--json", tmp_path], "got the folder"),
         ([*evaluated, "--figure", tmp_path / "a.xyz"], "ending in"),

@@ -120,7 +120,7 @@ def _bad_inputs(root, tmp):
         ([*generate, "--backend", "fortran"], "backend: expected"),
         ([*generate, "--feature", "nose"], "feature: expected"),
         ([*generate, "--size", "0"], "size: expected"),
-        ([*generate, "--lr", "1e30", "--epochs", "2"], "lower lr"),
+        ([*generate, "--lr", "1e30", "--epochs", "2"], "lower --lr"),
         ([*generate, "--export", "jpeg"], "--allow-lossy"),
         (["generate", "--data", tmp / "nowhere", "--out", out], "nowhere"),
         (["generate", "--data", tmp / "one", "--out", out], "at least 2 classes"),

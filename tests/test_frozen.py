@@ -37,7 +37,7 @@ def by_autograd(model, feature, images, seed=1):
     seen = []
     layer = dict(model.named_modules())[feature]
     handle = layer.register_forward_hook(lambda m, i, o: seen.append(o))
-    x = images.double().requires_grad_()
+    x = images.double().clone().requires_grad_()
     model.double()(x)
     handle.remove()
     f = seen[0].flatten(1)
@@ -389,7 +389,21 @@ class Doctored(Branching):
         return self.avgpool(F.relu(self.conv(x)))
 
 
+class Noise(Branching):
+    """Numbers that must be drawn anew each time."""
+
+    def __init__(self, channels=None):
+        super().__init__()
+        self.channels = channels
+
+    def forward(self, x):
+        kind = self.conv.weight.dtype if self.channels is None else torch.float32
+        return self.avgpool(self.conv(x) + 0 * torch.rand(1, 4, 1, 1, dtype=kind))
+
+
 FALLBACKS = {
+    "noise": (Noise, "aten::rand: random numbers in eval mode"),
+    "noise of a size": (lambda: Noise(4), "aten::rand: random numbers in eval mode"),
     "forward of its own": (Doctored, "conv: a module with a forward of its own"),
     "sigmoid": (lambda: Sigmoid([4, 8], 1, 3, True, 3), "sigmoid: sigmoid"),
     "branch": (Branching, "torch.fx cannot trace it"),

@@ -35,12 +35,12 @@ class OnCpu(Captured):
 
     made = 0
 
-    def __init__(self, work, inputs, pool=None):
+    def __init__(self, work, inputs, pool=None, generators=()):
         OnCpu.made += 1
         self.work = work
         stores = [*self.watched(), *(value for value in inputs if value is not None)]
         before = [store.clone() for store in stores]
-        super().__init__(work, inputs, pool)
+        super().__init__(work, inputs, pool, generators)
         with torch.no_grad():
             for store, value in zip(stores, before):
                 store.copy_(value)

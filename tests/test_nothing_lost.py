@@ -193,7 +193,7 @@ def test_the_advice_of_an_interrupted_overwrite_works(start, root, tmp_path, cap
         stop_at(patch, 2)
         capsys.readouterr()
         assert start(*again, "--overwrite") == 130
-        assert "the same command without overwrite goes on" in complaint(capsys)
+        assert "the same command without --overwrite goes on" in complaint(capsys)
     assert start(*again) == 0
     assert len(data.load_poison(tmp_path / "out")[1]["files"]) == 1 and run("verify", root / "train", tmp_path / "out/images") == 0
     assert {path.suffix for path in (tmp_path / "out/images").glob("*/*")} == {".png"}

@@ -1,16 +1,16 @@
 """Images in, poisoned images out. `load`, `shapes`, the poison store, exports and their verification."""
 
 from .align import align, poison_from_images
-from .atomic import check_outside, check_writable, only_writer, sweep, write_file, write_files
+from .atomic import check_outside, check_system, check_writable, only_writer, sweep, write_file, write_files
 from .dataset import Dataset
 from .export import IMAGES, check_folder, export_folder, other_files
-from .export_file import check_file, export_npz, export_pickle, export_pt
+from .export_file import check_file, check_pickle, export_npz, export_pickle, export_pt
 from .interop import read_pickle
 from .owned import LIST, Owned, check_owned, write_owned
-from .poison import POISON_FILES, apply_poison, is_poison, load_poison, quantise, random_noise, save_poison
+from .poison import POISON_FILES, apply_poison, budget, is_poison, load_poison, quantise, random_noise, save_poison
 from .preflight import check_room
 from .shapes import shapes
-from .sources import from_arrays, is_tree, load, load_test
+from .sources import check_selection, from_arrays, is_tree, load, load_test
 from .verify import Report, verify
 
 __all__ = [
@@ -22,11 +22,15 @@ __all__ = [
     "Report",
     "align",
     "apply_poison",
+    "budget",
     "check_file",
     "check_folder",
     "check_outside",
     "check_owned",
+    "check_pickle",
     "check_room",
+    "check_selection",
+    "check_system",
     "check_writable",
     "export_folder",
     "export_npz",

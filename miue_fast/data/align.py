@@ -5,6 +5,7 @@ import os
 import torch
 
 from .._checks import fail
+from .._written import option, shown
 from .dataset import Dataset
 from .export import target_paths
 from .sources import load
@@ -23,7 +24,8 @@ def align(clean, copy):
     place = {name: row for row, name in enumerate(names)}
     strange = [name for name in copy.names if name not in place]
     if strange:
-        fail("data", "poisoned", "images with the names of the clean ones (same --per-class, --split?)", f"{strange[0]} and "
+        same = shown("data", "per_class and split")
+        fail("data", "poisoned", f"images with the names of the clean ones (same {same}?)", f"{strange[0]} and "
              f"{len(strange) - 1} more without a clean image")  # fmt: skip
     rows, order = torch.tensor([place[name] for name in copy.names], dtype=torch.int64).sort()
     images = copy.images[order]
@@ -53,7 +55,7 @@ def poison_from_images(clean, copy, *, partial=False):
     rows, images = align(clean, copy)
     if len(rows) != len(clean) and not partial:
         left = sorted(set(range(len(clean))) - set(rows.tolist()))
-        fail("data", "poisoned", f"a poisoned copy of all {len(clean)} images (or partial=True: delta 0 without one)",
+        fail("data", "poisoned", f"a poisoned copy of all {len(clean)} images (or {option('partial', True)}: delta 0 without one)",
              f"none of {clean.names[left[0]]} and {len(left) - 1} more")  # fmt: skip
     delta = torch.zeros(clean.images.shape)
     delta[rows] = (images.to(torch.int16) - clean.images[rows]).float() / 255

@@ -11,6 +11,13 @@ import shutil
 from pathlib import Path
 
 from .._checks import fail
+from .._ranges import reachable
+from .._registry import BackendError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 TEMPORARY = ".miue-tmp"
 
@@ -123,14 +130,20 @@ def sweep(folder):
             leftover.unlink(missing_ok=True)
 
 
+def check_system():
+    """BackendError where folders cannot be locked, opened and flushed: on Windows nothing is written."""
+    if fcntl is None:
+        raise BackendError("output: writing files needs Linux or macOS (no fcntl here): use WSL, or the Python API without a folder")
+
+
 @contextlib.contextmanager
 def only_writer(folder):
     """Holds `folder`, which exists, against every other run that holds it: it would sweep this one's files and write between them.
 
     The lock is on the folder itself: no file stays, and it ends with the process however that ends. ValueError: another run has it.
+    BackendError: as `check_system`.
     """
-    import fcntl  # POSIX, as opening a folder is; without it the ops still import
-
+    check_system()
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         try:
@@ -155,7 +168,9 @@ def check_writable(folder):
 
     Permission bits say nothing to root or on a read-only mount, so a file is really created and removed.
     """
+    check_system()
     folder = Path(folder)
+    reachable("output", "folder", folder)
     if folder.exists() and not folder.is_dir():
         fail("output", "folder", "a folder or a new name", f"the file {folder}")
     probe = folder / f".{secrets.token_hex(8)}{TEMPORARY}"

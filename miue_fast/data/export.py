@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from .._checks import fail
+from .._written import option
 from .atomic import check_writable, only_writer, sweep
 from .export_file import check_content
 from .images import UnreadableError, quiet_decoding, read_bytes, read_image, read_look
@@ -99,7 +100,7 @@ def check_folder(dataset, out, *, eps, image_format="png", allow_lossy=False, ov
     if image_format not in FORMATS:
         fail("export", "image_format", " or ".join(FORMATS), repr(image_format))
     if image_format in LOSSY and not allow_lossy:
-        fail("export", "image_format", "a lossless one, or allow_lossy=True / --allow-lossy (JPEG breaks the budget)", repr(image_format))
+        fail("export", "image_format", f"a lossless one, or {option('allow_lossy', True)} (JPEG breaks the budget)", repr(image_format))
     budget(eps)
     out, (suffix, options) = Path(out), FORMATS[image_format]
     targets = list(target_paths(dataset, suffix).values())
@@ -108,7 +109,7 @@ def check_folder(dataset, out, *, eps, image_format="png", allow_lossy=False, ov
         if real.is_relative_to(clean) or clean.is_relative_to(real):
             fail("export", "out", f"a folder apart from the clean one, {clean}", str(real))
     if out.is_dir() and any(out.iterdir()) and not overwrite:
-        fail("export", "out", "a new or empty folder (or overwrite=True)", f"{out}, which is not empty")
+        fail("export", "out", f"a new or empty folder (or {option('overwrite', True)})", f"{out}, which is not empty")
     check_writable(out)
     files = Owned(out)
     files.check("export", [NOTE, *targets, *list_tree(out)[1]])

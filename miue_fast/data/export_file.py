@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from .._checks import describe, fail
+from .._written import option
 from .atomic import check_writable
 from .interop import PICKLES
 from .owned import check_owned, write_owned
@@ -57,7 +58,7 @@ def export_pickle(dataset, delta, path, *, eps, layout="nhwc", overwrite=False):
 def check_pickle(eps):
     """ValueError if int8 levels cannot hold this budget."""
     if budget(eps) > 127:
-        fail("export", "eps", "at most 127/255, int8 levels (a bare perturbation needs its budget: --eps)", eps)
+        fail("export", "eps", f"at most 127/255, int8 levels (a bare perturbation needs its budget: {option('eps', '8/255')})", eps)
 
 
 def check_content(dataset, delta, eps, rounding):
@@ -81,6 +82,6 @@ def check_file(path, form, *, eps, overwrite=False):
         check_pickle(eps)
     check_writable(path.parent)
     if os.path.lexists(path) and not overwrite:
-        fail("export", "path", "a new file (or overwrite=True)", f"{path}, which exists")
+        fail("export", "path", f"a new file (or {option('overwrite', True)})", f"{path}, which exists")
     check_owned("export", [path])
     return path

@@ -12,6 +12,7 @@ import safetensors
 import safetensors.torch
 import torch
 
+from .. import _ranges
 from .._checks import describe, fail
 from .atomic import check_writable
 from .images import one_line
@@ -33,8 +34,7 @@ PT_ERRORS = (*NPZ_ERRORS, pickle.UnpicklingError)
 
 def budget(eps):
     """eps on the [0, 1] scale as whole levels of 1/255, rounded down (8/255 -> 8)."""
-    if not isinstance(eps, (int, float)) or not 0 <= eps <= 1:
-        fail("poison", "eps", "a number from 0 to 1 ([0, 1] image scale, e.g. 8/255)", eps)
+    _ranges.budget("poison", "eps", eps, zero=True)
     return int(eps * 255 + 1e-4)
 
 

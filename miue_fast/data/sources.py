@@ -13,7 +13,9 @@ import numpy as np
 import torch
 from PIL import Image
 
+from .. import _ranges
 from .._checks import INTEGERS, describe, fail
+from .._written import option
 from . import cifar
 from .dataset import Dataset
 from .images import UnreadableError, one_line, quiet_decoding, read_bytes, read_image
@@ -46,10 +48,7 @@ def load(source, *, size=None, split=None, per_class=None):
     Files that cannot be used (damaged, bombs, over 8 bits per channel, links to folders or out of the root) are left out and
     listed in `unreadable`. Deterministic. ValueError: empty, fewer than 2 classes, unequal sizes with size=None, wrong arrays.
     """
-    if size is not None and (type(size) is not int or not 1 <= size <= MAX_SIZE):
-        fail("data", "size", f"None or an integer from 1 to {MAX_SIZE}", repr(size))
-    if per_class is not None and (type(per_class) is not int or per_class < 1):
-        fail("data", "per_class", "None or an integer >= 1", repr(per_class))
+    check_selection(size, per_class)
     if isinstance(source, (str, os.PathLike)):
         path = Path(source)
         if path.is_dir():
@@ -69,6 +68,14 @@ def load(source, *, size=None, split=None, per_class=None):
     if split is not None:
         fail("data", "split", "None for arrays and archives", repr(split))
     return _finish(data, size, per_class, name)
+
+
+def check_selection(size, per_class):
+    """What `load` does before it looks at its source."""
+    if size is not None:
+        _ranges.whole("data", "size", size, 1, MAX_SIZE)
+    if per_class is not None:
+        _ranges.whole("data", "per_class", per_class)
 
 
 def is_tree(path):
@@ -136,7 +143,7 @@ def _load_folder(root, size, per_class):
                     continue
                 if pixels and result.shape != pixels[0].shape:
                     first = f"{kept[0]} is {sizes[0][0]} x {sizes[0][1]}, {name} is {original[0]} x {original[1]}"
-                    fail("data", "size", "images of one size, or size=N to resize them for the model", first)
+                    fail("data", "size", f"images of one size, or {option('size', 'N')} to resize them for the model", first)
                 kept.append(name)
                 pixels.append(result)
                 sizes.append(original)

@@ -17,7 +17,7 @@ from .export import NOTE, NOTE_FORMAT, combined_digest, files_digest, image_dige
 from .images import UnreadableError, quiet_decoding, read_bytes, read_image
 from .owned import LIST, Owned
 from .poison import apply_poison, budget, is_poison, load_poison
-from .sources import MAX_SIZE, is_tree, load, resize
+from .sources import MAX_SIZE, check_selection, is_tree, load, resize
 from .tree import first_per_class, list_tree, target_names
 
 LISTED = 20
@@ -63,6 +63,7 @@ def verify(clean, out, *, eps, per_class=None):
     cannot be read and have no copy are not missing: they are listed in `unreadable`.
     ValueError: `clean` or `out` is nothing that can be compared at all (missing folder, damaged poison).
     """
+    check_selection(None, per_class)
     report = Report()
     levels = budget(eps)
     path = Path(out) if isinstance(out, (str, os.PathLike)) else None

@@ -1,11 +1,12 @@
 """Does a poison work? The standard victim, trained on clean, poisoned and random-noise images with the same seeds."""
 
 import functools
+import operator
 from dataclasses import asdict
 
 import torch
 
-from .. import _checks, data
+from .. import _calls, _checks, _ranges, data
 from .._checks import fail
 from .._output import progress_bar
 from .cell import pretrain, run_cell
@@ -18,10 +19,12 @@ from .start import class_numbers, poisoned_rows, read_state
 from .table import Table
 from .victims import Run, padding, recipe
 
-__all__ = ["Defence", "Run", "Table", "check_pair", "evaluate", "figure", "poisoned_images", "pretrain", "run_cell"]
+__all__ = ["Defence", "Run", "Table", "check_options", "check_pair", "evaluate", "figure", "poisoned_images", "pretrain", "run_cell"]
 NOISES = ("sign", "uniform")
+MOST_SEEDS = 10_000
 
 
+@_calls.ordinary()
 def evaluate(clean, poisoned, test, *, victim="small_resnet", epochs=None, seeds=1, lr=None, batch=None, crop=None, eps=None, noise="sign",
              size=None, device=None, progress=True, defence="none", poison_ratio=1.0, unseen=None, init=None, curve=True,
              keep=None):  # fmt: skip
@@ -51,23 +54,12 @@ def evaluate(clean, poisoned, test, *, victim="small_resnet", epochs=None, seeds
 
     Deterministic on the CPU for given seeds, versions and thread count. Errors: ValueError, OSError.
     """
-    defence = make_defence(defence)
-    plan = recipe(victim, epochs, lr, batch, crop, adversarial=defence.attack is not None)
-    if not 0 < poison_ratio <= 1:
-        fail("evaluate", "poison_ratio", "a number in (0, 1]", poison_ratio)
+    _calls.default_dtype("evaluate")
+    plan, defence, seeds, device = check_options(victim=victim, epochs=epochs, seeds=seeds, lr=lr, batch=batch, crop=crop, eps=eps,
+                                                 noise=noise, device=device, defence=defence, poison_ratio=poison_ratio)  # fmt: skip
     if keep is not None and (not isinstance(victim, str) or init is not None):
         fail("evaluate", "keep", "None for a victim of your own or from given weights", repr(keep))
     init = read_state(init) if init is not None else None
-    seeds = list(range(seeds)) if isinstance(seeds, int) else [int(seed) for seed in seeds]
-    for seed in seeds:
-        _checks.seed("evaluate", seed, "seeds")
-    if not seeds:
-        fail("evaluate", "seeds", "at least one", seeds)
-    if noise not in NOISES:
-        fail("evaluate", "noise", " or ".join(map(repr, NOISES)), repr(noise))
-    if eps is not None and not 0 < eps <= 1:
-        fail("evaluate", "eps", "a number in (0, 1] ([0, 1] image scale: 8/255, not 8)", eps)
-    device = _checks.device("evaluate", device)
     clean = clean if isinstance(clean, data.Dataset) else data.load(clean, size=size)
     test = test if isinstance(test, data.Dataset) else data.load_test(test, size=size)
     clean, images = poisoned_images(clean, poisoned, size=size)
@@ -121,6 +113,39 @@ def evaluate(clean, poisoned, test, *, victim="small_resnet", epochs=None, seeds
         "pretrained": init is not None,
     }
     return Table(rows, options)
+
+
+def check_options(*, victim, epochs, seeds, lr, batch, crop, eps, noise, device, defence, poison_ratio):
+    """What `evaluate` makes of its options before it looks at any data: (Recipe, Defence, seeds, device). Errors: ValueError."""
+    defence = make_defence(defence)
+    plan = recipe(victim, epochs, lr, batch, crop, adversarial=defence.attack is not None)
+    _ranges.number("evaluate", "poison_ratio", poison_ratio, lambda v: 0 < v <= 1, "a number in (0, 1]")
+    if noise not in NOISES:
+        fail("evaluate", "noise", " or ".join(map(repr, NOISES)), _checks.short(noise))
+    if eps is not None:
+        _ranges.budget("evaluate", "eps", eps)
+    return plan, defence, _seeds(seeds), _checks.device("evaluate", device)
+
+
+def _seeds(seeds):
+    try:
+        found = [_plain(seed) for seed in seeds]
+    except TypeError:  # not a sequence: how many
+        _ranges.whole("evaluate", "seeds", seeds, 1, MOST_SEEDS)
+        return list(range(seeds))
+    for seed in found:
+        _checks.seed("evaluate", seed, "seeds")
+    if not found:
+        fail("evaluate", "seeds", "at least one", _checks.short(seeds))
+    return found
+
+
+def _plain(number):
+    """A whole number of any library as Python's own; what is none stays."""
+    try:
+        return operator.index(number)
+    except TypeError:
+        return number
 
 
 def check_pair(op, clean, test):

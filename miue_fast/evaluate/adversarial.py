@@ -22,7 +22,7 @@ class Attack:
         """Images [B, C, H, W] within eps of `images` and within [0, 1], with a larger cross-entropy.
 
         The network is in eval mode meanwhile (running statistics of batch norm, which the attack leaves as they are) and then in its
-        former mode. Draws from torch's global generator.
+        former mode. Draws from torch's global generator, within `Draws` from the cell's.
         """
         training = model.training
         model.eval()

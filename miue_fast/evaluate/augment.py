@@ -1,7 +1,7 @@
 """Defences that change every training batch: images float [B, C, H, W] on the [0, 1] scale, after crop and flip.
 
 Each is called as f(model, images, labels, classes) and gives (images, targets): labels [B], or shares of the classes [B, classes]. They
-draw from torch's global generator.
+draw from torch's global generator, which a cell replaces by its own (`Draws`).
 """
 
 import torch

@@ -2,11 +2,13 @@
 
 import torch
 
-from .. import _checks
+from .. import _calls, _checks
 from .defences import defence as make_defence
 from .victims import recipe, train
 
 
+@_calls.ordinary()
+@torch.enable_grad()  # whatever the caller runs in
 def run_cell(train_images, labels, test_images, test_labels, classes, *, victim="small_resnet", defence="none", seed=0, epochs=None,
              lr=None, batch=None, crop=None, init=None, unseen=(), curve=False, keep_model=False, device=None, on_epoch=None):  # fmt: skip
     """Prepares the images as the defence says, trains one victim and returns its Run.
@@ -23,9 +25,11 @@ def run_cell(train_images, labels, test_images, test_labels, classes, *, victim=
         keep_model: leave the trained network in Run.model.
         on_epoch: called with the Run after every epoch.
 
-    The same seed gives the same digits on a CPU for a given thread count. Errors: ValueError and BackendError before any training,
-    ValueError when the loss stops being finite.
+    The same seed gives the same digits on a CPU for a given thread count, whatever other threads do: random numbers come from generators
+    of this call. (A callable victim is made with PyTorch's own, seeded and put back.) Errors: ValueError and BackendError before any
+    training, ValueError when the loss stops being finite.
     """
+    _calls.default_dtype("evaluate")
     defence = make_defence(defence)
     plan = recipe(victim, epochs, lr, batch, crop, adversarial=defence.attack is not None)
     for name, images in (("train_images", train_images), ("test_images", test_images)):

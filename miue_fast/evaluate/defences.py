@@ -22,7 +22,7 @@ import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from .._checks import fail
+from .._checks import fail, short
 from .._registry import BackendError
 from . import augment, preprocess
 from ._torchvision import missing
@@ -133,8 +133,8 @@ def defence(spec):
     if isinstance(spec, Defence):
         return spec
     name, *parts = spec.split(":") if isinstance(spec, str) else [spec]
-    if name not in _TABLE:
-        fail("defence", "name", f"one of {', '.join(NAMES)}", repr(name))
+    if not isinstance(name, str) or name not in _TABLE:
+        fail("defence", "name", f"one of {', '.join(NAMES)}", short(name))
     numbers, needs_torchvision, make = _TABLE[name]
     options = {option: number.default for option, number in numbers.items()}
     given = set()

@@ -9,8 +9,9 @@ from dataclasses import dataclass, field, replace
 import torch
 import torch.nn.functional as F
 
-from .. import models
-from .._checks import fail
+from .. import _ranges, models
+from .._checks import describe, fail, short
+from .._random import Draws, backward_of, seeded_globally
 from ..ops import perturbed_input
 from .adversarial import robust_accuracy
 from .defences import defence as make_defence
@@ -93,7 +94,7 @@ def recipe(victim, epochs, lr, batch, crop=None, *, adversarial=False):
     """
     usual = RECIPES.get(victim) if isinstance(victim, str) else None
     if usual is None and (isinstance(victim, str) or not callable(victim)):
-        fail("evaluate", "victim", f"{', '.join(RECIPES)} or a callable (classes -> module)", repr(victim))
+        fail("evaluate", "victim", f"{', '.join(RECIPES)} or a callable (classes -> module)", short(victim))
     if usual is None and (epochs is None or lr is None):
         fail("evaluate", "epochs and lr", "both, for a victim of your own", f"epochs={epochs}, lr={lr}")
     usual = usual or Recipe(victim, epochs, lr, 128)
@@ -103,24 +104,27 @@ def recipe(victim, epochs, lr, batch, crop=None, *, adversarial=False):
     given = {"epochs": epochs, "lr": lr, "batch": batch, "crop": crop}
     plan = replace(usual, **{name: value for name, value in given.items() if value is not None})
     for name, value in (("epochs", plan.epochs), ("batch", plan.batch)):
-        if not isinstance(value, int) or value < 1:
-            fail("evaluate", name, "a whole number >= 1", value)
-    if not 0 < plan.lr < float("inf"):
-        fail("evaluate", "lr", "a finite number > 0", plan.lr)
-    if crop is not None and (not isinstance(crop, int) or not 0 <= crop <= 4096):
-        fail("evaluate", "crop", "None or a whole number from 0 to 4096", crop)
+        _ranges.whole("evaluate", name, value)
+    _ranges.positive("evaluate", "lr", plan.lr)
+    if crop is not None:
+        _ranges.whole("evaluate", "crop", crop, 0, 4096)
     return plan
 
 
-def build(victim, classes, shape):
-    """A victim for images of `shape` (C, H, W) on the [0, 1] scale, without normalisation (algorithm.md 2)."""
+def build(victim, classes, shape, draws, device):
+    """A victim for images of `shape` (C, H, W) on the [0, 1] scale, without normalisation (algorithm.md 2), initialised from `draws`."""
     channels, height, width = shape
     if isinstance(victim, str):
         if victim in models.SQUARE and height != width:
             fail("evaluate", "victim", "square images, or a convolutional victim", f"{victim} and {width} x {height}")
-        model = models.build(victim, classes, normalize=False, size=min(height, width), channels=channels)
+        with draws:
+            model = models.build(victim, classes, normalize=False, size=min(height, width), channels=channels)
     else:
-        model = victim(classes)
+        with seeded_globally(draws, device):
+            model = victim(classes)
+    for tensor in [*model.parameters(), *model.buffers()]:
+        if tensor.is_floating_point() and (tensor.dtype != torch.float32 or tensor.is_inference()):
+            fail("evaluate", "victim", "ordinary float32 weights", describe(tensor) + " (inference mode)" * tensor.is_inference())
     return model.to(memory_format=torch.channels_last)
 
 
@@ -132,14 +136,6 @@ def crops(images, pad):
     """A view [N, T, L, C, H, W] of every crop of the images with `pad` zeros on each side: nothing is copied until a crop is drawn."""
     height, width = images.shape[-2:]
     return F.pad(images, (pad,) * 4).unfold(2, height, 1).unfold(3, width, 1).permute(0, 2, 3, 1, 4, 5)
-
-
-@contextlib.contextmanager
-def _seeded(seed, device):
-    """Weights and the victim's own randomness follow the seed; the caller's generators are left as they were."""
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        yield torch.Generator().manual_seed(seed)
 
 
 @torch.no_grad()
@@ -168,25 +164,29 @@ def train(recipe, images, labels, test_images, test_labels, classes, seed, *, de
     defence = make_defence(defence)
     every = max(1, -(-len(test_images) // CURVE_IMAGES))
     views = crops(images, padding(recipe.crop, images))
-    with _seeded(seed, device) as draw:
-        model = build(recipe.victim, classes, images.shape[1:])
-        if init is not None:
-            start_from(model, read_state(init))
-        model = model.to(device)
-        optimizer = recipe.new_optimizer(model)
-        change = functools.partial(defence.batch, classes=classes) if defence.batch else None
-        for epoch in range(recipe.epochs):
-            optimizer.param_groups[0]["lr"] = recipe.learning_rate(epoch)
-            run.train_curve.append(_one_epoch(model, optimizer, views, labels, recipe.batch, draw, epoch, change))
-            last = epoch == recipe.epochs - 1
-            if curve or last:
-                step = 1 if last else every
+    draws, draw = Draws("evaluate", seed), torch.Generator().manual_seed(seed)
+    model = build(recipe.victim, classes, images.shape[1:], draws, device)
+    own = contextlib.nullcontext() if isinstance(recipe.victim, str) else draws  # a built-in network draws nothing after this
+    if init is not None:
+        start_from(model, read_state(init))
+    model = model.to(device)
+    optimizer = recipe.new_optimizer(model)
+    change = functools.partial(defence.batch, classes=classes) if defence.batch else None
+    for epoch in range(recipe.epochs):
+        optimizer.param_groups[0]["lr"] = recipe.learning_rate(epoch)
+        run.train_curve.append(_one_epoch(model, optimizer, views, labels, recipe.batch, draw, epoch, change, draws, own))
+        last = epoch == recipe.epochs - 1
+        if curve or last:
+            step = 1 if last else every
+            with own:
                 run.test_curve.append(accuracy(model, test_images[::step].contiguous(), test_labels[::step]))
-            if on_epoch:
-                on_epoch(run)
-        if len(unseen):
+        if on_epoch:
+            on_epoch(run)
+    if len(unseen):
+        with own:
             run.test_poisoned, run.test_unseen = _by_class(model, test_images, test_labels, unseen)
-        if defence.attack:
+    if defence.attack:
+        with draws:
             run.robust = robust_accuracy(model, test_images, test_labels, defence.attack)
     run.seconds = time.perf_counter() - started
     if keep_model:
@@ -200,7 +200,7 @@ def _by_class(model, images, labels, unseen):
     return [accuracy(model, images[rows], labels[rows]) if rows.any() else None for rows in (~apart, apart)]
 
 
-def _one_epoch(model, optimizer, views, labels, batch, draw, epoch, change):
+def _one_epoch(model, optimizer, views, labels, batch, draw, epoch, change, draws, own):
     model.train()
     count, tops, lefts = views.shape[:3]
     device = labels.device
@@ -216,11 +216,15 @@ def _one_epoch(model, optimizer, views, labels, batch, draw, epoch, change):
         drawn = views[chosen, top[chosen], left[chosen]].contiguous()
         inputs, targets = perturbed_input(drawn, flip=flip[chosen]), labels[chosen]
         if change:
-            inputs, targets = change(model, inputs, targets)
-        logits = model(inputs)
+            with draws:
+                inputs, targets = change(model, inputs, targets)
+        draws.drew = False
+        with own:
+            logits = model(inputs)
         loss = F.cross_entropy(logits, targets)
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        with backward_of(draws):
+            loss.backward()
         optimizer.step()
         right += (logits.argmax(1) == (targets if targets.dim() == 1 else targets.argmax(1))).sum()
         total += loss.detach()

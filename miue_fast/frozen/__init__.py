@@ -5,16 +5,18 @@ import logging
 import torch
 from torch import nn
 
+from .._calls import ordinary
 from .._checks import fail
 from .autograd import AutogradNet
 from .lower import NotLowered, lower
 from .net import CPU_CHUNK, FrozenNet
 
-__all__ = ["CPU_CHUNK", "AutogradNet", "FrozenNet", "find_layer", "freeze"]
+__all__ = ["CPU_CHUNK", "AutogradNet", "FrozenNet", "find_layer", "freeze", "frozen_form"]
 log = logging.getLogger("miue_fast")
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
+@ordinary()
 def freeze(model, feature="avgpool", *, dtype=None, chunk=None, fused=True, fp8=False, channels_last=False, backend="auto",
            channels=None):  # fmt: skip
     """The frozen network of an eval-mode model: `forward(images) -> features`, `input_grad(d_features) -> d_images`, `refold()`.
@@ -37,9 +39,19 @@ def freeze(model, feature="avgpool", *, dtype=None, chunk=None, fused=True, fp8=
 
     Returns: a FrozenNet, or, for a network with an operation that has no fused layer, an AutogradNet with the same calls; one log line
     (and its `reason`) names that operation. Covered: convolution, batch norm, ReLU, sums, concatenation, max and average pooling,
-    linear, flatten, per-channel constants, in the order that ResNets, VGGs, pre-activation WRNs and DenseNets have them.
-    Errors: ValueError.
+    linear, flatten, per-channel constants, in the order that ResNets, VGGs, pre-activation WRNs and DenseNets have them. The result is
+    for one thread at a time; it copies (`copy.deepcopy`) and pickles. Autocast, inference mode and the default dtype of the caller change
+    nothing. Errors: ValueError.
     """
+    training = [name or "the model" for name, m in model.named_modules() if m.training] if isinstance(model, nn.Module) else []
+    if training:
+        fail("freeze", "model", "eval mode (call model.eval())", f"training mode ({training[-1]})")
+    return frozen_form(model, feature, dtype=dtype, chunk=chunk, fused=fused, fp8=fp8, channels_last=channels_last, backend=backend,
+                       channels=channels)  # fmt: skip
+
+
+def frozen_form(model, feature, *, dtype, chunk, fused, fp8, channels_last, backend, channels):
+    """`freeze` of a model in any mode: what is frozen is how it runs in eval mode."""
     if not isinstance(model, nn.Module):
         fail("freeze", "model", "an nn.Module", type(model).__name__)
     if isinstance(getattr(model, "_orig_mod", None), nn.Module) and isinstance(feature, str):  # torch.compile's: only its layers count here
@@ -54,9 +66,6 @@ def freeze(model, feature="avgpool", *, dtype=None, chunk=None, fused=True, fp8=
         fail("freeze", "dtype", "float32, bfloat16, float16 or float64", dtype)
     if chunk is not None and (not isinstance(chunk, int) or chunk < 2):
         fail("freeze", "chunk", "None or a whole number >= 2", chunk)
-    training = [name or "the model" for name, module in model.named_modules() if module.training]
-    if training:
-        fail("freeze", "model", "eval mode (call model.eval())", f"training mode ({training[-1]})")
     devices = {str(t.device) for t in [*model.parameters(), *model.buffers()]}
     if len(devices) > 1:
         fail("freeze", "model", "weights on one device", ", ".join(sorted(devices)))

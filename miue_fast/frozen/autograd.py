@@ -1,34 +1,51 @@
 """The same two calls through PyTorch's autograd, for networks that have no fused form."""
 
 import contextlib
+import threading
 
 import torch
 
+from .._calls import borrowed
 from .._checks import describe, fail
-from .layers import device_of
-from .net import NHWC, Chunks, Frozen, check_images
+from .layers import wide
+from .net import NHWC, Chunks, Frozen
 
 
 class AutogradNet(Frozen):
     """What `freeze` gives for a network that is not lowered: same calls, same results, PyTorch's speed and memory.
 
-    A batch of one launch keeps its graph; a larger one is computed twice, without a graph and then launch by launch with one.
+    A batch of one launch keeps its graph; a larger one is computed twice, without a graph and then launch by launch with one. A call runs
+    the model itself, in eval mode and with frozen weights meanwhile: two threads need a model each, and the second is refused.
     """
 
     fused = False
 
     def __init__(self, model, feature, reason, *, dtype, chunk, channels_last):
-        self.model, self.feature, self.reason, self.dtype = model, feature, reason, dtype
-        self.layout = NHWC if channels_last else torch.contiguous_format
-        self.layer = dict(model.named_modules())[feature]
-        self.device = device_of(model)
+        super().__init__(model)
+        self.feature, self.reason, self.dtype = feature, reason, dtype
+        self.channels_last = channels_last
         self.chunk = Chunks(chunk or 2**62)
-        self.pending = None
+        if any(tensor.is_inference() for tensor in [*model.parameters(), *model.buffers()]):
+            fail("freeze", "model", "ordinary tensors as weights", "tensors that were made in torch.inference_mode")
+
+    @property
+    def layout(self):
+        return NHWC if self.channels_last else torch.contiguous_format
+
+    @contextlib.contextmanager
+    def alone(self):
+        with super().alone(), borrowed("FrozenNet", self.model):
+            yield
+
+    def check(self):
+        if self.feature not in dict(self.model.named_modules()):
+            fail("FrozenNet", "model", f"a layer {self.feature!r}, as it was frozen", "none; call freeze again")
 
     def refold(self):
         """Nothing to do: the model itself is run."""
 
     def run(self, count, load):
+        self.forget()
         features, graphs = [], []
         keep = self.chunk.size >= count
 
@@ -40,12 +57,12 @@ class AutogradNet(Frozen):
             graphs.append((x, f) if graph else None)
 
         self.chunk.each(slice(0, count), work)
-        self.pending, self.count = (load, graphs[0]), count
+        self.load, self.graph, self.count = load, graphs[0], count
         return features[0] if len(features) == 1 else torch.cat(features)
 
     def back(self, d_features, take, *, stem=False):
-        rows, (load, graph) = slice(0, self.count), self.pending
-        self.pending = self.count = None
+        rows, load, graph = slice(0, self.count), self.load, self.graph
+        self.forget()
 
         def work(part):
             x = load(part).requires_grad_()
@@ -59,18 +76,30 @@ class AutogradNet(Frozen):
         graph = None  # its memory is needed: everything is computed anew, in smaller launches
         self.chunk.each(rows, work)
 
+    def _weights(self):
+        """The model's floating weights and statistics in the type that computes, by name; those that have it already are left out."""
+        named = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
+        kind = wide(self.dtype)
+        return {name: t.detach().to(kind) for name, t in named.items() if t.is_floating_point() and t.dtype != kind}
+
     def _features(self, x, graph):
         """Eval mode, frozen parameters, the layer's output through a hook; modes and requires_grad are put back."""
-        seen = []
-        hook = self.layer.register_forward_hook(lambda module, inputs, output: seen.append((output, getattr(output, "_version", 0))))
+        seen, me = [], threading.get_ident()
+
+        def see(module, inputs, output):
+            if threading.get_ident() == me:
+                seen.append((output, getattr(output, "_version", 0)))
+
+        hook = dict(self.model.named_modules())[self.feature].register_forward_hook(see)
         modes = [(module, module.training) for module in self.model.modules()]
         needed = [(parameter, parameter.requires_grad) for parameter in self.model.parameters()]
-        half = torch.autocast(x.device.type, self.dtype) if self.dtype in (torch.float16, torch.bfloat16) else contextlib.nullcontext()
+        halves = self.dtype in (torch.float16, torch.bfloat16)  # not cached: a caller's autocast would keep what was cast before training
+        half = torch.autocast(x.device.type, self.dtype, cache_enabled=False) if halves else contextlib.nullcontext()
         try:
             self.model.eval()
             self.model.requires_grad_(False)
             with torch.set_grad_enabled(graph), half:
-                self.model(x)
+                torch.func.functional_call(self.model, weights, (x,)) if (weights := self._weights()) else self.model(x)
         finally:
             hook.remove()
             for parameter, value in needed:
@@ -87,7 +116,6 @@ class AutogradNet(Frozen):
         with torch.set_grad_enabled(graph):  # the caller may have switched gradients off
             return output.flatten(1)
 
-    def forward(self, images):
-        images = check_images(images, self.device, None)
-        wide = images.to(torch.float64 if self.dtype == torch.float64 else torch.float32)
-        return self.run(len(images), lambda rows: wide[rows].detach().clone(memory_format=self.layout))
+    def features(self, images):
+        images = images.to(wide(self.dtype))
+        return self.run(len(images), lambda rows: images[rows].clone(memory_format=self.layout))

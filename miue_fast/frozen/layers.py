@@ -78,8 +78,13 @@ class Layer:
     out: int
     relu: bool = False
 
-    def refold(self, dtype):
+    def refold(self, dtype, device):
         """Reads the model's present weights into this layer's tensors, in place."""
+
+    def _same(self, what, then, now, value=None):
+        if then != now:
+            fail("freeze", "model", f"{what} of {self.name} as they were frozen, {then}", f"{now}; call freeze again")
+        return value
 
     def _finish(self, tape, y, bias, residual, backend):
         mask = None
@@ -94,7 +99,7 @@ def scale_and_shift(norms, channels, device):
     """The composition of affine maps per channel (batch norms in eval mode and constants), in float64: x * scale + shift."""
     scale, shift = torch.ones(channels, dtype=torch.float64, device=device), torch.zeros(channels, dtype=torch.float64, device=device)
     for norm in norms:
-        a, b = (v.to(device) for v in norm())
+        a, b = norm.read(device)
         scale, shift = scale * a, shift * a + b
     return scale, shift
 
@@ -114,16 +119,19 @@ class Conv(Layer):
 
     module: torch.nn.Module = None
     pick: int = 1  # only every pick-th pixel of the input is looked at (a slice before a 1x1 convolution)
-    norms: list = field(default_factory=list)  # callables -> (scale, shift) per output channel
+    norms: list = field(default_factory=list)  # of `constants.py`: (scale, shift) per output channel
     fp8: bool = False  # e4m3 operands, each tensor with a scale of its own
 
     def __post_init__(self):
-        m = self.module
-        self.geometry = {"stride": [self.pick * s for s in m.stride], "padding": list(m.padding), "dilation": list(m.dilation),
-                         "groups": m.groups}  # fmt: skip
+        self.geometry, self.shape = self._geometry(), list(self.module.weight.shape)
 
-    def refold(self, dtype, input_scale=None):
-        w = self.module.weight.detach().double()
+    def _geometry(self):
+        m = self.module
+        return {"stride": [self.pick * s for s in m.stride], "padding": list(m.padding), "dilation": list(m.dilation), "groups": m.groups}
+
+    def refold(self, dtype, device, input_scale=None):
+        self._same("geometry", self.geometry, self._geometry())
+        w = self._same("weights", self.shape, list(self.module.weight.shape), self.module.weight.detach().double())
         scale, shift = scale_and_shift(self.norms, len(w), w.device)
         if self.module.bias is not None:
             shift = shift + self.module.bias.detach().double() * scale
@@ -187,8 +195,11 @@ class Linear(Layer):
     module: torch.nn.Module = None
     norms: list = field(default_factory=list)
 
-    def refold(self, dtype):
-        w = self.module.weight.detach().double()
+    def __post_init__(self):
+        self.shape = list(self.module.weight.shape)
+
+    def refold(self, dtype, device):
+        w = self._same("weights", self.shape, list(self.module.weight.shape), self.module.weight.detach().double())
         scale, shift = scale_and_shift(self.norms, len(w), w.device)
         if self.module.bias is not None:
             shift = shift + self.module.bias.detach().double() * scale
@@ -211,10 +222,9 @@ class Affine(Layer):
     norms: list = field(default_factory=list)
     channels: int = 1  # 1: one number for all
     constant: bool = False  # of numbers that training does not change
-    device: torch.device = None
 
-    def refold(self, dtype):
-        pair = scale_and_shift(self.norms, self.channels, self.device)
+    def refold(self, dtype, device):
+        pair = scale_and_shift(self.norms, self.channels, device)
         scale, shift = (v[:, None, None].to(wide(dtype)) for v in pair)
         _keep(self, "scale", scale)
         _keep(self, "shift", shift)

@@ -1,4 +1,4 @@
-"""From a module to fused layers: torch.fx traces it, every operation becomes a layer, and layers are fused where they meet.
+"""From a module to fused layers: its forward is traced, every operation becomes a layer, and layers are fused where they meet.
 
 What has no layer raises NotLowered with the name of the first such thing; `freeze` then keeps PyTorch's autograd.
 """
@@ -6,25 +6,25 @@ What has no layer raises NotLowered with the name of the first such thing; `free
 import operator
 from dataclasses import dataclass, replace
 
-import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
 from .._checks import fail
+from .._random import NoDraws
+from .constants import Arithmetic, Attribute, Call, Norm, flat
 from .layers import Add, Affine, AvgPool, Concat, Conv, Flatten, Layer, Linear, MaxPool, device_of
-
-
-class NotLowered(Exception):
-    """The message names the first operation that has no fused layer."""
+from .trace import NotLowered, Tracer
 
 
 @dataclass
 class Plan:
-    """layers in order of execution; `norms`: affine maps of the input (its normalisation); `out`: the features' value."""
+    """layers in order of execution; `norms`: affine maps of the input (its normalisation); `out`: the features' value; `places`: where in
+    the model the modules are that were run for it."""
 
     layers: list
     norms: list
     out: int
+    places: list
 
 
 @dataclass
@@ -33,13 +33,6 @@ class Cell:
 
     value: int
     shared: bool = False  # a view of another cell, or viewed by one
-
-
-@dataclass
-class Constant:
-    """Tensors and numbers of the model; evaluated anew at every refold."""
-
-    read: object  # callable
 
 
 BATCH = object()  # the traced size of the batch dimension
@@ -51,22 +44,23 @@ class Slice(Layer):
 
 
 def lower(model, feature):
-    """The Plan of an eval-mode model up to the output of the layer called `feature`."""
-    tracer = _Tracer(model, feature)
-    before = set(vars(model))
-    try:
-        graph = tracer.trace(model)
-    except NotLowered:
-        raise
-    except Exception as error:  # noqa: BLE001 - the user's forward runs here, with stand-ins for tensors: it may raise anything
-        raise NotLowered(f"torch.fx cannot trace it ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})") from None
-    finally:
-        constants = {name: vars(model).pop(name) for name in set(vars(model)) - before}  # torch.fx leaves tensor constants on the model
+    """The Plan of a model in eval mode up to the output of the layer called `feature`. The model is only read."""
+    with NoDraws(_noise):
+        return _lower(model, feature)
+
+
+def _noise(name):
+    """Numbers that were drawn here would be drawn once, for ever."""
+    raise NotLowered(f"{name}: random numbers in eval mode")
+
+
+def _lower(model, feature):
+    tracer, graph = _traced(model, feature)
     if len(tracer.found) != 1:
         fail("freeze", "feature", "a layer that runs once per forward pass", f"{feature!r}, which ran {len(tracer.found)} times")
     if not isinstance(tracer.found[0], fx.Proxy):
         fail("freeze", "feature", "a layer with one tensor as its output", f"{feature!r}: {type(tracer.found[0]).__name__}")
-    reader = _Reader(model, constants)
+    reader = _Reader(model, tracer.constants)
     for node in graph.nodes:
         reader.read(node)
         if node is tracer.found[0].node:
@@ -77,35 +71,32 @@ def lower(model, feature):
     out = reader.env[node]
     if not isinstance(out, Cell):
         raise NotLowered(f"{feature}: not a tensor of activations")
-    return _fuse(reader.layers, out.value)
+    return _fuse(reader.layers, out.value, _places(model, tracer.ran))
 
 
-class _Tracer(fx.Tracer):
-    def __init__(self, model, feature):
-        super().__init__()
-        self.feature, self.found = feature, []
+def _traced(model, feature):
+    for buffers in (True, False):
+        tracer = Tracer(model, feature, buffers)
+        try:
+            return tracer, tracer.run()
+        except NotLowered:
+            raise
+        except Exception as error:  # noqa: BLE001 - the user's forward runs here, with stand-ins for tensors: it may raise anything
+            said = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    raise NotLowered(f"torch.fx cannot trace it ({said})")
 
-    def trace(self, root):
-        self._no_hooks(root, "the model")
-        return super().trace(root)
 
-    def is_leaf_module(self, module, path):
-        self._no_hooks(module, path)
-        return super().is_leaf_module(module, path)
-
-    @staticmethod
-    def _no_hooks(module, path):
-        if any((module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)):
-            raise NotLowered(f"{path}: a module with hooks")
-        if "forward" in vars(module):  # replaced on this very module: its class says nothing
-            raise NotLowered(f"{path}: a module with a forward of its own")
-
-    def call_module(self, module, forward, args, kwargs):
-        path = self.path_of_module(module)
-        out = super().call_module(module, forward, args, kwargs)
-        if path == self.feature:
-            self.found.append(out)
-        return out
+def _places(model, modules):
+    """(parent, name, module, whether it ran) of these modules and of all that contain them; the model itself has no parent."""
+    ran, found = {id(module) for module in modules}, {(id(model), ""): (None, "", model, True)}
+    for path, module in model.named_modules(remove_duplicate=False):
+        steps = path.split(".") if path and id(module) in ran else []
+        parent = model
+        for name in steps:
+            child = parent.get_submodule(name)
+            found[id(parent), name] = parent, name, child, id(child) in ran
+            parent = child
+    return list(found.values())
 
 
 def _overwrites(user, node, modules):
@@ -136,36 +127,26 @@ class _Reader:
                 raise NotLowered(f"{node.name}: a second input") if self.env else NotLowered(f"{node.name}: an optional input")
             self.env[node] = Cell(0, shared=True)
         elif node.op == "get_attr":
-            self.env[node] = Constant(lambda: self._attribute(node.target))
+            kept = self.constants.get(node.target)
+            self.env[node] = Attribute(self.model, node.target) if kept is None else kept
         elif node.op == "output":
             raise NotLowered("the model's end comes before its features")
         else:
             args = fx.map_arg(node.args, lambda n: self.env[n])
             kwargs = fx.map_arg(node.kwargs, lambda n: self.env[n])
-            if not any(isinstance(a, Cell) for a in _flat((args, kwargs))):
+            if not any(isinstance(a, Cell) for a in flat((args, kwargs))):
                 self.env[node] = self._constant(node, args, kwargs)
             elif node.op == "call_module":
                 self.env[node] = self._module(node, self.modules[node.target], args, kwargs)
             else:
                 self.env[node] = self._function(node, args, kwargs)
 
-    def _attribute(self, target):
-        if target in self.constants:
-            return self.constants[target]
-        return operator.attrgetter(target)(self.model)
-
     def _constant(self, node, args, kwargs):
-        if node.op == "call_module" or any(a is BATCH for a in _flat((args, kwargs))):
+        if node.op == "call_module" or any(a is BATCH for a in flat((args, kwargs))):
             if node.target is operator.getitem and args[1] == 0:
                 return BATCH
             raise NotLowered(f"{node.name}: computed from the batch size or by a module")
-
-        def run():
-            a, k = _map(args, _value), _map(kwargs, _value)
-            with torch.no_grad():
-                return getattr(a[0], node.target)(*a[1:], **k) if node.op == "call_method" else node.target(*a, **k)
-
-        return Constant(run)
+        return Call(node.target, args, kwargs)
 
     def _emit(self, kind, node, inputs, inplace=None, **fields):
         """A new layer; `inplace`: the cell whose memory PyTorch overwrites."""
@@ -186,37 +167,16 @@ class _Reader:
             return self._affine(node, a, b, operator.add, inplace)
         return self._emit(Add, node, [a.value, b.value], a if inplace else None)
 
-    def _norm(self, norm):
-        def read():
-            a = torch.rsqrt(norm.running_var.double() + norm.eps)
-            a = a if norm.weight is None else a * norm.weight.detach().double()
-            b = -norm.running_mean.double() * a
-            return a, b if norm.bias is None else b + norm.bias.detach().double()
-
-        return read
-
     def _affine(self, node, a, b, target, inplace=False):
         """x + c, x - c, c - x, x * c, x / c with c a number or one number per channel."""
         cell, constant, left = (a, b, True) if isinstance(a, Cell) else (b, a, False)
         if (inplace and not left) or (target is operator.truediv and not left):
             raise NotLowered(f"{node.name}: a constant on the left of {target.__name__}")
 
-        def read():
-            c = torch.as_tensor(_value(constant), dtype=torch.float64, device=self.device).detach()
-            if c.numel() > 1 and (c.dim() not in (3, 4) or c.numel() != c.shape[-3]):
-                raise NotLowered(f"{node.name}: a constant of shape {list(c.shape)} (one number, or one per channel)")
-            c = c.flatten()
-            one, zero = torch.ones_like(c), torch.zeros_like(c)
-            if target is operator.add:
-                return one, c
-            if target is operator.sub:
-                return (one, -c) if left else (-one, c)
-            return (c, zero) if target is operator.mul else (1 / c, zero)
-
-        scale = read()[0]
+        norm = Arithmetic(node.name, target, constant, left)
+        scale, _ = norm.read(self.device)
         fixed = bool((scale != 0).all() and scale.isfinite().all())
-        return self._emit(Affine, node, [cell.value], cell if inplace else None, norms=[read], channels=len(scale), constant=fixed,
-                          device=self.device)  # fmt: skip
+        return self._emit(Affine, node, [cell.value], cell if inplace else None, norms=[norm], channels=len(scale), constant=fixed)
 
     def _view(self, node, cell, kind, **fields):
         out = self._emit(kind, node, [cell.value], **fields)
@@ -233,7 +193,7 @@ class _Reader:
         if kind is nn.Linear:
             return self._emit(Linear, node, [x.value], module=m)
         if kind in (nn.BatchNorm2d, nn.BatchNorm1d) and m.running_mean is not None:
-            return self._emit(Affine, node, [x.value], norms=[self._norm(m)], channels=m.num_features, device=self.device)
+            return self._emit(Affine, node, [x.value], norms=[Norm(m)], channels=m.num_features)
         if kind is nn.ReLU:
             return self._relu(node, x, m.inplace)
         if kind is nn.Identity or isinstance(m, (nn.modules.dropout._DropoutNd,)):
@@ -329,26 +289,6 @@ class _Reader:
         raise NotLowered(f"{node.name}: a slice other than [:, :, ::k, ::k]")
 
 
-def _flat(nested):
-    if isinstance(nested, (tuple, list)):
-        return [leaf for item in nested for leaf in _flat(item)]
-    if isinstance(nested, dict):
-        return _flat(list(nested.values()))
-    return [nested]
-
-
-def _map(nested, fn):
-    if isinstance(nested, (tuple, list)):
-        return type(nested)([_map(item, fn) for item in nested])
-    if isinstance(nested, dict):
-        return {k: _map(v, fn) for k, v in nested.items()}
-    return fn(nested)
-
-
-def _value(constant):
-    return constant.read() if isinstance(constant, Constant) else constant
-
-
 def consumers(layers, out):
     """How often each value is read; the features count once."""
     uses = {out: 1}
@@ -358,7 +298,7 @@ def consumers(layers, out):
     return uses
 
 
-def _fuse(layers, out):
+def _fuse(layers, out, places):
     needed = {out}
     for layer in reversed(layers):
         if layer.out in needed:
@@ -418,4 +358,4 @@ def _fuse(layers, out):
             layer.inputs = [0 if v == value else v for v in layer.inputs]
         out = 0 if out == value else out
     end = Flatten("features", [out], max([out, *(layer.out for layer in layers)]) + 1)
-    return Plan([*fused, end], norms, end.out)
+    return Plan([*fused, end], norms, end.out, places)

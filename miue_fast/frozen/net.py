@@ -1,14 +1,19 @@
 """A frozen network as fused layers: features of a batch, and the input gradient of those features, in chunks of images."""
 
+import contextlib
 import logging
+import threading
 
 import torch
 
+from .._calls import Turn, ordinary
 from .._checks import describe, fail
 from .._registry import BackendError
+from .._written import option, shown
 from ..ops import perturbed_input
 from .layers import NHWC, Conv, Gradients, Tape, _keep, device_of, scale_and_shift, wide
 from .lower import consumers
+from .trace import changed_calls, hooks_of_all_modules
 
 log = logging.getLogger("miue_fast")
 CPU_CHUNK = 64  # images per launch on a CPU: bounds the activations; 16 to 256 take the same time (docs/performance-notes.md)
@@ -27,11 +32,14 @@ class Chunks:
 
     def halve(self, count):
         if count < 2 * self.least:
-            raise BackendError(f"out of memory with {count} images per network launch: use a smaller model, or delta_dtype float16 or int8")
+            raise BackendError(
+                f"out of memory with {count} images per network launch: use a smaller model, or {option('delta_dtype', 'float16')} or int8"
+            )
         self.size = (count + 1) // 2
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        log.warning("out of memory: network_chunk is now %d (the contrastive batch and the objective do not change)", self.size)
+        log.warning("out of memory: %s is now %d (the contrastive batch and the objective do not change)",
+                    shown("generate", "network_chunk"), self.size)  # fmt: skip
 
     def each(self, rows, work):
         """work(part) over `rows`, in order, each row once. A short tail joins the launch before it."""
@@ -56,24 +64,73 @@ class Chunks:
 
 
 class Frozen:
-    """What both forms share. A subclass has `run(count, load) -> features` and `back(d_features, take)`, in launches of `chunk`."""
+    """What both forms share. A subclass has `run(count, load) -> features` and `back(d_features, take)`, in launches of `chunk`; who calls
+    them holds `alone()` from `run` to `back`.
 
-    mean = std = stem = None
-    count = None  # images of the last `run`, until its `back`
+    Copies and pickles without what waits for an `input_grad`.
+    """
+
+    mean = std = stem = channels = None
+    tapes = load = graph = count = thread = None  # of the last `run`, until its `back`: what that needs, and which thread's it was
+    _WAITING = ("tapes", "load", "graph", "count", "thread")
+
+    def __init__(self, model):
+        self.model, self.device, self.turn = model, device_of(model), Turn("FrozenNet")
+
+    def __getstate__(self):
+        return {k: v for k, v in vars(self).items() if k not in self._WAITING}
+
+    def __setstate__(self, state):
+        vars(self).update(state)
+        self.device = device_of(self.model)  # torch.load may have moved it
+
+    def forget(self):
+        """Nothing waits for its `back` any more."""
+        vars(self).update(dict.fromkeys(self._WAITING))
+
+    @contextlib.contextmanager
+    def alone(self):
+        """No other thread's calls, and nothing of this thread's modes. Errors: ValueError."""
+        with self.turn, ordinary():
+            yield
+
+    def check(self):
+        """ValueError if the model's structure is no longer that of this object."""
 
     def normalisation(self, channels):
         """(mean, std) of the input, lists of `channels` numbers; (None, None) where the network does it itself."""
         return tuple(v * channels if v and len(v) == 1 else v for v in (self.mean, self.std))
 
+    def forward(self, images):
+        """Features [B, D] of images [B, C, H, W], uint8 or floats on the [0, 1] scale; the network normalises them. Errors: ValueError.
+
+        Their gradient is `input_grad`'s: images that require one are refused while gradients are enabled.
+        """
+        wanted = torch.is_grad_enabled()
+        with self.alone():
+            self.check()
+            images = check_images(images, self.device, self.channels, wanted)
+            features = self.features(images)
+            self.thread = threading.get_ident()
+            return features
+
     def input_grad(self, d_features):
-        """d loss / d images [B, C, H, W] (compute dtype) for the images of the last `forward`; one call per forward. Errors: ValueError."""
-        if self.count is None:
-            fail("input_grad", "d_features", "a forward before each input_grad", "none since the last one")
-        if d_features.dim() != 2 or len(d_features) != self.count or d_features.device != self.device:
-            fail("input_grad", "d_features", f"[{self.count}, D] on {self.device}, like the features", list(d_features.shape))
-        out = []
-        self.back(d_features, lambda rows, slope: out.append(slope))
-        return torch.cat(out) if len(out) != 1 else out[0]
+        """d loss / d images [B, C, H, W] (compute dtype) for the images of the last `forward`, which this thread called; one call per
+        forward. Errors: ValueError."""
+        with self.alone():
+            if self.count is None:
+                fail("input_grad", "d_features", "a forward before each input_grad", "none since the last one")
+            if self.thread != threading.get_ident():
+                fail("input_grad", "thread", "the one that called forward last", "another; give each thread an object of its own")
+            tensor = isinstance(d_features, torch.Tensor)
+            if not tensor or d_features.dim() != 2 or len(d_features) != self.count or d_features.device != self.device:
+                got = list(d_features.shape) if tensor else describe(d_features)
+                fail("input_grad", "d_features", f"[{self.count}, D] on {self.device}, like the features", got)
+            if d_features.requires_grad and torch.is_grad_enabled():
+                fail("input_grad", "d_features", "no gradient required (detach them)", "a tensor that requires one")
+            out = []
+            self.back(d_features.detach(), lambda rows, slope: out.append(slope))
+            return torch.cat(out) if len(out) != 1 else out[0]
 
     def __call__(self, images):
         return self.forward(images)
@@ -87,14 +144,15 @@ class FrozenNet(Frozen):
         dtype: compute type. chunk: images per launch. fused: True. reason: None. fp8: whether the convolutions multiply in e4m3.
 
     Between the two calls only ReLU bits, pool positions and shapes are kept. Deterministic on one machine and thread count. The chunk
-    size changes roundings at most (see `Chunks`), and with fp8, whose scales are a launch's, the values.
+    size changes roundings at most (see `Chunks`), and with fp8, whose scales are a launch's, the values. One thread at a time: a second one
+    is refused. `copy.deepcopy` and pickle take the model along. A model whose layers were replaced or given hooks since is refused.
     """
 
     fused, reason = True, None
 
     def __init__(self, model, plan, *, dtype, chunk, backend, fp8=False):
-        self.model, self.plan, self.dtype, self.backend, self.fp8 = model, plan, dtype, backend, fp8
-        self.device = device_of(model)
+        super().__init__(model)
+        self.plan, self.dtype, self.backend, self.fp8 = plan, dtype, backend, fp8
         cpu = self.device.type == "cpu"
         self.chunk = Chunks(chunk or (CPU_CHUNK if cpu else 2**62), 4 * torch.get_num_threads() if cpu else 2)
         self.parts = consumers(plan.layers, plan.out)
@@ -105,11 +163,26 @@ class FrozenNet(Frozen):
         for layer in plan.layers:
             if fp8 and isinstance(layer, Conv) and layer.inputs[0] != 0:  # pixels, and the step on them, keep their precision
                 layer.fp8 = True
-        self.tapes, self.load, self.scale = None, None, None
+        self.scale = None
         self.refold()
 
+    def check(self):
+        for parent, name, module, ran in self.plan.places:
+            if parent is not None and parent._modules.get(name) is not module:
+                fail("FrozenNet", "model", "the layers that were frozen", f"another {name}; call freeze again")
+            if ran and (reason := changed_calls(module)):
+                fail("FrozenNet", "model", "the layers as they were frozen", f"{name or 'a model'} with {reason}; call freeze again")
+        if hooks_of_all_modules():
+            fail("FrozenNet", "model", "no hooks of all modules (torch.nn.modules.module)", "some; freeze it with fused=False")
+
     def refold(self):
-        """Takes over the model's present weights and running statistics, in place and without tracing again."""
+        """Takes over the model's present weights and running statistics, in place and without tracing again. Errors: ValueError."""
+        with self.alone():
+            self.check()
+            self._refold()
+
+    @torch.no_grad()
+    def _refold(self):
         if self.plan.norms:
             scale, shift = scale_and_shift(self.plan.norms, self.channels or 1, self.device)
             if not (scale != 0).all() or not scale.isfinite().all():
@@ -117,20 +190,22 @@ class FrozenNet(Frozen):
             self.mean, self.std = (-shift / scale).tolist(), (1 / scale).tolist()
             _keep(self, "scale", scale)
         for layer in self.plan.layers:
-            layer.refold(self.dtype, **({"input_scale": self.scale} if layer is self.stem else {}))
-        self.tapes = self.load = self.count = None
+            layer.refold(self.dtype, self.device, **({"input_scale": self.scale} if layer is self.stem else {}))
+        self.forget()
 
     @torch.no_grad()
     def run(self, count, load):
         """Features [count, D]. `load(rows)` gives normalised images of those rows: [b, C, H, W], channels-last, self.dtype."""
-        self.tapes, self.load, self.count, features = [], load, count, []
+        self.forget()
+        tapes, features = [], []
 
         def work(rows):
             tape = Tape()
             features.append(self._forward(load(rows), tape))
-            self.tapes.append((rows, tape))
+            tapes.append((rows, tape))
 
         self.chunk.each(slice(0, count), work)
+        self.tapes, self.load, self.count = tapes, load, count
         return features[0] if len(features) == 1 else torch.cat(features)
 
     @torch.no_grad()
@@ -140,7 +215,7 @@ class FrozenNet(Frozen):
         A chunk that runs out of memory is computed anew from its images, in smaller launches.
         """
         tapes, load = self.tapes, self.load
-        self.tapes = self.load = self.count = None
+        self.forget()
 
         def anew(part):
             tape = Tape()
@@ -174,9 +249,8 @@ class FrozenNet(Frozen):
             slope = (slope * self.scale[:, None, None].to(wide(self.dtype))).to(self.dtype)
         return slope
 
-    def forward(self, images):
-        """Features [B, D] of images [B, C, H, W], uint8 or floats on the [0, 1] scale; the network normalises them. Errors: ValueError."""
-        images = check_images(images, self.device, self.channels)
+    @torch.no_grad()
+    def features(self, images):
         if self.mean is None:
             return self.run(len(images), lambda rows: images[rows].to(self.dtype, memory_format=NHWC))
         if self.dtype != torch.float64:
@@ -187,8 +261,8 @@ class FrozenNet(Frozen):
         return self.run(len(images), lambda rows: ((images[rows].double() - mean) * scale).contiguous(memory_format=NHWC))
 
 
-def check_images(images, device, channels):
-    """The images on the [0, 1] scale."""
+def check_images(images, device, channels, gradients):
+    """The images on the [0, 1] scale. gradients: whether the caller has them enabled."""
     if not isinstance(images, torch.Tensor) or images.dim() != 4 or not (images.is_floating_point() or images.dtype == torch.uint8):
         fail("FrozenNet", "images", "a uint8 or float tensor [B, C, H, W]", describe(images))
     if images.device != device:
@@ -197,4 +271,7 @@ def check_images(images, device, channels):
         fail("FrozenNet", "images", f"{channels} channels", list(images.shape))
     if len(images) < 1:
         fail("FrozenNet", "images", "at least one image", list(images.shape))
+    if images.requires_grad and gradients:
+        fail("FrozenNet", "images", "no gradient required (detach them; input_grad gives it)", "a tensor that requires one")
+    images = images.detach()
     return images / 255 if images.dtype == torch.uint8 else images

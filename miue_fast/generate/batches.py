@@ -16,7 +16,7 @@ def derive(seed, epoch, purpose):
 def order_and_flips(count, probability, seed, epoch, purpose):
     """A permutation of `count` and a bool flip mask in the order of that permutation, on the CPU."""
     g = generator(seed, epoch, purpose)
-    return torch.randperm(count, generator=g), torch.rand(count, generator=g) < probability
+    return torch.randperm(count, generator=g), torch.rand(count, generator=g, dtype=torch.float32) < probability
 
 
 def train_slices(count, batch):

@@ -7,6 +7,7 @@ import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
 
+from .._written import option
 from ..data import Owned
 
 NAME = "checkpoint.safetensors"
@@ -89,7 +90,9 @@ def restore(path, tensors, model, optimizer, delta):
     state = {name.removeprefix("model."): value for name, value in tensors.items() if name.startswith("model.")}
     own = _state(model)
     if {k: (v.shape, v.dtype) for k, v in state.items()} != {k: (v.shape, v.dtype) for k, v in own.items()}:
-        raise ValueError(f"{path}: expected a checkpoint of this model, got one with other layers; set overwrite=True to start again")
+        raise ValueError(
+            f"{path}: expected a checkpoint of this model, got one with other layers; set {option('overwrite', True)} to start again"
+        )
     if tensors["delta"].shape != delta.shape or tensors["delta"].dtype != delta.dtype:
         raise ValueError(f"{path}: expected a checkpoint of {delta.dtype} {list(delta.shape)}, got {list(tensors['delta'].shape)}")
     persistent = model.state_dict().keys()

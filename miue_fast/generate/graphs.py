@@ -7,13 +7,15 @@ class Captured:
     """What `work(*inputs)` launches, as one CUDA graph; nothing is computed yet.
 
     inputs: tensors or None; they are the graph's memory. `work` must have run before, so that what it compiles, loads and allocates once
-    is there, and must not wait for the device. pool: of another graph, to share its memory. Errors: RuntimeError where work cannot be
-    captured, torch.OutOfMemoryError among them.
+    is there, and must not wait for the device. pool: of another graph, to share its memory. generators: on the device, that `work` draws
+    from. Errors: RuntimeError where work cannot be captured, torch.OutOfMemoryError among them.
     """
 
-    def __init__(self, work, inputs, pool=None):
+    def __init__(self, work, inputs, pool=None, generators=()):
         self.inputs = inputs
         self.graph = torch.cuda.CUDAGraph()
+        for generator in generators:
+            self.graph.register_generator_state(generator)
         with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(self.graph, pool=pool):  # a failed capture leaves its stream
             self.result = work(*inputs)
 

@@ -12,9 +12,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from .. import _checks, models
+from .. import _calls, _checks, models
 from .. import data as datasets
 from .._output import progress_bar
+from .._random import Draws, seeded_globally
+from .._written import option, shown
 from ..data import atomic
 from ..frozen import find_layer, freeze
 from ..ops import projected_step_
@@ -44,6 +46,8 @@ class Result:
     options: Options
 
 
+@_calls.ordinary()
+@torch.enable_grad()  # whatever the caller runs in
 def generate(data, out=None, *, preset="paper", model="resnet18", feature=None, device=None, resume=True, overwrite=False,
              progress=True, tensorboard=False, **options):  # fmt: skip
     """One perturbation per image such that a network trained on image + perturbation does not generalise (MI-UE, ICLR 2026).
@@ -52,8 +56,8 @@ def generate(data, out=None, *, preset="paper", model="resnet18", feature=None, 
         data: a `Dataset`, or what `data.load` of this package takes (a folder, an .npz file, (images, labels)).
         out: folder for poison.safetensors, manifest.json, metrics.csv and the checkpoint; None writes nothing.
         preset: "paper", "reference" or "paper-text"; **options change single fields of `Options`.
-        model: a name of `models.NAMES`, an nn.Module (trained in place), or a callable: number of classes -> nn.Module.
-            It takes images [B, C, H, W] on the [0, 1] scale and normalises them itself.
+        model: a name of `models.NAMES`, an nn.Module (trained in place: no other thread may use it meanwhile), or a callable: number of
+            classes -> nn.Module. It takes images [B, C, H, W] on the [0, 1] scale and normalises them itself.
         feature: name of the layer whose flattened output is the features; None: `models.FEATURE` of a named model, else "avgpool". For
             the objectives em and tap: the layer that gives the logits; None: "fc", or the last nn.Linear of a model of your own.
         resume: go on from the checkpoint in `out`, if there is one; False refuses a folder that has one.
@@ -65,6 +69,7 @@ def generate(data, out=None, *, preset="paper", model="resnet18", feature=None, 
     bits, also when it was killed and resumed. Errors: ValueError, OSError, BackendError, Interrupted; `out` then holds the last
     whole epoch.
     """
+    _calls.default_dtype("generate")
     options = choose(preset, {**({} if device is None else {"device": device}), **options})
     with contextlib.ExitStack() as held:
         if out is not None:
@@ -81,22 +86,28 @@ def generate(data, out=None, *, preset="paper", model="resnet18", feature=None, 
         if options.objective == "random":
             return _random(dataset, options, keep, overwrite)
         device = torch.device(options.device)
-        with _settings(device), _board(keep, tensorboard) as board:
-            torch.manual_seed(batches.derive(options.seed, 0, "network"))
-            network = _network(model, dataset, options).to(device)
+        held.enter_context(_calls.deterministic_cudnn() if device.type == "cuda" else contextlib.nullcontext())
+        with _board(keep, tensorboard) as board:
+            draws = Draws("generate", batches.derive(options.seed, 0, "network"))
+            network = _network(model, dataset, options, draws).to(device)
+            held.enter_context(_calls.borrowed("generate", network))
             feature = feature or default_layer(options.objective, model if isinstance(model, str) else network)
             find_layer("generate", network, feature)
-            network, layout = _in_layout(network, options, dataset, device)
-            options = replace(options, channels_last=layout)
-            _probe(network, feature, dataset, device, logits_wanted=on_logits(options.objective))
-            run = _Run(network, feature, dataset, options, keep, _name(model), overwrite, resume)
+            draws.drew = False
+            with draws:
+                network, layout = _in_layout(network, options, dataset, device)
+                options = replace(options, channels_last=layout)
+                _probe(network, feature, dataset, device, logits_wanted=on_logits(options.objective))
+            run = _Run(network, feature, dataset, options, keep, _name(model), overwrite, resume,
+                       None if isinstance(model, str) else draws)  # fmt: skip
             if keep and keep.exists() and not overwrite:
                 run.resume()
             return run.finish(progress, board)
 
 
 class _Run:
-    def __init__(self, network, feature, dataset, options, keep, name, overwrite=False, resumes=True):
+    def __init__(self, network, feature, dataset, options, keep, name, overwrite=False, resumes=True, draws=None):
+        self.draws, self.draws_in_eval = draws, draws is not None and draws.drew
         self.network, self.feature, self.dataset, self.options, self.keep, self.name = network, feature, dataset, options, keep, name
         self.printed = hashlib.sha256(repr(network).encode()).hexdigest()
         self.overwrite, self.resumes = overwrite, resumes
@@ -106,7 +117,8 @@ class _Run:
         self.images, self.labels = dataset.images.contiguous().to(device), dataset.labels.to(device)
         rows = len(dataset.classes) if options.classwise else len(self.images)
         self.delta = torch.zeros((rows, *self.images.shape[1:]), dtype=getattr(torch, options.delta_dtype), device=device)
-        self.trainer = Trainer(network, self.images, self.labels, self.delta if trains_on_delta(options.objective) else None, options)
+        self.trainer = Trainer(network, self.images, self.labels, self.delta if trains_on_delta(options.objective) else None, options,
+                               draws)  # fmt: skip
         network.eval()
         net = freeze(network, feature, dtype=getattr(torch, options.dtype), chunk=options.network_chunk, fused=options.fused,
                      fp8=options.fp8, channels_last=options.channels_last, backend=options.backend,
@@ -128,11 +140,12 @@ class _Run:
         now = self._header()
         if header["fingerprint"] != now["fingerprint"]:
             raise ValueError(f"{self.keep}: expected a checkpoint of these images and labels, got one of another data set; "
-                             "choose another folder or set overwrite=True")  # fmt: skip
-        told = [f"{k} = {header['options'].get(k)!r} (now {v!r})" for k, v in now["options"].items() if header["options"].get(k) != v]
+                             f"choose another folder or set {option('overwrite', True)}")  # fmt: skip
+        before = header["options"]
+        told = [f"{shown('generate', k)} = {before.get(k)!r} (now {v!r})" for k, v in now["options"].items() if before.get(k) != v]
         if told:
             raise ValueError(f"{self.keep}: expected a checkpoint of the same options, got {', '.join(told)}; "
-                             "repeat them, choose another folder or set overwrite=True")  # fmt: skip
+                             f"repeat them, choose another folder or set {option('overwrite', True)}")  # fmt: skip
         checkpoint.restore(self.keep, tensors, self.network, self.trainer.optimizer, self.delta)
         self.files.adopt(checkpoint.NAME)
         self.history = header["history"]
@@ -167,10 +180,12 @@ class _Run:
 
     def _epoch(self, epoch, tick):
         o, start = self.options, time.perf_counter()
-        torch.manual_seed(batches.derive(o.seed, epoch, "dropout"))
+        if self.draws is not None:
+            self.draws.manual_seed(batches.derive(o.seed, epoch, "dropout"))
         train_loss, accuracy = self.trainer.epoch(epoch, tick)
         middle = time.perf_counter()
-        poison_loss = self._poison_step(epoch, tick)
+        with self.draws if self.draws_in_eval else contextlib.nullcontext():
+            poison_loss = self._poison_step(epoch, tick)
         if o.alpha(epoch) and not self.delta.any():
             raise ValueError(f"generate: epoch {epoch}: delta: expected a perturbation, got zeros: every gradient is zero or below "
                              f"half a level of the {o.delta_dtype} store")  # fmt: skip
@@ -191,7 +206,7 @@ class _Run:
             index = order[part]
             loss, bad = self.descend(self.labels[index], index, flips[part], o.alpha(epoch))
             check_finite(f"generate: epoch {epoch}, batch {number} of {len(slices)} of the poison step", bad,
-                         f"lower lr ({o.lr}) or use dtype float32")  # fmt: skip
+                         f"lower {shown('generate', 'lr')} ({o.lr}) or use {shown('generate', 'dtype')} float32")  # fmt: skip
             losses.append(loss * len(index))
             tick(len(index) * o.steps)
         return float(torch.stack(losses).sum()) / count
@@ -201,7 +216,7 @@ class _Run:
         o, g = self.options, batches.generator(self.options.seed, 0, "random start")
         for start in range(0, len(self.delta), o.batch):
             rows = slice(start, start + o.batch)
-            noise = torch.rand(self.delta[rows].shape, generator=g) * 2 - 1
+            noise = torch.rand(self.delta[rows].shape, generator=g, dtype=torch.float32) * 2 - 1
             self.delta[rows] = (noise * 127).round().to(torch.int8) if o.delta_dtype == "int8" else noise * o.eps
             if o.classwise:  # no image of its own to stay within
                 continue
@@ -250,7 +265,9 @@ class _Run:
         epoch = 0 if self.replaces else checkpoint.saved_epoch(self.keep)
         if not epoch:
             return f"interrupted: no epoch was finished, nothing is saved in {self.keep.parent}"
-        without = [word for word, there in (("overwrite", self.overwrite), ("no-resume", not self.resumes)) if there]
+        without = [
+            text for text, there in ((option("overwrite", True), self.overwrite), (option("resume", False), not self.resumes)) if there
+        ]
         again = f"the same command{' without ' if without else ''}{' and '.join(without)}"
         return f"interrupted: epoch {epoch} of {self.options.epochs} is saved in {self.keep}; {again} goes on from there"
 
@@ -300,7 +317,7 @@ def _open_folder(folder, resume, overwrite, options):
         return path
     for name in (checkpoint.NAME, *datasets.POISON_FILES, METRICS):
         if (folder / name).exists():
-            told = f"expected an empty folder or a run to resume, got {folder / name}; set overwrite=True to replace it"
+            told = f"expected an empty folder or a run to resume, got {folder / name}; set {option('overwrite', True)} to replace it"
             raise ValueError(f"generate: out: {told}")
     return path
 
@@ -313,18 +330,22 @@ def _made_with(folder, options):
         return False
 
 
-def _network(model, dataset, options):
+def _network(model, dataset, options, draws):
     classes, (channels, height, width) = len(dataset.classes), dataset.images.shape[1:]
     if isinstance(model, str):
         if model not in models.NAMES:
             _checks.fail("generate", "model", f"{', '.join(models.NAMES)}, an nn.Module or a callable", repr(model))
-        model = models.build(model, classes, width=options.width, size=min(height, width), channels=channels)
+        with draws:
+            model = models.build(model, classes, width=options.width, size=min(height, width), channels=channels)
     elif not isinstance(model, nn.Module):
-        model = model(classes) if callable(model) else model
+        with seeded_globally(draws, torch.device(options.device)):
+            model = model(classes) if callable(model) else model
         if not isinstance(model, nn.Module):
             _checks.fail("generate", "model", "a name, an nn.Module or a callable that returns one", type(model).__name__)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         _checks.fail("generate", "model", "parameters to train (requires_grad)", "none")
+    if any(tensor.is_inference() for tensor in [*model.parameters(), *model.buffers()]):
+        _checks.fail("generate", "model", "ordinary tensors as weights", "tensors that were made in torch.inference_mode")
     for name, value in model.state_dict().items():
         if not isinstance(value, torch.Tensor):
             _checks.fail("generate", "model", "a state_dict of tensors", f"{name}: {type(value).__name__}")
@@ -369,20 +390,6 @@ def _probe(network, feature, dataset, device, logits_wanted):
         _checks.fail("generate", "model", f"logits [2, {classes}]", _checks.describe(logits))
     if logits_wanted and (outputs.shape != logits.shape or not torch.allclose(outputs, logits.to(outputs.dtype), rtol=1e-3, atol=1e-4)):
         _checks.fail("generate", "feature", "the layer that gives the logits", f"{feature!r} ({_checks.describe(outputs)})")
-
-
-@contextlib.contextmanager
-def _settings(device):
-    """Deterministic cuDNN and a global random state of this run's own; both are put back. (torch.manual_seed seeds every GPU.)"""
-    cudnn = torch.backends.cudnn
-    before = cudnn.deterministic, cudnn.benchmark
-    try:
-        cudnn.deterministic, cudnn.benchmark = True, False
-        gpus = range(torch.cuda.device_count()) if device.type == "cuda" or torch.cuda.is_initialized() else ()
-        with torch.random.fork_rng(devices=list(gpus)):
-            yield
-    finally:
-        cudnn.deterministic, cudnn.benchmark = before
 
 
 @contextlib.contextmanager

@@ -22,4 +22,5 @@ def channels_last(op, model, wanted, device):
 
 
 def autocast(device, dtype):
-    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+    """No cache of cast weights: within a caller's autocast it would outlive the update of the weights."""
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32, cache_enabled=False)

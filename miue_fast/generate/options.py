@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, fields, replace
 
 import torch
 
-from .. import _checks
+from .. import _checks, _ranges
 from .._registry import BACKENDS
 from .objectives import OBJECTIVES
 
@@ -52,17 +52,17 @@ class Options:
 
     def __post_init__(self):
         for name in ("steps", "epochs", "batch", "train_batch", "target_shift"):
-            self._whole(name, {"batch": 2, "train_batch": 2}.get(name, 1))
+            _ranges.whole("option", name, getattr(self, name), {"batch": 2, "train_batch": 2}.get(name, 1))
         _checks.seed("option", self.seed)
-        for name, least in (("network_chunk", 2), ("width", 1)):
+        for name, *limits in (("network_chunk", 2), ("width", 1, _ranges.WIDEST)):
             if getattr(self, name) is not None:
-                self._whole(name, least)
-        self._number("eps", lambda v: 0 < v <= 1, "a number in (0, 1] ([0, 1] image scale: 8/255, not 8)")
+                _ranges.whole("option", name, getattr(self, name), *limits)
+        _ranges.budget("option", "eps", self.eps)
         for name in ("zeta", "weight_decay"):
-            self._number(name, lambda v: 0 <= v < math.inf, "a finite number >= 0")
+            self._number(name, lambda v: 0 <= v <= _ranges.LARGEST, f"a number from 0 to {_ranges.LARGEST:g}")
         for name in ("alpha_0",) if self.alpha_K is None else ("alpha_0", "alpha_K"):
-            self._number(name, lambda v: 0 <= v <= 1, "a number from 0 to 1 ([0, 1] image scale)")
-        self._number("lr", lambda v: 0 < v < math.inf, "a finite number > 0")
+            _ranges.budget("option", name, getattr(self, name), zero=True)
+        _ranges.positive("option", "lr", self.lr)
         self._number("momentum", lambda v: 0 <= v < 1, "a number in [0, 1)")
         self._number("flip", lambda v: 0 <= v <= 1, "a probability from 0 to 1")
         self._number("temperature", lambda v: 1e-3 <= v <= 10, "a number from 1e-3 to 10")
@@ -73,25 +73,18 @@ class Options:
             if isinstance(getattr(self, name), torch.dtype):
                 object.__setattr__(self, name, str(getattr(self, name))[6:])
             if getattr(self, name) not in known:
-                _checks.fail("option", name, f"one of {', '.join(known)}", repr(getattr(self, name)))
+                _checks.fail("option", name, f"one of {', '.join(known)}", _checks.short(getattr(self, name)))
         for name in ("classwise", "normalize_dim", "random_start", "channels_last", "fused", "fp8"):
             if not isinstance(getattr(self, name), bool) and (name, self.channels_last) != ("channels_last", None):
-                _checks.fail("option", name, "True or False", repr(getattr(self, name)))
+                _checks.fail("option", name, "True or False", _checks.short(getattr(self, name)))
         if self.fp8 and self.dtype != "bfloat16":
             _checks.fail("option", "fp8", "False without dtype bfloat16", f"True with {self.dtype}")
         if self.classwise and self.delta_dtype == "int8":
-            _checks.fail("option", "delta_dtype", "float32 or float16 with classwise", repr(self.delta_dtype))
+            _checks.fail("option", "delta_dtype", "float32 or float16 with classwise", _checks.short(self.delta_dtype))
         object.__setattr__(self, "device", _checks.device("option", self.device))
 
-    def _whole(self, name, least):
-        value = getattr(self, name)
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            _checks.fail("option", name, f"a whole number >= {least}", repr(value))
-
     def _number(self, name, good, expected):
-        value = getattr(self, name)
-        if not isinstance(value, int | float) or isinstance(value, bool) or not good(value):
-            _checks.fail("option", name, expected, repr(value))
+        _ranges.number("option", name, getattr(self, name), good, expected)
 
     @property
     def last_alpha(self):
@@ -110,7 +103,7 @@ class Options:
         known = [field.name for field in fields(self)]
         for name in changes:
             if name not in known:
-                _checks.fail("generate", "option", f"one of {', '.join(known)}", repr(name))
+                _checks.fail("generate", "option", f"one of {', '.join(known)}", _checks.short(name))
         return replace(self, **changes)
 
     def as_dict(self):
@@ -126,7 +119,7 @@ PRESETS = {
 
 def choose(preset, changes):
     if preset not in PRESETS:
-        _checks.fail("generate", "preset", f"one of {', '.join(PRESETS)}", repr(preset))
+        _checks.fail("generate", "preset", f"one of {', '.join(PRESETS)}", _checks.short(preset))
     options = PRESETS[preset].with_(changes)
     if options.device is None:
         options = replace(options, device="cuda" if torch.cuda.is_available() else "cpu")

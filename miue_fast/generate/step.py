@@ -4,8 +4,9 @@ import torch
 from torch import nn
 
 from .. import _checks
+from .._calls import Turn, ordinary
 from .._registry import OPS
-from ..frozen import AutogradNet, FrozenNet, freeze
+from ..frozen import AutogradNet, FrozenNet, frozen_form
 from ..ops import conv_input_grad_step_, perturbed_input, projected_step_
 from .graphs import Captured
 from .objectives import on_logits, value_and_grad
@@ -24,13 +25,14 @@ class Descent:
     net: from `freeze`, up to the outputs that the objective looks at. images: the store [N, C, H, W]; delta: like it, or [classes, C, H,
     W] with options.classwise; changed in place. options: of the loss and the step. classes: how many, for options.objective "tap".
     On CUDA a step of a fused network is captured in a CUDA graph once per batch size, step size and normalisation, and replayed; a
-    batch's first step then runs as it is, on the graph's own inputs.
+    batch's first step then runs as it is, on the graph's own inputs. One thread at a time: a second one is refused (ValueError).
     """
 
     def __init__(self, net, images, delta, options, classes=None):
         self.net, self.images, self.delta, self.options, self.classes = net, images, delta, options, classes
         self.captured = images.is_cuda and net.fused and self._has_kernels()
         self.graphs, self.pool, self.baked = {}, None, None
+        self.turn = Turn("Descent")
 
     def _has_kernels(self):
         """Whether every op of the step has one: the reference waits for the device, which a capture cannot."""
@@ -44,6 +46,11 @@ class Descent:
 
         Returns: the last step's loss (before its update), and int64 [2]: how often the loss, and the gradient, was NaN or Inf.
         """
+        with self.turn, self.net.alone():
+            self.net.check()
+            return self._descend(labels, index, flip, alpha)
+
+    def _descend(self, labels, index, flip, alpha):
         bad = torch.zeros(2, dtype=torch.int64, device=self.images.device)
         steps = self.options.steps
         if not self.captured:
@@ -75,7 +82,7 @@ class Descent:
                 return captured
             except torch.OutOfMemoryError:
                 pass  # handled below, where the exception no longer holds the memory
-            self.net.tapes = None
+            self.net.forget()
             self.net.chunk.halve(min(self.net.chunk.size, len(inputs[1])))
 
     def _step(self, labels, index, flip, alpha, bad):
@@ -125,15 +132,16 @@ def check_finite(where, bad, hint):
             raise ValueError(f"{where}: {name}: expected finite numbers, got NaN or Inf ({times} times); {hint}")
 
 
-@torch.inference_mode(False)  # a loop that runs in inference mode, or without gradients, needs them here all the same
+@ordinary()  # whatever the loop around it runs in
 def perturb(model, images, labels, delta, *, steps=10, alpha, eps=8 / 255, temperature=0.1, zeta=0.1, denominator="all",
             normalize_dim=True, feature="avgpool", flip=None, network_chunk=None, dtype=None, channels_last=False,
             fused=True, fp8=False, backend="auto"):  # fmt: skip
     """The poison step of one batch, for people with their own loop: `steps` projected sign steps on `delta`.
 
     Args:
-        model: any nn.Module that takes [B, C, H, W] on the [0, 1] scale and normalises its input itself. It is frozen (`freeze`) in
-            eval mode for this call; its mode and requires_grad are put back. Or what `freeze` returned, for many batches of one model:
+        model: any nn.Module that takes [B, C, H, W] on the [0, 1] scale and normalises its input itself. It is frozen (`freeze`) as it
+            is in eval mode, and only read; where it has no fused form it runs itself, its mode and requires_grad are put back, and a
+            second thread with the same model is refused. Or what `freeze` returned, for many batches of one model:
             then feature, network_chunk, dtype, fp8 and channels_last are its own.
         images: [B, C, H, W] uint8 or float32 in [0, 1], on the model's device.
         labels: [B], any integer dtype, at least two classes.
@@ -171,17 +179,10 @@ def perturb(model, images, labels, delta, *, steps=10, alpha, eps=8 / 255, tempe
     if device != images.device:
         _checks.fail(op, "images", f"the model's device {device}", images.device)
     delta = delta.detach().clone()
+    net = model
     if isinstance(model, nn.Module):
-        modes = [(module, module.training) for module in model.modules()]
-        try:
-            model.eval()
-            net = freeze(model, feature, dtype=getattr(torch, options.dtype), chunk=network_chunk, fused=fused, fp8=fp8,
-                         channels_last=channels_last, backend=backend, channels=images.shape[1])  # fmt: skip
-        finally:
-            for module, mode in modes:
-                module.training = mode
-    else:
-        net = model
+        net = frozen_form(model, feature, dtype=getattr(torch, options.dtype), chunk=network_chunk, fused=fused, fp8=fp8,
+                          channels_last=channels_last, backend=backend, channels=images.shape[1])  # fmt: skip
     _, bad = Descent(net, images, delta, options)(labels, torch.arange(batch, device=images.device), flip, alpha)
     check_finite(op, bad, "check the model's weights")
     return delta

@@ -1,11 +1,15 @@
 """The model step: epochs of cross-entropy training of the source network on augment(x) + delta."""
 
+import contextlib
 import logging
 
 import torch
 import torch.nn.functional as F
 
+from .._calls import Turn, borrowed, ordinary
+from .._random import backward_of
 from .._registry import OPS, BackendError
+from .._written import shown
 from . import batches
 from .graphs import Captured
 from .network import autocast
@@ -20,9 +24,13 @@ class Trainer:
 
     On CUDA the training step of whole batches is captured in one CUDA graph and replayed; the learning rate is then a number on the
     device. A network that cannot be captured (it waits for the device) trains call by call, and one log line says so.
+
+    draws: `Draws` that a network with random operations takes its numbers from; None: it has none. One thread at a time, and no other
+    thread with the same model: the second is refused (ValueError).
     """
 
-    def __init__(self, model, images, labels, delta, options):
+    def __init__(self, model, images, labels, delta, options, draws=None):
+        self.turn, self.draws = Turn("Trainer"), draws
         self.model, self.images, self.labels, self.delta, self.options = model, images, labels, delta, options
         device = images.device
         self.captures = images.is_cuda and options.fused and self._has_kernel()
@@ -41,6 +49,10 @@ class Trainer:
 
         `tick(images done)` is called after each batch. Waits for the device once, at the end.
         """
+        with self.turn, borrowed("generate", self.model), ordinary(), torch.enable_grad():
+            return self._epoch(number, tick)
+
+    def _epoch(self, number, tick):
         o, device, count = self.options, self.images.device, len(self.images)
         order, flips = (t.to(device) for t in batches.order_and_flips(count, o.flip, o.seed, number, "model step"))
         slices = batches.train_slices(count, o.train_batch)
@@ -55,12 +67,14 @@ class Trainer:
                 correct += right
                 tick(len(index))
         except torch.OutOfMemoryError as error:
-            raise BackendError(f"generate: out of memory in the model step: lower train_batch ({o.train_batch}) or the width") from error
+            raise BackendError(
+                f"generate: out of memory in the model step: lower {shown('generate', 'train_batch')} ({o.train_batch}) or the width"
+            ) from error
         losses = torch.stack(losses)
         bad = (~losses.isfinite()).nonzero()
         if len(bad):
             raise ValueError(f"generate: epoch {number}, batch {int(bad[0]) + 1} of {len(slices)} of the model step: loss: expected a "
-                             f"finite number, got NaN or Inf; lower lr ({o.lr})")  # fmt: skip
+                             f"finite number, got NaN or Inf; lower {shown('generate', 'lr')} ({o.lr})")  # fmt: skip
         return float(losses.sum()) / count, 100 * float(correct) / count
 
     def _set_learning_rate(self, value):
@@ -80,7 +94,7 @@ class Trainer:
         if self.graph is None:
             self.optimizer.zero_grad(set_to_none=True)  # the captured backward makes gradients of its own
             try:
-                self.graph = Captured(self._step, [index.clone(), flip.clone()])
+                self.graph = Captured(self._step, [index.clone(), flip.clone()], generators=self._generators())
             except torch.OutOfMemoryError:
                 raise
             except RuntimeError as error:
@@ -93,17 +107,24 @@ class Trainer:
         self.graph.replay()
         return tuple(value.clone() for value in self.graph.result)
 
+    def _generators(self):
+        """Those whose numbers differ at every replay."""
+        return () if self.draws is None else [g for g in self.draws.generators.values() if g.device.type == "cuda"]
+
     def _step(self, index, flip):
         o, device, labels = self.options, self.images.device, self.labels[index]
         dtype = getattr(torch, o.dtype)
         scale = _HALF_SCALE if dtype is torch.float16 else 1.0
         x = network_input(self.images, self.delta, labels, index, flip, eps=o.eps, channels_last=o.channels_last, backend=o.backend,
                           classwise=o.classwise)  # fmt: skip
-        with autocast(device, dtype):
+        if self.draws is not None:
+            self.draws.drew = False
+        with self.draws or contextlib.nullcontext(), autocast(device, dtype):
             logits = self.model(x)
         loss = F.cross_entropy(logits.float(), labels)
         self.optimizer.zero_grad(set_to_none=True)
-        (loss * scale).backward()
+        with backward_of(self.draws):
+            (loss * scale).backward()
         if scale != 1:
             torch._foreach_div_([p.grad for p in self.model.parameters() if p.grad is not None], scale)
         self.optimizer.step()

@@ -1,5 +1,7 @@
 """Source and victim networks."""
 
+from .._checks import fail
+from .._ranges import MOST, WIDEST, whole
 from .convolutional import VGG, DenseNet, LeNet5
 from .perceptron import MLP, ViT
 from .resnet import Bottleneck, ResNet
@@ -43,20 +45,19 @@ def build(name, num_classes, *, width=None, normalize=True, size=32, channels=3)
     the output of the layer `FEATURE[name]`: `avgpool` (after the last ReLU) in the networks that have one. Errors: ValueError.
     """
     if name not in _BUILDERS:
-        raise ValueError(f"models.build: name: expected one of {', '.join(NAMES)}, got {name!r}")
+        fail("models.build", "name", f"one of {', '.join(NAMES)}", repr(name))
     usual, make = _BUILDERS[name]
     if usual is None and width is not None:
-        raise ValueError(f"models.build: width: expected None for {name}, got {width!r}")
-    least = {"num_classes": 1, "width": 1, "size": 16 if name == "lenet5" else 8}
+        fail("models.build", "width", f"None for {name}", repr(width))
+    limits = {"num_classes": (1, MOST), "width": (1, WIDEST), "size": (16 if name == "lenet5" else 8, 4096)}
     given = {"num_classes": num_classes, "width": usual or 1 if width is None else width, "size": size}
     for argument, value in given.items():
-        if not isinstance(value, int) or value < least[argument]:
-            raise ValueError(f"models.build: {argument}: expected a whole number >= {least[argument]}, got {value!r}")
+        whole("models.build", argument, value, *limits[argument])
     for argument, unit in (("width", 3), ("size", 4)):
         if name == "vit" and given[argument] % unit:
-            raise ValueError(f"models.build: {argument}: expected a multiple of {unit} for vit, got {given[argument]}")
+            fail("models.build", argument, f"a multiple of {unit} for vit", given[argument])
     if channels not in (1, 3):
-        raise ValueError(f"models.build: channels: expected 3 or 1, got {channels!r}")
+        fail("models.build", "channels", "3 or 1", repr(channels))
     return make(given["width"], num_classes, normalize, size, channels)
 
 

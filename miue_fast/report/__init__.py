@@ -2,6 +2,6 @@
 
 from .config import Config, check, load, read
 from .pages import render
-from .runner import collect, run
+from .runner import check_jobs, collect, run
 
-__all__ = ["Config", "check", "collect", "load", "read", "render", "run"]
+__all__ = ["Config", "check", "check_jobs", "collect", "load", "read", "render", "run"]

@@ -2,8 +2,9 @@
 
 from dataclasses import asdict, dataclass, field, fields
 
-from .. import _checks, models
+from .. import _checks, _ranges, models
 from .._schema import scalar, table, text
+from .._written import written_as
 from ..analyse import ESTIMATORS
 from ..data.kept import is_whole, read_json
 from ..evaluate.defences import defence
@@ -93,8 +94,8 @@ def check(content):
     for key in ("data", "test"):
         _place(key, content[key])
     for key in ("size", "per_class", "test_per_class"):
-        if content.get(key) is not None and (type(content[key]) is not int or content[key] < 1):
-            _checks.fail("report", key, "a whole number >= 1", repr(content[key]))
+        if content.get(key) is not None:
+            _ranges.whole("report", key, content[key], 1, 4096 if key == "size" else _ranges.MOST)
     for key, most in (("poisons", MOST_POISONS), ("victims", MOST_VICTIMS)):
         if len(content[key]) > most:
             _checks.fail("report", key, f"{most} at most", len(content[key]))
@@ -155,9 +156,10 @@ def _poison(name, options, content):
         if not isinstance(options.get("ratio"), int | float) or not 0 < options["ratio"] < 1:
             _checks.fail("report", f"{where}.ratio", "a number between 0 and 1", repr(options.get("ratio")))
     else:
-        merged = {**content.get("generation", {}), **options}
-        split(merged)
-        table(scalar)(f"report: {where}", merged)
+        given = {**content.get("generation", {}), **options}
+        with written_as({key: f"{where if key in options else 'generation'}.{key}" for key in given}):
+            split(given)
+        table(scalar)(f"report: {where}", given)
 
 
 def _victim(name, options, per_class):
@@ -167,13 +169,13 @@ def _victim(name, options, per_class):
         if key in options and not isinstance(options[key], kind):
             _checks.fail("report", f"victims.{name}.{key}", what, repr(options[key]))
     where = f"victims.{name}.pretrain"
-    plan = recipe(options.get("model", name), *(options.get(key) for key in RECIPE))
+    with written_as({key: f"victims.{name}.{key}" for key in RECIPE}):
+        plan = recipe(options.get("model", name), *(options.get(key) for key in RECIPE))
     RECIPE_RULE(f"report: victims.{name}", {**asdict(plan), "pretrain": None})
     if "pretrain" not in options:
         return
     for key, value in {**_PRETRAIN, **_only(where, options["pretrain"], _PRETRAIN)}.items():
-        if type(value) is not int or value < 1:
-            _checks.fail("report", f"{where}.{key}", "a whole number >= 1", repr(value))
+        _ranges.whole("report", f"{where}.{key}", value)
     if per_class is None:
         _checks.fail("report", where, "per_class: the images after the first ones of each class are disjoint from them", "no per_class")
 
@@ -218,8 +220,7 @@ def _analysis(content):
         _checks.fail("report", "analysis.estimators", "one at least", "none")
     _seeds("analysis.seeds", analysis["seeds"])
     for key, least in (("slices", 2), ("points", 20)):
-        if type(analysis[key]) is not int or analysis[key] < least:
-            _checks.fail("report", f"analysis.{key}", f"a whole number >= {least}", repr(analysis[key]))
+        _ranges.whole("report", f"analysis.{key}", analysis[key], least)
     if analysis["layers"] is not None and analysis["layers"] not in analysis["victims"]:
         _checks.fail("report", "analysis.layers", f"null or one of analysis.victims ({', '.join(analysis['victims'])})",
                      repr(analysis["layers"]))  # fmt: skip

@@ -11,6 +11,7 @@ from multiprocessing.connection import wait
 import torch
 
 from .._registry import BackendError
+from .._written import shown
 from . import tasks
 
 _sources = None  # of a worker process; an error, where it could not read them
@@ -32,7 +33,7 @@ def done(work, sources, jobs):
             yield running[future], future.result()
     except BrokenProcessPool:
         raise BackendError(
-            f"report: a process was killed, probably out of memory: lower --jobs ({jobs}); the same command goes on"
+            f"report: a process was killed, probably out of memory: lower {shown('report', 'jobs')} ({jobs}); the same command goes on"
         ) from None
     finally:
         workers = list((pool._processes or {}).values())  # a worker in the middle of a training would be waited for

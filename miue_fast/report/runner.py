@@ -8,6 +8,8 @@ import torch
 from .. import data, models
 from .._checks import LONGEST, fail, printable
 from .._output import progress_bar
+from .._random import Draws
+from .._ranges import whole
 from ..data.kept import pack, read_part
 from ..evaluate import check_pair
 from ..evaluate.defences import defence
@@ -21,6 +23,8 @@ from .figures import thumbnails
 from .pages import NUMBERS, check_pages, replace
 from .pool import done
 from .schema import CLEAN, FORMAT, check_part
+
+MOST_JOBS = 1024
 
 
 def run(config, folder, *, jobs=1, progress=True, make=True):
@@ -36,8 +40,7 @@ def run(config, folder, *, jobs=1, progress=True, make=True):
     """
     if not isinstance(config, Config):
         fail("report", "config", "a Config (see report.read)", type(config).__name__)
-    if not isinstance(jobs, int) or jobs < 1:
-        fail("report", "jobs", "a whole number >= 1", repr(jobs))
+    check_jobs(jobs)
     folder = data.check_writable(folder)
     check_pages("report", folder)
     sources = tasks.Sources(config, folder)
@@ -60,6 +63,10 @@ def run(config, folder, *, jobs=1, progress=True, make=True):
     found = collect(sources, failures)
     replace(folder, {NUMBERS: pack(found)})
     return found, sources
+
+
+def check_jobs(jobs):
+    whole("report", "jobs", jobs, 1, MOST_JOBS)
 
 
 def _stages(sources):
@@ -94,9 +101,10 @@ def _check(sources):
         fail("report", "data", "two images of every class", f"{least} of one")
     for text in {cell[2] for cell in config.cells()}:
         defence(text).check(shape, classes)
-    with torch.random.fork_rng([]):
-        for name, options in config.victims.items():
-            build(options.get("model", name), classes, shape)
+    draws = Draws("report", 0)
+    for name, options in config.victims.items():
+        build(options.get("model", name), classes, shape, draws, torch.device("cpu"))
+    with draws:
         for name, entry in config.poisons.items():
             if "path" in entry or ("of" not in entry and sources.has(name)):
                 sources.images(name)

@@ -1,7 +1,6 @@
 """What a report is made of: poisons, cells (one victim on one training set) and noise measurements. Each leaves one JSON file."""
 
 import hashlib
-import resource
 import sys
 import time
 from dataclasses import asdict
@@ -142,6 +141,8 @@ def _keep(sources, path, content):
 
 def peak_memory():
     """Largest resident memory of this process so far, in bytes."""
+    import resource  # POSIX, as all that is written
+
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
