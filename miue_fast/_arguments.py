@@ -161,7 +161,13 @@ def _parser():
     sub.add_argument("--quiet", action="store_true", default=False, help="no progress bar")
 
     sub = command("demo", "the whole story on drawn shapes, in a few minutes on a CPU, without a download")
-    sub.add_argument("--out", type=Path, default=Path("demo-output"), metavar="DIR", help="default: demo-output; replaced")
+    sub.add_argument(
+        "--out",
+        type=Path,
+        default=Path("demo-output"),
+        metavar="DIR",
+        help="default: demo-output; an interrupted demo there goes on, a finished one starts again",
+    )
     sub.add_argument("--seed", type=_whole, default=0, help="default 0")
 
     command("info", "ops and backends of this machine, versions, build")
