@@ -277,7 +277,7 @@ def test_what_can_be_told_before_the_work_is(root, tmp_path, capsys, monkeypatch
     evaluated = ["evaluate", "--data", root / "train", "--poisoned", root / "out", "--test", root / "test", "--quiet"]
     for words, expected in (
         ([*generated, "--export", "pickle", "--eps", "1"], "127/255"),
-        ([*generated, "--alpha-0", "1e300"], "alpha_0: expected"),
+        ([*generated, "--alpha-0", "1e300"], "--alpha-0: expected"),
         ([*generated, "--seed", "99999999999999999999999"], "seed: expected"),
         ([*evaluated, "--json", tmp_path], "got the folder"),
         ([*evaluated, "--figure", tmp_path / "a.xyz"], "ending in"),

@@ -240,7 +240,7 @@ class _Run:
         epoch = 0 if self.replaces else checkpoint.saved_epoch(self.keep)
         if not epoch:
             return f"interrupted: no epoch was finished, nothing is saved in {self.keep.parent}"
-        again = f"the same command without {option('overwrite', True)}" if self.overwrite else "the same command"
+        again = f"the same command without {shown('generate', 'overwrite')}" if self.overwrite else "the same command"
         return f"interrupted: epoch {epoch} of {self.options.epochs} is saved in {self.keep}; {again} goes on from there"
 
 
