@@ -94,6 +94,8 @@ def _check(args):
 def _check_generate(args):
     options = choose(args.preset, given(args))
     _check_lossy("generate", args.export, args)
+    if args.export == "pickle":
+        data.check_pickle(options.eps)
     if options.objective != "random":
         with torch.device("meta"):  # no memory for its weights
             network = models.build(args.model, 2, width=options.width, size=args.size or 32)

@@ -194,7 +194,7 @@ def test_a_killed_process_is_told(place, tmp_path, monkeypatch):
 
     monkeypatch.setattr(concurrent.futures, "ProcessPoolExecutor", Broken)
     config = report.check(config_of(place, runs=[{"victims": ["lenet5"], "seeds": [0, 1]}], poisons={}, analysis={}))
-    with pytest.raises(BackendError, match="a process was killed, probably out of memory: lower --jobs"):
+    with pytest.raises(BackendError, match="a process was killed, probably out of memory: lower jobs \(2\)"):
         report.run(config, tmp_path, jobs=2, progress=False)
 
 

@@ -265,9 +265,8 @@ class _Run:
         epoch = 0 if self.replaces else checkpoint.saved_epoch(self.keep)
         if not epoch:
             return f"interrupted: no epoch was finished, nothing is saved in {self.keep.parent}"
-        without = [
-            text for text, there in ((option("overwrite", True), self.overwrite), (option("resume", False), not self.resumes)) if there
-        ]
+        words = (shown("generate", "overwrite"), self.overwrite), (option("resume", False), not self.resumes)
+        without = [word for word, there in words if there]
         again = f"the same command{' without ' if without else ''}{' and '.join(without)}"
         return f"interrupted: epoch {epoch} of {self.options.epochs} is saved in {self.keep}; {again} goes on from there"
 
