@@ -1,5 +1,7 @@
 """One wording for every bad input: `op: argument: expected X, got Y`."""
 
+import unicodedata
+
 import torch
 
 from ._registry import DOUBLES, FLOATS
@@ -7,8 +9,26 @@ from ._registry import DOUBLES, FLOATS
 INTEGERS = frozenset({torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64})
 
 
+LONGEST = 2000  # characters of a message: enough for a path of any length that opens, and for a list of keys
+
+
 def fail(op, argument, expected, got):
-    raise ValueError(f"{op}: {argument}: expected {expected}, got {got}")
+    raise ValueError(printable(f"{op}: {argument}: expected {expected}, got {got}", most=LONGEST))
+
+
+def printable(text, most=200):
+    """`text` as one harmless line of at most `most` characters (None: as long as it is), for terminals, pages and figures.
+
+    Control characters, line ends, escape sequences, invisible and direction-changing characters and halves of surrogate pairs become the
+    escapes that Python writes for them (\\n, \\x1b, \\u202e); letters of every script and all spaces stay. What is longer loses its middle.
+    """
+    text = str(text)
+    if most is not None and len(text) > most:
+        head = most // 2
+        text = f"{text[:head]} ... {text[len(text) - (most - head - 5) :]}"
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or unicodedata.category(c) == "Zs" else repr(c)[1:-1] for c in text)
 
 
 def describe(tensor):
