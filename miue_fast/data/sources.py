@@ -2,9 +2,6 @@
 
 import logging
 import os
-import struct
-import zipfile
-import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -14,16 +11,13 @@ from PIL import Image
 
 from .._checks import INTEGERS, describe, fail
 from . import cifar
+from .archive import read_arrays
 from .dataset import Dataset
+from .files import ARCHIVE_ERRORS
 from .images import UnreadableError, one_line, quiet_decoding, read_image
-from .tree import first_per_class, list_tree
+from .tree import first_per_class, list_tree, tell_skipped
 
 log = logging.getLogger("miue_fast")
-# What numpy and zipfile raise on hostile bytes.
-NPZ_ERRORS = (
-    OSError, ValueError, LookupError, AttributeError, TypeError, EOFError, SyntaxError, MemoryError, RuntimeError, OverflowError,
-    AssertionError, struct.error, zipfile.BadZipFile, zlib.error,
-)  # fmt: skip
 
 
 def load(source, *, size=None, split=None, per_class=None):
@@ -40,7 +34,8 @@ def load(source, *, size=None, split=None, per_class=None):
         per_class: keep only the first images of each class (folders: by name; else: in order).
 
     Files that cannot be used (damaged, bombs, over 8 bits per channel, links to folders or out of the root) are left out and
-    listed in `unreadable`. Deterministic. ValueError: empty, fewer than 2 classes, unequal sizes with size=None, wrong arrays.
+    listed in `unreadable`; files in class folders that are not images (Thumbs.db, notes.txt) in `skipped`, and told in one log line.
+    Deterministic. ValueError: empty, fewer than 2 classes, unequal sizes with size=None, wrong arrays.
     """
     if size is not None and (type(size) is not int or not 1 <= size <= 4096):
         fail("data", "size", "None or an integer from 1 to 4096", repr(size))
@@ -53,7 +48,7 @@ def load(source, *, size=None, split=None, per_class=None):
             if found is None:
                 return _two_classes(_load_folder(path / (split or ""), size, per_class), path)
             return _finish(_from_cifar(*found, split or "train"), size, per_class, path)
-        if not path.is_file() or path.suffix.lower() != ".npz":
+        if not path.exists() or path.suffix.lower() != ".npz":
             fail("data", "source", "a folder of images or CIFAR files, or an .npz file (unpack archives first)", _what(path))
         data, name = _load_npz(path), path
     elif isinstance(source, Dataset):
@@ -111,7 +106,8 @@ def _resize(image, size):
 def _load_folder(root, size, per_class):
     if not root.is_dir():
         fail("data", "source", "a folder", str(root))
-    classes, names, unreadable = list_tree(root)
+    classes, names, unreadable, skipped = list_tree(root)
+    tell_skipped(skipped)
     kept, pixels, sizes = [], [], []
 
     def read(name):
@@ -144,7 +140,7 @@ def _load_folder(root, size, per_class):
     images = torch.empty((len(kept), 3, *(pixels[0].shape[:2] if pixels else (1, 1))), dtype=torch.uint8)
     for row in range(len(kept) - 1, -1, -1):  # from the end, so that each decoded image is freed once copied
         images[row] = torch.from_numpy(pixels.pop().copy()).permute(2, 0, 1)
-    return Dataset(images, labels, classes, kept, root.absolute(), sizes, sorted(unreadable))
+    return Dataset(images, labels, classes, kept, root.absolute(), sizes, sorted(unreadable), skipped)
 
 
 # archives and arrays
@@ -161,10 +157,9 @@ def _numbered(count):
 
 def _load_npz(path):
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            content = {key: archive[key] for key in archive.files if key in ("images", "labels", "classes", "names")}
-    except NPZ_ERRORS as error:
-        raise ValueError(f"data: {path}: expected an .npz of plain arrays, got a damaged or foreign file ({one_line(error)})") from error
+        content = read_arrays(path, ("images", "labels", "classes", "names"))
+    except ARCHIVE_ERRORS as error:
+        fail("data", str(path), "an .npz of plain arrays", f"a damaged or foreign file ({one_line(error)})")
     for key in ("images", "labels"):
         if key not in content:
             fail("data", str(path), "the arrays 'images' and 'labels'", f"{sorted(content)}")

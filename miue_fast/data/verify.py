@@ -15,7 +15,7 @@ from .export import tree_paths
 from .images import UnreadableError, quiet_decoding, read_image
 from .poison import apply_poison, budget, is_poison, load_poison
 from .sources import is_tree, load
-from .tree import first_per_class, list_tree, target_names
+from .tree import first_per_class, list_tree, target_names, tell_skipped
 
 LISTED = 20
 
@@ -116,13 +116,17 @@ def _verify_folder(report, clean, out, levels, per_class):
         paths, refused, root = tree_paths(clean), clean.unreadable, clean.root
     else:
         root = Path(clean)
-        _, names, refused = list_tree(root)
+        _, names, refused, skipped = list_tree(root)
+        tell_skipped(skipped)
         paths = first_per_class(names, per_class)
     report.unreadable += refused
     gray = root is None and clean.images.shape[1] == 1
-    _, found, strange = list_tree(out)
+    _, found, strange, others = list_tree(out)
     for name, reason in strange:
         report.add(f"{name}: {reason}")
+    for name in others:
+        if not os.path.basename(name).startswith("."):  # what a file manager leaves there
+            report.add(f"{name}: not an image type that is read here")
     suffix = Counter(os.path.splitext(name)[1] for name in found).most_common(1)[0][0] if found else ".png"
     targets = target_names(paths, [name for name, _ in refused], suffix)
     for name in sorted(set(found) - set(targets.values())):

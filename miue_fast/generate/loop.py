@@ -115,7 +115,8 @@ class _Run:
         self.fingerprint = dataset.fingerprint if keep else None
 
     def resume(self):
-        tensors, header = checkpoint.load(self.keep)
+        tensors, header = checkpoint.load(self.keep, checkpoint.room(self.network, self.delta))
+        checkpoint.check_header(self.keep, header)
         now = self._header()
         if header["fingerprint"] != now["fingerprint"]:
             raise ValueError(f"{self.keep}: expected a checkpoint of these images and labels, got one of another data set; "
@@ -272,6 +273,8 @@ def _open_folder(folder, resume, overwrite, options):
     """
     atomic.sweep(folder)
     path = folder / checkpoint.NAME
+    if path.is_dir():
+        _checks.fail("generate", "out", "no folder under the name of the checkpoint", str(path))
     if overwrite or (resume and options.objective != "random" and path.exists()):
         return path
     if resume and options.objective == "random" and not path.exists() and _made_with(folder, options):
