@@ -5,18 +5,22 @@ from .atomic import check_outside, check_writable, only_writer, sweep, write_fil
 from .dataset import Dataset
 from .export import check_pickle, export_folder, export_npz, export_pickle, export_pt, other_images, remove_others
 from .interop import read_pickle
+from .owned import LIST, Owned, check_owned, write_owned
 from .poison import POISON_FILES, apply_poison, is_poison, load_poison, quantise, random_noise, remove_poison, save_poison
 from .shapes import shapes
 from .sources import from_arrays, is_tree, load, load_test
 from .verify import Report, verify
 
 __all__ = [
+    "LIST",
     "POISON_FILES",
     "Dataset",
+    "Owned",
     "Report",
     "align",
     "apply_poison",
     "check_outside",
+    "check_owned",
     "check_pickle",
     "check_writable",
     "export_folder",
@@ -43,4 +47,5 @@ __all__ = [
     "verify",
     "write_file",
     "write_files",
+    "write_owned",
 ]

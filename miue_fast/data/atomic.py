@@ -2,10 +2,12 @@
 
 import contextlib
 import errno
+import hashlib
 import io
 import logging
 import os
 import secrets
+import shutil
 from pathlib import Path
 
 from .._checks import fail
@@ -14,9 +16,13 @@ TEMPORARY = ".miue-tmp"
 
 
 class _Sink(io.FileIO):
-    """Unbuffered file that writes all it is given and remembers the OSError that torch.save turns into a RuntimeError."""
+    """Unbuffered file that writes all it is given, hashes it, and remembers the OSError that torch.save turns into a RuntimeError."""
 
     error = None
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.digest = hashlib.sha256()
 
     def write(self, data):
         view = memoryview(data).cast("B")
@@ -27,27 +33,39 @@ class _Sink(io.FileIO):
         except OSError as error:
             self.error = error
             raise
+        if self.digest is not None:
+            self.digest.update(view)
         return done
 
+    def seek(self, offset, whence=os.SEEK_SET):
+        here = self.tell()
+        there = super().seek(offset, whence)
+        if there != here:
+            self.digest = None  # written out of order: the file is read once more
+        return there
 
-def write_files(writers, *, durable=True):
+
+def write_files(writers, *, durable=True, before=None):
     """Writes several files as one: all are complete on disk before the first takes its final name.
 
     Args:
         writers: {path: function of one binary stream}, called in order.
         durable: fsync files and folder, so that a power cut cannot leave an empty file (costs milliseconds per file).
+        before: function of {path: sha256 (hex)}, called once all are complete; if it raises, everything is as it was.
 
     Errors: OSError of one line (full disk, no permission); then every earlier file is unchanged and no temporary file stays.
     """
-    made = {}
+    made, digests = {}, {}
     try:
         for path, writer in writers.items():
             temporary = Path(path).with_name(f".{secrets.token_hex(8)}{TEMPORARY}")
             made[temporary] = Path(path)
-            _write(temporary, path, writer, durable)
+            digests[Path(path)] = _write(temporary, path, writer, durable)
         for path in made.values():
             if path.is_dir():
                 raise OSError(errno.EISDIR, f"cannot write {path}: it is a folder; what was there before is unchanged")
+        if before is not None:
+            before(digests)
         for temporary, path in made.items():
             os.replace(temporary, path)
         if durable:
@@ -64,12 +82,14 @@ def write_file(path, writer, *, durable=True):
 
 
 def _write(temporary, path, writer, durable):
+    """The sha256 of what `writer` made of the temporary file."""
     sink = None
     try:
         with _Sink(temporary, "xb") as sink:
             writer(sink)
             if durable:
                 os.fsync(sink.fileno())
+        return sha256_of(temporary) if sink.digest is None else sink.digest.hexdigest()
     except (OSError, RuntimeError) as error:
         cause = sink.error if sink is not None and sink.error else error
         if not isinstance(cause, OSError):
@@ -85,10 +105,22 @@ def _sync_folder(folder):
         os.close(descriptor)
 
 
+def sha256_of(path):
+    """sha256 (hex) of a file's bytes, read in blocks. Errors: OSError."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
 def sweep(folder):
-    """Removes the temporary files that a killed run left in `folder` (not below it)."""
+    """Removes the temporary files and folders that a killed run left in `folder` (not below it)."""
     for leftover in Path(folder).glob(f".*{TEMPORARY}"):
-        leftover.unlink(missing_ok=True)
+        if leftover.is_dir() and not leftover.is_symlink():
+            shutil.rmtree(leftover)
+        else:
+            leftover.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

@@ -1,0 +1,206 @@
+"""Which files are this package's own: a list of checksums beside them, and the rule that nothing else is ever replaced or removed."""
+
+import logging
+import os
+import threading
+from collections.abc import Callable, Iterable
+from pathlib import Path, PurePosixPath
+from typing import BinaryIO
+
+from .._checks import fail
+from .atomic import sha256_of, write_file, write_files
+
+LIST = "miue-files.sha256"  # as sha256sum writes it: `sha256sum -c miue-files.sha256` checks what a folder holds
+HEADER = "# What miue_fast wrote here. It replaces or removes nothing that is not on this list with its checksum."
+MOST = 1 << 28  # bytes of a list: two million names of 60 bytes
+log = logging.getLogger("miue_fast")
+
+
+class Owned:
+    """The files in and below one folder that this package wrote and nobody has changed since.
+
+    A file is owned if `miue-files.sha256` in that folder names it with the sha256 that it has now. The list gets a file's new checksum
+    before the file takes its name, so a killed process leaves either the old file or the new one, and owns both. Names are posix paths
+    relative to the folder. An object may be used by several threads. ValueError: the list is damaged or somebody else's.
+    """
+
+    def __init__(self, folder: str | os.PathLike):
+        self.folder = Path(folder)
+        self._lock = threading.Lock()
+        self._known = _read(self.folder / LIST)  # name -> checksums, the newest last
+        self._seen = {}  # name -> (state, checksum) of files that were hashed here
+
+    def names(self) -> list[str]:
+        """The names on the list, sorted; whether they still are what was written is for `owns` to say."""
+        return sorted(self._known)
+
+    def checksum(self, name: str) -> str | None:
+        """The sha256 (hex) that the newest entry of `name` gives it, or None."""
+        return self._known[name][-1] if name in self._known else None
+
+    def owns(self, name: str) -> bool:
+        """Whether the file `name` is there, is a file of its own (no link), and is what the list says."""
+        path = self.folder / name
+        if name not in self._known or path.is_symlink() or not path.is_file() or not self._inside(path):
+            return False
+        state = _state(path)
+        if self._seen.get(name, (None,))[0] != state:
+            self._seen[name] = state, sha256_of(path)
+        return self._seen[name][1] in self._known[name]
+
+    def check(self, op: str, names: Iterable[str]) -> None:
+        """ValueError if one of `names` is somebody else's: it would be replaced."""
+        for name in names:
+            path = self.folder / name
+            if os.path.lexists(path) and not self.owns(name):
+                reason = "was changed since" if name in self._known else "miue_fast did not write"
+                fail(op, "output", "a new name, or a file that miue_fast wrote and nobody changed",
+                     f"{path}, which {reason}; move it away or choose another place")  # fmt: skip
+
+    def write(self, writers: dict[str, Callable[[BinaryIO], object]], *, durable: bool = True, tidy: bool = True) -> None:
+        """`atomic.write_files` of {name: function of one binary stream}, for new names and owned files alone.
+
+        tidy=False leaves older entries on the list, for `tidy` to remove once: writing many files, or several processes in one folder.
+        Errors: ValueError (somebody else's file), OSError; then everything is as it was.
+        """
+        write_files({self.folder / name: writer for name, writer in writers.items()}, durable=durable,
+                    before=lambda digests: self._record(dict(zip(writers, digests.values())), durable))  # fmt: skip
+        for name in writers:
+            self._seen[name] = _state(self.folder / name), self._known[name][-1]
+        if tidy:
+            self.tidy()
+
+    def remove(self, names: Iterable[str]) -> list[str]:
+        """Removes the owned files among `names`, and folders below this one that are then empty; returns those that were not owned.
+
+        They stay, and a log line names the first.
+        """
+        kept = []
+        for name in names:
+            path = self.folder / name
+            if self.owns(name):
+                path.unlink()
+                for parent in list(PurePosixPath(name).parents)[:-1]:
+                    if any((self.folder / parent).iterdir()):
+                        break
+                    (self.folder / parent).rmdir()
+            elif os.path.lexists(path):
+                kept.append(name)
+        if kept:
+            log.warning(
+                "%d files that were changed since miue_fast wrote them are left as they are, first: %s", len(kept), self.folder / kept[0]
+            )
+        self.tidy()
+        return kept
+
+    def tidy(self) -> None:
+        """Writes the list anew, sorted, with one line for each file that is there; an empty one is removed."""
+        path = self.folder / LIST
+        with self._lock:
+            self._known = _read(path)  # another process may have added to it
+        lines = []
+        for name in self.names():
+            there = self.folder / name
+            if os.path.lexists(there):
+                digests = self._known[name] if len(self._known[name]) == 1 or not self.owns(name) else [self._seen[name][1]]
+                lines += [_line(digest, name) for digest in digests]
+                self._known[name] = digests
+            else:
+                del self._known[name]
+        if lines:
+            write_file(path, lambda file: file.write("".join([f"{HEADER}\n", *lines]).encode()), durable=False)
+        else:
+            path.unlink(missing_ok=True)
+
+    def _record(self, digests, durable):
+        with self._lock:
+            self.check("output", digests)
+            path = self.folder / LIST
+            text = "".join(_line(digest, name) for name, digest in digests.items())
+            try:
+                with open(path, "a+b", buffering=0) as file:  # one write: several processes may add lines
+                    if not (size := file.seek(0, os.SEEK_END)):
+                        text = f"{HEADER}\n{text}"
+                    elif file.seek(size - 1) >= 0 and file.read(1) != b"\n":
+                        text = f"\n{text}"  # a process died in the middle of a line
+                    left = memoryview(text.encode())
+                    while left:
+                        left = left[file.write(left) :]
+                    if durable:
+                        os.fsync(file.fileno())
+            except OSError as error:
+                raise OSError(error.errno, f"cannot write {path}: {error.strerror}; what was there before is unchanged") from error
+            for name, digest in digests.items():
+                self._known[name] = [*(known for known in self._known.get(name, []) if known != digest), digest]
+
+    def _inside(self, path):
+        return path.parent.resolve().is_relative_to(self.folder.resolve())
+
+
+def write_owned(writers: dict[Path, Callable[[BinaryIO], object]], *, durable: bool = True) -> None:
+    """Writes {path: function of one binary stream} through the lists of their folders. Errors: as `Owned.write`."""
+    for folder in {path.parent for path in writers}:
+        Owned(folder).write({path.name: writer for path, writer in writers.items() if path.parent == folder}, durable=durable)
+
+
+def check_owned(op: str, paths: Iterable[Path]) -> None:
+    """ValueError if one of `paths` exists and is somebody else's: for before the work that ends in writing it."""
+    for path in paths:
+        if os.path.lexists(path):
+            Owned(path.parent).check(op, [path.name])
+
+
+def _state(path):
+    found = path.stat()
+    return found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+
+
+def _line(digest, name):
+    """One line of sha256sum: a name with a line break or a backslash is escaped, which a backslash before the line says."""
+    plain = name.replace("\\", "\\\\").replace("\n", "\\n").replace("\r", "\\r")
+    return f"{chr(92) if plain != name else ''}{digest}  {plain}\n"
+
+
+def _read(path):
+    """{name: [checksum, ...]} of a list; {} without one. A line that is not whole says nothing."""
+    if not os.path.lexists(path):
+        return {}
+    if path.is_symlink() or not path.is_file() or path.stat().st_size > MOST:
+        fail("output", LIST, f"the list of checksums that miue_fast writes (at most {MOST} bytes)", f"something else: {path}; move it away")
+    lines = path.read_bytes().split(b"\n")
+    if lines[0] != HEADER.encode():
+        fail("output", LIST, "the list of checksums that miue_fast writes", f"somebody else's file: {path}; move it away")
+    known = {}
+    for line in lines[1:]:
+        entry = _parse(line)
+        if entry is not None:
+            digest, name = entry
+            known[name] = [*(seen for seen in known.get(name, []) if seen != digest), digest]
+    return known
+
+
+def _parse(line):
+    """(checksum, name), or None for what no list of ours holds: a torn line, a name that leaves the folder."""
+    try:
+        text = line.decode()
+    except UnicodeDecodeError:
+        return None
+    escaped = text.startswith("\\")
+    digest, _, name = text[escaped:].partition("  ")
+    if len(digest) != 64 or not set(digest) <= set("0123456789abcdef") or not name:
+        return None
+    if escaped:
+        pairs = {"\\\\": "\\", "\\n": "\n", "\\r": "\r"}
+        name = "".join(pairs.get(part, part) for part in _pairs(name))
+    if "\0" in name or any(part in ("", ".", "..") for part in name.split("/")):
+        return None
+    return digest, name
+
+
+def _pairs(text):
+    """The text in pieces of one character, or two from a backslash on."""
+    at = 0
+    while at < len(text):
+        step = 2 if text[at] == "\\" else 1
+        yield text[at : at + step]
+        at += step
