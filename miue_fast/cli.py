@@ -8,7 +8,7 @@ import torch
 
 from . import data
 from ._arguments import given, parse
-from ._checks import fail
+from ._checks import LONGEST, fail, printable
 from ._registry import BackendError
 from .data.export import FORMATS
 from .evaluate import evaluate, figure, poisoned_images
@@ -64,7 +64,7 @@ def _unreadable(*datasets):
     """Lists what was left out; the exit code."""
     left_out = [pair for dataset in datasets for pair in dataset.unreadable]
     for name, reason in left_out:
-        print(f"miue-fast: unreadable, left out: {name}: {reason}", file=sys.stderr)
+        print("miue-fast: unreadable, left out:", printable(f"{name}: {reason}", most=LONGEST), file=sys.stderr)
     return 3 if left_out else 0
 
 

@@ -169,7 +169,7 @@ def _new_file(path, suffixes, overwrite):
 
 def _prepare(dataset, out, overwrite):
     if dataset.root is not None:
-        real, clean = out.resolve(), dataset.root.resolve()
+        real, clean = Path(os.path.realpath(out)), Path(os.path.realpath(dataset.root))
         if real.is_relative_to(clean) or clean.is_relative_to(real):
             fail("export", "out", f"a folder apart from the clean one, {clean}", str(real))
     if out.is_dir() and any(out.iterdir()) and not overwrite:

@@ -18,6 +18,7 @@ from .images import UnreadableError, one_line, quiet_decoding, read_image
 from .tree import first_per_class, list_tree, tell_skipped
 
 log = logging.getLogger("miue_fast")
+CHUNK = 1024  # images at a time
 
 
 def load(source, *, size=None, split=None, per_class=None):
@@ -88,7 +89,7 @@ def _two_classes(data, name):
 
 def _finish(data, size, per_class, name):
     if per_class is not None:
-        data = data.select(sorted(i for k in range(len(data.classes)) for i in torch.nonzero(data.labels == k)[:per_class, 0].tolist()))
+        data = data.select(_first_rows(data.labels, per_class))
     if size is not None and len(data) and tuple(data.images.shape[2:]) != (size, size):
         if data.root is not None:
             fail("data", "size", f"the size this folder was loaded at, {list(data.images.shape[2:])} (load it again)", size)
@@ -97,6 +98,14 @@ def _finish(data, size, per_class, name):
         images = torch.from_numpy(resized).reshape(*data.images.shape[:2], size, size)
         data = Dataset(images, data.labels, data.classes, data.names)
     return _two_classes(data, name)
+
+
+def _first_rows(labels, per_class):
+    """The first rows of each class, ascending; one sort, however many classes there are."""
+    order = labels.argsort(stable=True)
+    counts = labels.bincount()
+    starts = (counts.cumsum(0) - counts).repeat_interleave(counts)  # of the class of each sorted row
+    return order[torch.arange(len(labels)) - starts < per_class].sort().values
 
 
 def _resize(image, size):
@@ -163,8 +172,8 @@ def _load_npz(path):
     for key in ("images", "labels"):
         if key not in content:
             fail("data", str(path), "the arrays 'images' and 'labels'", f"{sorted(content)}")
-    texts = {key: _texts(content[key], f"{path}: {key}") for key in ("classes", "names") if key in content}
-    return from_arrays(content["images"], content["labels"], **texts)
+    texts = {key: _texts(content.pop(key), f"{path}: {key}") for key in ("classes", "names") if key in content}
+    return from_arrays(_tensor(content.pop("images"), "images", copy=False), _tensor(content.pop("labels"), "labels"), **texts)
 
 
 def _texts(array, name):
@@ -194,11 +203,11 @@ def from_arrays(images, labels, *, classes=None, names=None):
     return Dataset(images.clone(memory_format=torch.contiguous_format), labels.clone(), list(classes), names)
 
 
-def _tensor(value, name):
+def _tensor(value, name, copy=True):
     if isinstance(value, torch.Tensor):
         return value.detach().cpu()
     try:
-        value = np.array(value)
+        value = np.array(value, copy=copy or None)
         return torch.from_numpy(value.astype(np.int64) if value.dtype.kind == "u" and value.dtype != np.uint8 else value)
     except (TypeError, ValueError) as error:
         raise ValueError(f"data: {name}: expected an array of numbers, got {type(value).__name__} ({one_line(error)})") from error
@@ -207,8 +216,13 @@ def _tensor(value, name):
 def _to_8_bits(images):
     if len(images) and not (images.min() >= 0 and images.max() <= 1):
         fail("data", "images", "floats in [0, 1]", f"values from {float(images.min())} to {float(images.max())}")
-    scaled = images.double() * 255
-    rounded = scaled.round()
-    if len(images) and (scaled - rounded).abs().max() > 255 * 2 * torch.finfo(images.dtype).eps:
+    result = torch.empty_like(images, dtype=torch.uint8)
+    farthest = 0
+    for part, made in zip(images.split(CHUNK), result.split(CHUNK)):  # bounds the temporaries
+        scaled = part.double() * 255
+        rounded = scaled.round()
+        farthest = max(farthest, float((scaled - rounded).abs().max())) if len(part) else 0
+        made.copy_(rounded)
+    if farthest > 255 * 2 * torch.finfo(images.dtype).eps:
         log.warning("data: the float images are not multiples of 1/255: rounded to 8 bits")
-    return rounded.to(torch.uint8)
+    return result

@@ -32,12 +32,14 @@ def list_tree(root):
     real = root.resolve()
     names, refused, skipped = [], [], []
 
-    def visit(folder, prefix):
+    folders = [(root, "")]
+    while folders:  # no recursion: a path may have 2,000 parts
+        folder, prefix = folders.pop()
         try:
-            entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+            entries = list(os.scandir(folder))
         except OSError as error:
             refused.append((prefix.rstrip("/"), f"cannot be listed: {error.strerror}"))
-            return
+            continue
         for entry in entries:
             name = prefix + entry.name
             if entry.name.startswith("."):
@@ -48,13 +50,11 @@ def list_tree(root):
             if reason is not None:
                 refused.append((name.encode(errors="backslashreplace").decode(), reason))
             elif entry.is_dir(follow_symlinks=False):
-                visit(entry.path, name + "/")
+                folders.append((entry.path, name + "/"))
             elif entry.name.lower().endswith(SUFFIXES):
                 names.append(name)
             elif prefix:
                 skipped.append(name)
-
-    visit(root, "")
     names.sort()
     return sorted({name.split("/")[0] for name in names}), names, sorted(refused), sorted(skipped)
 

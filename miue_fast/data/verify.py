@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from .._checks import LONGEST, printable
 from . import cifar
 from .dataset import Dataset
 from .export import tree_paths
@@ -38,6 +39,7 @@ class Report:
         return self.problem_count == 0 and self.count > 0
 
     def add(self, problem):
+        problem = printable(problem, most=LONGEST)
         self.problem_count += 1
         if len(self.problems) < LISTED:
             self.problems.append(problem)

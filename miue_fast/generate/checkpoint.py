@@ -75,9 +75,12 @@ def saved_epoch(path):
     try:
         with open_regular(path) as file:
             metadata = _metadata(file.read(min(int.from_bytes(file.read(8), "little"), MAX_HEADER)))
-        return int(_header(path, metadata)["epoch"])
-    except (OSError, LookupError, TypeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise _corrupt(path, one_line(error)) from None
+    epoch = _header(path, {"header": "{}", **metadata}).get("epoch")
+    if type(epoch) is not int:
+        raise _corrupt(path, f"epoch is {printable(repr(epoch), most=60)}")
+    return epoch
 
 
 def room(model, delta):
@@ -87,8 +90,9 @@ def room(model, delta):
 
 def _metadata(text):
     """The texts in the header of a safetensors file."""
-    metadata = parse_json(text, strict=False).get("__metadata__")
-    return metadata if isinstance(metadata, dict) else {}
+    header = parse_json(text, strict=False)
+    metadata = header.get("__metadata__") if isinstance(header, dict) else None
+    return metadata if isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values()) else {}
 
 
 def _corrupt(path, why):
