@@ -59,6 +59,7 @@ def torch_zip(pickled, storages=(), compression=zipfile.ZIP_STORED):
     stream = io.BytesIO()
     with zipfile.ZipFile(stream, "w", compression) as archive:
         archive.writestr("a/data.pkl", pickled)
+        archive.writestr("a/version", "3\n")
         archive.writestr("a/byteorder", "little")
         for key, content in storages:
             archive.writestr(f"a/data/{key}", content)
@@ -329,8 +330,9 @@ def test_torch_files(tmp_path):
     torch.save({"a.weight": torch.ones(3), "b": torch.ones(2)}, tmp_path / "state.pt")
     torch.save(torch.zeros(4, 3, 4, 4), tmp_path / "poison.pt")
     hostile = written(tmp_path / "hostile", hostile_pt(), ".pt")
-    jobs = [(how, path) for how in ("poison", "init") for _, path in hostile]
-    names = [f"{how}: {name}" for how in ("poison", "init") for name, _ in hostile]
+    jobs = [("poison" if k % 2 else "init", path) for k, (_, path) in enumerate(hostile)]
+    jobs += [("init" if how == "poison" else "poison", path) for how, path in jobs[-6:]]
+    names = [f"{how}: {name}" for (how, _), name in zip(jobs, [name for name, _ in [*hostile, *hostile[-6:]]])]
     told = check_cheap(tmp_path, jobs, names, [("poison", tmp_path / "poison.pt"), ("init", tmp_path / "state.pt")])
     assert all(text.startswith(("ValueError: poison: ", "ValueError: evaluate: init: ")) for text in told.values())
     assert "refused __builtin__.bytearray" in told["init: zip: a bytearray of ten gigabytes"]

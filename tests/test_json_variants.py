@@ -147,8 +147,9 @@ def test_checkpoint_headers(tmp_path, monkeypatch):
         except ValueError as error:
             assert one_line(error), (what, error)
 
-    for what, changed in variants(header):
-        attempt(what, json.dumps(changed))
+    for number, (what, changed) in enumerate(variants(header)):
+        if not what.startswith("('options', ") or number % 10 == 0:  # thirty options, all of one kind
+            attempt(what, json.dumps(changed))
     assert taken > 20 and refused > 150
     for text in ("[]", "", "{", "[" * 50_000, "null", '{"format": "miue_fast checkpoint 1"}'):
         attempt(text[:20], text)

@@ -74,6 +74,15 @@ def test_images_under_other_names_are_missed(root, name, form):
     assert [listed for listed, _ in found.unreadable] == [f"cat/{name}"] and found.skipped == []
 
 
+def test_what_cannot_be_opened_may_be_an_image(root, monkeypatch):
+    def refuse(path):
+        raise PermissionError(13, "Permission denied", path)
+
+    (root / "cat" / "photo").write_bytes(b"?")
+    monkeypatch.setattr(data.tree, "open_regular", refuse)
+    assert data.load(root).unreadable == [("cat/photo", "cannot be read: Permission denied")]
+
+
 def test_a_broken_image_is_missed(root, tmp_path, capsys):
     (root / "cat" / "3.png").write_bytes(b"broken")
     (root / "cat" / "Thumbs.db").write_bytes(b"x")

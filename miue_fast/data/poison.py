@@ -182,12 +182,13 @@ def room_for(dataset):
 def load_poison(path, dataset=None):
     """(delta fp32 [N, C, H, W], manifest or None).
 
-    path: the folder of `save_poison` or its poison.safetensors; poison.pt / perturbation.pt (one bare float tensor, read with
-    weights_only=True) or an .npz with `delta`: float on [0, 1], rounded to nearest at application; .pkl / .pickle as `read_pickle`
+    path: the folder of `save_poison` or its poison.safetensors; poison.pt / perturbation.pt (one bare float tensor, read as
+    plain data: `torchfile`) or an .npz with `delta`: float on [0, 1], rounded to nearest at application; .pkl / .pickle as `read_pickle`
     takes it: integers are levels of 1/255, exact. Channels may come last where that is unambiguous (last side 1 or 3, second one not).
     Bare files may hold [classes, C, H, W], expanded by label if `dataset` is given.
     Checked: sha256 of both files of a store (zip checksums of .pt and .npz), format, shape, range and, with `dataset`, the fingerprint
-    (bare files carry none). ValueError: one line that says which of them failed.
+    (bare files carry none) and the size: no more is read than a poison of these images can take. The result is a copy: nothing that
+    happens to the file later changes it. ValueError: one line that says which of them failed.
     """
     path = Path(path)
     if path.is_dir():

@@ -87,9 +87,12 @@ def _refuse(entry, real, inside):
             return "not a regular file"
     except (OSError, RuntimeError) as error:
         return f"broken link: {getattr(error, 'strerror', None) or 'loop'}"
-    if inside:
+    if not inside:
+        return "not in a class folder" if image else None
+    try:
         return None if image or not _is_picture(entry) else f"not an image type that is read here ({', '.join(s[1:] for s in SUFFIXES)})"
-    return "not in a class folder" if image else None
+    except OSError as error:
+        return f"cannot be read: {error.strerror}"
 
 
 def _is_picture(entry):

@@ -17,7 +17,7 @@ MAX_STATE = 1 << 33  # bytes of a victim's weights; ViT-H takes 2.5e9
 
 
 def read_state(init):
-    """A state dict (name -> tensor) from one, or from a .safetensors file or a .pt file (torch.save; read with weights_only=True)."""
+    """A state dict (name -> tensor) from one, or from a .safetensors file or a .pt file (torch.save; read as plain data)."""
     if isinstance(init, str | os.PathLike):
         path = Path(init)
         if not path.exists():
