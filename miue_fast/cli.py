@@ -10,7 +10,7 @@ import torch
 
 from . import _ranges, data, models
 from ._arguments import given, parse
-from ._checks import fail, printable
+from ._checks import LONGEST, fail, printable
 from ._output import say, start_log
 from ._registry import BackendError
 from ._written import written_as
@@ -150,7 +150,7 @@ def _unreadable(*datasets):
     """Lists what was left out; the exit code."""
     left_out = [pair for dataset in datasets for pair in dataset.unreadable]
     for name, reason in left_out:
-        say(printable(f"miue-fast: unreadable, left out: {name}: {reason}", most=None), error=True)
+        say(f"miue-fast: unreadable, left out: {printable(f'{name}: {reason}', most=LONGEST)}", error=True)
     return 3 if left_out else 0
 
 

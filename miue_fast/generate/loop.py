@@ -136,7 +136,8 @@ class _Run:
         datasets.check_room("generate", self.keep.parent, 2 * state - there + 4 * self.images.numel(), "the poison and its checkpoints")
 
     def resume(self):
-        tensors, header = checkpoint.load(self.keep)
+        tensors, header = checkpoint.load(self.keep, checkpoint.room(self.network, self.delta))
+        checkpoint.check_header(self.keep, header)
         now = self._header()
         if header["fingerprint"] != now["fingerprint"]:
             raise ValueError(f"{self.keep}: expected a checkpoint of these images and labels, got one of another data set; "
@@ -308,6 +309,8 @@ def _open_folder(folder, resume, overwrite, options):
     """
     atomic.sweep(folder)
     path = folder / checkpoint.NAME
+    if path.is_dir():
+        _checks.fail("generate", "out", "no folder under the name of the checkpoint", str(path))
     mine = [checkpoint.NAME] if overwrite else []  # one that a run goes on from proves itself when it is read
     datasets.Owned(folder).check("generate", [*mine, *datasets.POISON_FILES, METRICS])
     if overwrite or (resume and options.objective != "random" and path.exists()):
