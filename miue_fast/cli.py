@@ -241,10 +241,12 @@ def _verify(args):
 
 
 def _evaluate(args):
-    for target in filter(None, (args.json, args.figure)):
+    targets = list(filter(None, (args.json, args.figure)))
+    for target in targets:
         data.check_writable(target.parent)
         if target.is_dir():
             fail("evaluate", "output", "a file", f"the folder {target}")
+    data.check_owned("evaluate", targets)
     if args.figure and figure_missing():
         raise BackendError(figure_missing())
     if args.figure:
@@ -259,7 +261,7 @@ def _evaluate(args):
     say(str(table))
     if args.json:
         content = {"poison": _origin(args.poisoned, clean, poisoned), **table.to_dict()}
-        data.write_file(args.json, lambda file: file.write((json.dumps(content, indent=1) + "\n").encode()))
+        data.write_owned({args.json: lambda file: file.write((json.dumps(content, indent=1) + "\n").encode())})
     if args.figure:
         figure(table, clean, poisoned, args.figure)
     return code
@@ -294,9 +296,9 @@ def _report(args):
         config = report.read(args.config, data=args.data, test=args.test)
         found, sources = report.run(config, args.out, jobs=args.jobs, progress=not args.quiet, make=not args.no_run)
     for path in report.render(found, args.out, sources):
-        say(str(path))
+        say(printable(path, most=None))
     for what, why in found["missing"]:
-        say(f"miue-fast: missing: {what}: {why}", error=True)
+        say(f"miue-fast: missing: {printable(what)}: {printable(why, most=LONGEST)}", error=True)
     code = _unreadable(sources.clean, sources.test) if sources else 0
     return 2 if found["missing"] else code
 

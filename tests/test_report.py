@@ -15,6 +15,7 @@ import safetensors.torch
 import torch
 
 from miue_fast import BackendError, cli, data, report
+from miue_fast.data.kept import checksum
 from miue_fast.generate import Interrupted
 from miue_fast.report import content, figures, pages, paper, tasks
 from miue_fast.report.cells import Cells, duels
@@ -194,7 +195,7 @@ def test_a_killed_process_is_told(place, tmp_path, monkeypatch):
 
     monkeypatch.setattr(concurrent.futures, "ProcessPoolExecutor", Broken)
     config = report.check(config_of(place, runs=[{"victims": ["lenet5"], "seeds": [0, 1]}], poisons={}, analysis={}))
-    with pytest.raises(BackendError, match="a process was killed, probably out of memory: lower jobs \(2\)"):
+    with pytest.raises(BackendError, match="a process was killed, probably out of memory: lower jobs \\(2\\)"):
         report.run(config, tmp_path, jobs=2, progress=False)
 
 
@@ -250,6 +251,15 @@ def test_a_damaged_cell_is_told(place, tmp_path):
     report.run(config, tmp_path, progress=False)
     cell.write_text(re.sub(r'"train": [0-9.]+', '"train": 0.123', cell.read_text()))
     with pytest.raises(ValueError, match="expected a finished part, got a damaged file"):
+        report.run(config, tmp_path, progress=False)
+
+
+def test_a_cell_under_the_name_of_another_is_told(place, tmp_path):
+    config = report.check(config_of(place, runs=[{"victims": ["lenet5"], "poisons": ["clean"], "seeds": [0, 1]}], poisons={}, analysis={}))
+    report.run(config, tmp_path, progress=False)
+    one, other = (tmp_path / "cells").iterdir()
+    shutil.copy(one, other)
+    with pytest.raises(ValueError, match=f"{other.name}: expected a finished part, got a damaged file; remove it and run again"):
         report.run(config, tmp_path, progress=False)
 
 
@@ -501,6 +511,6 @@ def test_the_committed_page_is_that_of_the_committed_numbers(tmp_path):
     assert cli.main(["report", str(numbers), "--out", str(tmp_path)]) == 0
     assert (tmp_path / "report.md").read_text() == (ROOT / "docs" / "evidence" / "report.md").read_text()
     found = json.loads(numbers.read_text())
-    assert found["sha256"] == tasks.checksum(found) and not re.search(r"/(home|root|work|tmp)/", numbers.read_text())
+    assert found["sha256"] == checksum(found) and not re.search(r"/(home|root|work|tmp)/", numbers.read_text())
     for name in re.findall(r"\]\((\w+\.png)\)", (tmp_path / "report.md").read_text()):
         assert (ROOT / "docs" / "evidence" / name).read_bytes().startswith(b"\x89PNG")

@@ -1,6 +1,8 @@
 """Does a poison work? The standard victim, trained on clean, poisoned and random-noise images with the same seeds."""
 
+import functools
 import operator
+from dataclasses import asdict
 
 import torch
 
@@ -11,6 +13,7 @@ from .cell import pretrain, run_cell
 from .defences import Defence
 from .defences import defence as make_defence
 from .figure import figure
+from .kept import Kept
 from .poisoned import poisoned_images
 from .start import class_numbers, poisoned_rows, read_state
 from .table import Table
@@ -23,7 +26,8 @@ MOST_SEEDS = 10_000
 
 @_calls.ordinary()
 def evaluate(clean, poisoned, test, *, victim="small_resnet", epochs=None, seeds=1, lr=None, batch=None, crop=None, eps=None, noise="sign",
-             size=None, device=None, progress=True, defence="none", poison_ratio=1.0, unseen=None, init=None, curve=True):  # fmt: skip
+             size=None, device=None, progress=True, defence="none", poison_ratio=1.0, unseen=None, init=None, curve=True,
+             keep=None):  # fmt: skip
     """Trains one victim per training set and seed and returns a Table of train and clean-test accuracies.
 
     Args:
@@ -45,12 +49,16 @@ def evaluate(clean, poisoned, test, *, victim="small_resnet", epochs=None, seeds
         unseen: names or indices of classes that stay clean; the test accuracy is given apart for them and for the others.
         init: pretrained weights (see `pretrain`): every victim starts from them. None: from the seed.
         curve: False takes the test accuracy after the last epoch only, which saves time.
+        keep: a folder where each finished victim becomes a file, named after all it depends on: the same call, interrupted or not, trains
+            only what is missing there. For built-in victims from the seed. None: nothing is kept.
 
     Deterministic on the CPU for given seeds, versions and thread count. Errors: ValueError, OSError.
     """
     _calls.default_dtype("evaluate")
     plan, defence, seeds, device = check_options(victim=victim, epochs=epochs, seeds=seeds, lr=lr, batch=batch, crop=crop, eps=eps,
                                                  noise=noise, device=device, defence=defence, poison_ratio=poison_ratio)  # fmt: skip
+    if keep is not None and (not isinstance(victim, str) or init is not None):
+        fail("evaluate", "keep", "None for a victim of your own or from given weights", repr(keep))
     init = read_state(init) if init is not None else None
     clean = clean if isinstance(clean, data.Dataset) else data.load(clean, size=size)
     test = test if isinstance(test, data.Dataset) else data.load_test(test, size=size)
@@ -61,6 +69,8 @@ def evaluate(clean, poisoned, test, *, victim="small_resnet", epochs=None, seeds
     if eps is None:
         eps = int((images.to(torch.int16) - clean.images).abs().amax()) / 255
     test_images = test.images.contiguous()
+    kept = Kept(keep, plan=asdict(plan), defence=defence.spec, classes=len(clean.classes), labels=clean.labels, test=test_images,
+                test_labels=test.labels, unseen=apart, curve=curve, device=device) if keep is not None else Kept(None)  # fmt: skip
     rows = {"clean": [], "poisoned": [], "random noise": []}
     with progress_bar(total=len(rows) * len(seeds) * plan.epochs, unit="epoch", disable=not progress, leave=False) as bar:
 
@@ -75,10 +85,11 @@ def evaluate(clean, poisoned, test, *, victim="small_resnet", epochs=None, seeds
             for name, used in zip(rows, (clean.images, images, noisy)):
                 bar.set_description(f"{name}, seed {seed}", refresh=False)
                 used = torch.where(chosen, used, clean.images).contiguous()
-                run = run_cell(used, clean.labels, test_images, test.labels, len(clean.classes), victim=victim, defence=defence, seed=seed,
-                               epochs=plan.epochs, lr=plan.lr, batch=plan.batch, crop=plan.crop, init=init, unseen=apart, curve=curve,
-                               device=device, on_epoch=tick)  # fmt: skip
-                rows[name].append(run)
+                make = functools.partial(
+                    run_cell, used, clean.labels, test_images, test.labels, len(clean.classes), victim=victim, defence=defence, seed=seed,
+                    epochs=plan.epochs, lr=plan.lr, batch=plan.batch, crop=plan.crop, init=init, unseen=apart, curve=curve,
+                    device=device, on_epoch=tick)  # fmt: skip
+                rows[name].append(kept.run(used, seed, make))
     options = {
         "victim": victim if isinstance(victim, str) else getattr(victim, "__name__", type(victim).__name__),
         "epochs": plan.epochs,

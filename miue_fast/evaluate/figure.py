@@ -1,10 +1,14 @@
 """One picture of a poison: images, amplified perturbations, poisoned images, and the victims' accuracy curves."""
 
+import contextlib
 import importlib.util
+import tempfile
+from pathlib import Path
 
 import torch
 
-from .._checks import fail
+from .. import data
+from .._checks import fail, printable
 from .._registry import BackendError
 
 COLOURS = {"clean": "#1b7837", "poisoned": "#c51b29", "random noise": "#3b6fb6"}
@@ -26,28 +30,49 @@ def check_suffix(path):
         fail("figure", "path", f"a file name ending in {', '.join(kinds)}", str(path))
 
 
+@contextlib.contextmanager
+def plain_text():
+    """Text in figures stands as it is, also between two $ and whatever the user's matplotlibrc says."""
+    import matplotlib
+
+    with matplotlib.rc_context({"text.parse_math": False, "text.usetex": False, "axes.formatter.use_mathtext": False}):
+        yield
+
+
+def label(name, most):
+    """A name for a figure: one line of at most `most` characters; matplotlib leaves out of a legend what begins with an underscore."""
+    return f"{' ' * name.startswith('_')}{printable(name[:most], most=None)}"[:most]
+
+
 def figure(table, clean, poisoned, path, *, columns=6):
     """Draws a PNG (or what the suffix of `path` says) and returns its path.
 
     Args:
         table: of `evaluate`; curves are means over the seeds, bands go from the smallest to the largest.
         clean: data.Dataset. poisoned: uint8 images [N, C, H, W] in its order (`poisoned_images` gives them).
+        path: a new name, or a figure that this package wrote there (`miue-files.sha256` beside it says so).
         columns: how many images, of as many classes as there are.
 
-    Errors: ValueError; BackendError without matplotlib; OSError where the file cannot be written.
+    Errors: ValueError, also for a file of somebody else's; BackendError without matplotlib; OSError where the file cannot be written.
     """
+    path = Path(path)
     if reason := missing():
         raise BackendError(reason)
     from matplotlib.figure import Figure
 
     if poisoned.shape != clean.images.shape or poisoned.dtype != torch.uint8:
         fail("figure", "poisoned", f"uint8 {list(clean.images.shape)}", f"{poisoned.dtype} {list(poisoned.shape)}")
+    data.check_owned("figure", [path])
     chosen = one_per_class(clean.labels, columns)
-    canvas = Figure(figsize=(1.25 * len(chosen) + 5.6, 4.6), dpi=150, layout="constrained")
-    left, right = canvas.subfigures(1, 2, width_ratios=(1.25 * len(chosen) + 0.7, 4.9))
-    _images(left, clean, poisoned, chosen)
-    _curves(right, table)
-    canvas.savefig(path)
+    with plain_text(), tempfile.TemporaryDirectory() as folder:
+        canvas = Figure(figsize=(1.25 * len(chosen) + 5.6, 4.6), dpi=150, layout="constrained")
+        left, right = canvas.subfigures(1, 2, width_ratios=(1.25 * len(chosen) + 0.7, 4.9))
+        _images(left, clean, poisoned, chosen)
+        _curves(right, table)
+        drawn = Path(folder) / f"figure{path.suffix}"
+        canvas.savefig(drawn)
+        content = drawn.read_bytes()
+    data.write_owned({path: lambda file: file.write(content)})
     return path
 
 
@@ -78,7 +103,7 @@ def _images(part, clean, poisoned, chosen):
             axis.spines[:].set_visible(False)
         line[0].set_ylabel(name, fontsize=9)
     for axis, position in zip(axes[0], chosen):
-        axis.set_title(clean.classes[int(clean.labels[position])][:12], fontsize=8)
+        axis.set_title(label(clean.classes[int(clean.labels[position])], 12), fontsize=8)
 
 
 def _curves(part, table):

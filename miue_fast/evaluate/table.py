@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from .. import __version__
+from .._checks import printable
 from .._environment import cpu_level
 from .victims import Run
 
@@ -68,7 +69,7 @@ class Table:
         if given.get("poison_ratio", 1) != 1:
             parts.append(f"poisoned share: {100 * given['poison_ratio']:g} %")
         if given.get("unseen"):
-            parts.append(f"classes without poison: {', '.join(given['unseen'])}")
+            parts.append(f"classes without poison: {', '.join(map(printable, given['unseen']))}")
         if given.get("pretrained"):
             parts.append("fine-tuned from given weights")
         return ["; ".join(parts)] if parts else []

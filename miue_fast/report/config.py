@@ -1,20 +1,20 @@
 """The configuration of a report: a JSON file, checked as a whole before anything is trained."""
 
-import hashlib
-import json
-from dataclasses import dataclass, field, fields
-from pathlib import Path
+from dataclasses import asdict, dataclass, field, fields
 
 from .. import _checks, _ranges, models
+from .._schema import scalar, table, text
 from .._written import written_as
 from ..analyse import ESTIMATORS
+from ..data.kept import is_whole, read_json
 from ..evaluate.defences import defence
 from ..evaluate.victims import recipe
 from ..generate import PRESETS
 from ..generate.options import choose
 from .paper import PAPER
+from .schema import CLEAN, MOST_POISONS, MOST_VICTIMS, RECIPE_RULE, check_report
+from .schema import name as check_name
 
-CLEAN = "clean"  # the row of the images as they are; always there
 _GENERATE = ("preset", "model", "feature")  # what `generate` takes beside its options
 RECIPE = ("epochs", "lr", "batch", "crop")
 _VICTIM = (*RECIPE, "model", "pretrain")
@@ -62,29 +62,18 @@ class Config:
 
 def load(path):
     """The content of a report.json, or None if the file is something else. ValueError: a report that is not as it was written."""
-    content = _json(path)
+    content = read_json(path, "report")
     if not isinstance(content, dict) or not str(content.get("format", "")).startswith("miue_fast report"):
         return None
-    if content.get("sha256") != checksum(content):
+    if not is_whole(content):
         _checks.fail("report", str(path), "a report.json as it was written (sha256)", "a changed or damaged one")
+    check_report(content, str(path))
     return content
-
-
-def checksum(content):
-    """sha256 of what `tasks.write` puts into a file, without that entry itself."""
-    return hashlib.sha256(json.dumps({name: value for name, value in content.items() if name != "sha256"}).encode()).hexdigest()
-
-
-def _json(path):
-    try:
-        return json.loads(Path(path).read_text())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"report: {path}: expected a JSON file, got: {str(error).splitlines()[0]}") from None
 
 
 def read(path, **changes):
     """The Config in a JSON file; `changes` (data, test) replace its entries. ValueError: one line that says what is wrong."""
-    content = _json(path)
+    content = read_json(path, "report")
     if isinstance(content, dict):
         content = {**content, **{name: str(value) for name, value in changes.items() if value is not None}}
     return check(content)
@@ -101,9 +90,15 @@ def check(content):
     for key, kind in {"name": str, "data": str, "test": str, "poisons": dict, "runs": list, "victims": dict, "generation": dict}.items():
         if not isinstance(content.get(key, kind()), kind):
             _checks.fail("report", key, f"a {kind.__name__}", repr(content[key]))
+    text()("report: name", content["name"])
+    for key in ("data", "test"):
+        _place(key, content[key])
     for key in ("size", "per_class", "test_per_class"):
         if content.get(key) is not None:
             _ranges.whole("report", key, content[key], 1, 4096 if key == "size" else _ranges.MOST)
+    for key, most in (("poisons", MOST_POISONS), ("victims", MOST_VICTIMS)):
+        if len(content[key]) > most:
+            _checks.fail("report", key, f"{most} at most", len(content[key]))
     for name, options in content["poisons"].items():
         _poison(name, options, content)
     for name, options in content["victims"].items():
@@ -139,24 +134,24 @@ def _only(where, given, known):
     return given
 
 
-def _name(where, name):
-    if not name or not all(letter.isalnum() or letter in "-_." for letter in name) or name.startswith("."):
-        _checks.fail("report", where, "names of letters, digits, - _ .", repr(name))
+def _place(where, path):
+    """Where images or a poison lie."""
+    if not isinstance(path, str) or not path.strip() or "\0" in path:
+        _checks.fail("report", where, "text that names a file or folder", repr(path))
 
 
 def _poison(name, options, content):
-    _name("poisons", name)
+    check_name("report: poisons", name)
     if name == CLEAN:
         _checks.fail("report", "poisons", f"other names than {CLEAN!r}", repr(name))
     where, poisons = f"poisons.{name}", content["poisons"]
     if "path" in _only(where, options, options):
         _only(where, options, ("path",))
-        if not isinstance(options["path"], str):
-            _checks.fail("report", f"{where}.path", "text", repr(options["path"]))
+        _place(f"{where}.path", options["path"])
     elif "of" in options:
         _only(where, options, ("of", "ratio"))
-        if not isinstance(options["of"], str) or options["of"] not in poisons or "of" in poisons[options["of"]]:
-            whole = [key for key, entry in poisons.items() if "of" not in entry]
+        whole = [key for key, entry in poisons.items() if isinstance(entry, dict) and "of" not in entry]
+        if options["of"] not in whole:
             _checks.fail("report", f"{where}.of", f"one of {', '.join(whole)}", repr(options["of"]))
         if not isinstance(options.get("ratio"), int | float) or not 0 < options["ratio"] < 1:
             _checks.fail("report", f"{where}.ratio", "a number between 0 and 1", repr(options.get("ratio")))
@@ -164,19 +159,21 @@ def _poison(name, options, content):
         given = {**content.get("generation", {}), **options}
         with written_as({key: f"{where if key in options else 'generation'}.{key}" for key in given}):
             split(given)
+        table(scalar)(f"report: {where}", given)
 
 
 def _victim(name, options, per_class):
-    _name("victims", name)
+    check_name("report: victims", name)
     _only(f"victims.{name}", options, _VICTIM)
     for key, kind, what in (("model", str, "text"), ("lr", int | float, "a number")):
         if key in options and not isinstance(options[key], kind):
             _checks.fail("report", f"victims.{name}.{key}", what, repr(options[key]))
+    where = f"victims.{name}.pretrain"
     with written_as({key: f"victims.{name}.{key}" for key in RECIPE}):
-        recipe(options.get("model", name), *(options.get(key) for key in RECIPE))
+        plan = recipe(options.get("model", name), *(options.get(key) for key in RECIPE))
+    RECIPE_RULE(f"report: victims.{name}", {**asdict(plan), "pretrain": None})
     if "pretrain" not in options:
         return
-    where = f"victims.{name}.pretrain"
     for key, value in {**_PRETRAIN, **_only(where, options["pretrain"], _PRETRAIN)}.items():
         _ranges.whole("report", f"{where}.{key}", value)
     if per_class is None:
@@ -203,8 +200,8 @@ def _run(number, block, content):
     _texts(f"{where}.defences", block["defences"])
     if not block["defences"]:
         _checks.fail("report", f"{where}.defences", "one at least", "none")
-    for text in block["defences"]:
-        defence(text)
+    for spec in block["defences"]:
+        defence(spec)
     return block
 
 

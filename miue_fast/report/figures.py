@@ -7,10 +7,12 @@ import zlib
 
 import torch
 
-from ..evaluate.figure import missing, one_per_class, shown
+from ..evaluate.figure import label, missing, one_per_class, plain_text, shown
 from .cells import Cells, gaps
+from .schema import PICTURES, SIDE, unpacked
 
 COLOURS = ("#1b7837", "#3b6fb6", "#b8860b", "#7b3294", "#c51b29", "#008080", "#555555", "#d95f02")
+NAME = 24  # characters of a poison's name
 
 
 def draw(report, sources=None):
@@ -18,9 +20,10 @@ def draw(report, sources=None):
     if missing():
         return {}
     cells = Cells(report)
-    made = {"jpeg": _jpeg(cells), "gap": _gap(report, cells), "scatter": _scatter(report, cells), "noise": _noise(report)}
-    if sources is not None and report["poisons"]:
-        made["images"] = _images(report, sources)
+    with plain_text():
+        made = {"jpeg": _jpeg(cells), "gap": _gap(report, cells), "scatter": _scatter(report, cells), "noise": _noise(report)}
+        if sources is not None and report["poisons"]:
+            made["images"] = _images(report, sources)
     return {name: figure for name, figure in made.items() if figure}
 
 
@@ -52,7 +55,7 @@ def _jpeg(cells):
         if not known:
             continue
         x, means = [q for q, _ in known], [statistics.fmean(values) for _, values in known]
-        axis.plot(x, means, marker="o", markersize=4, color=_colour(cells, poison), label=poison)
+        axis.plot(x, means, marker="o", markersize=4, color=_colour(cells, poison), label=label(poison, NAME))
         axis.fill_between(x, [min(v) for _, v in known], [max(v) for _, v in known], color=_colour(cells, poison), alpha=0.18, linewidth=0)
         if (plain := cells.mean(poison, cells.main, "none")) is not None:
             axis.axhline(plain, color=_colour(cells, poison), linewidth=0.9, linestyle=":")
@@ -75,7 +78,7 @@ def _gap(report, cells):
         for poison, (information, accuracy) in pairs.items():
             axis.scatter(information, accuracy, color=_colour(cells, poison))
             side, away = ("right", -5) if information > middle else ("left", 5)
-            axis.annotate(poison, (information, accuracy), textcoords="offset points", xytext=(away, 3), ha=side, fontsize=8)
+            axis.annotate(label(poison, NAME), (information, accuracy), textcoords="offset points", xytext=(away, 3), ha=side, fontsize=8)
         axis.set(xlabel="MI gap to clean, nats", ylabel="accuracy gap, points")
         axis.set_title(estimator, fontsize=9)
         axis.margins(0.25)
@@ -96,7 +99,7 @@ def _scatter(report, cells):
         points = torch.tensor(found["scatter"])
         axis.scatter(points[:, 0], points[:, 1], c=found["scatter_labels"], cmap="tab10", s=5, linewidths=0)
         axis.set(xticks=[], yticks=[])
-        axis.set_title(poison, fontsize=9)
+        axis.set_title(label(poison, NAME), fontsize=9)
     return _png(canvas)
 
 
@@ -107,20 +110,20 @@ def _grid(rows, titles):
             axis.imshow(shown(picture), interpolation="nearest", vmin=0, vmax=1)
             axis.set(xticks=[], yticks=[])
             if not k:
-                axis.set_title(title[:10], fontsize=7)
-        line[0].set_ylabel(name, fontsize=8)
+                axis.set_title(label(title, 10), fontsize=7)
+        line[0].set_ylabel(label(name, NAME), fontsize=8)
     return _png(canvas)
 
 
 def _chosen(clean):
-    rows = one_per_class(clean.labels, 8)
-    return rows, [clean.classes[int(clean.labels[k])] for k in rows]
+    rows = one_per_class(clean.labels, PICTURES)
+    return rows, [clean.classes[int(clean.labels[k])][:100] for k in rows]
 
 
 def thumbnails(clean, images):
     """Perturbations of eight images of a poison as JSON holds them: levels of 1/255, every k-th pixel of what is larger than 64."""
     rows, titles = _chosen(clean)
-    step = -(-max(images.shape[-2:]) // 64)
+    step = -(-max(images.shape[-2:]) // SIDE)
     levels = (images[rows, :, ::step, ::step].to(torch.int16) - clean.images[rows, :, ::step, ::step]).contiguous()
     packed = base64.b64encode(zlib.compress(levels.numpy().astype("<i2").tobytes(), 9)).decode()
     return {"titles": titles, "shape": list(levels.shape), "levels": packed}
@@ -131,8 +134,7 @@ def _noise(report):
     pictures, titles = {}, []
     for entry in report["poisons"]:
         if found := entry.get("pictures"):
-            titles, content = found["titles"], bytearray(zlib.decompress(base64.b64decode(found["levels"])))
-            delta = torch.frombuffer(content, dtype=torch.int16).view(found["shape"]).float()
+            titles, delta = found["titles"], unpacked(found).float()
             pictures[entry["name"]] = (0.5 + delta / (2 * max(float(delta.abs().max()), 1))).clamp(0, 1)
     return _grid(pictures, titles) if pictures else None
 

@@ -1,11 +1,15 @@
 """A collected report as report.md (figures beside it) and as one self-contained report.html."""
 
 import base64
+import contextlib
 import html
+import re
 
 from .. import data
+from .._checks import printable
 from .content import FIGURE, TABLE, TEXT, sections
 from .figures import draw, missing
+from .schema import check_report
 
 CAPTIONS = {
     "jpeg": "Clean test accuracy against the JPEG quality of the training images; bands from the smallest to the largest seed.",
@@ -14,7 +18,8 @@ CAPTIONS = {
     "noise": "Perturbations alone, each at full contrast.",
     "images": "Images as the victims see them.",
 }
-KEYS = ("name", "paper", "setting", "missing", "classes", "poisons", "cells", "order")
+NUMBERS = "report.json"
+PAGES = {"report.md", "report.html", *(f"{name}.png" for name in CAPTIONS)}
 STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:72em;margin:2em auto;padding:0 1em;color:#222}
 table{border-collapse:collapse;margin:1em 0;font-size:13px}td,th{border:1px solid #ccc;padding:.25em .6em;text-align:left}
 th{background:#f3f3f3}img{max-width:100%}figure{margin:1em 0}figcaption{font-size:13px;color:#555}"""
@@ -26,27 +31,37 @@ def render(report, folder, sources=None):
     report: of `run`, or the content of a report.json. sources: with them the poisoned images are shown too. Without matplotlib there are no
     figures, and the report says so. Errors: ValueError, OSError.
     """
-    if not isinstance(report, dict) or report.get("format") != "miue_fast report 1":
-        raise ValueError("report: expected the content of a report.json of miue_fast, got something else")
-    if lacking := [key for key in KEYS if key not in report]:
-        raise ValueError(f"report: expected a whole report.json, got one without {', '.join(lacking)}")
+    check_report(report)
     folder = data.check_writable(folder)
+    check_pages("report", folder)
     figures, parts = draw(report, sources), sections(report)
     wanted = [block[1] for _, blocks in parts for block in blocks if block[0] == FIGURE]
-    files = {folder / f"{name}.png": figures[name] for name in wanted if name in figures}
-    files[folder / "report.md"] = _markdown(report, parts, figures).encode()
-    files[folder / "report.html"] = _html(report, parts, figures).encode()
-    for path, content in files.items():
-        data.write_file(path, lambda file, content=content: file.write(content))
-    return sorted(files)
+    files = {f"{name}.png": figures[name] for name in wanted if name in figures}
+    files["report.md"] = _markdown(report, parts, figures).encode()
+    files["report.html"] = _html(report, parts, figures).encode()
+    replace(folder, files, gone=PAGES - files.keys())
+    return sorted(folder / name for name in files)
+
+
+def check_pages(op, folder):
+    """ValueError if a file that a report writes into `folder` is there and somebody else's."""
+    data.Owned(folder).check(op, sorted({NUMBERS, *PAGES}))
+
+
+def replace(folder, files, gone=()):
+    """Writes {name: bytes} into the folder of a report and removes what is `gone`: its own files alone. Errors: ValueError, OSError."""
+    own = data.Owned(folder)
+    own.write({name: lambda file, content=content: file.write(content) for name, content in files.items()}, tidy=False)
+    with contextlib.suppress(ValueError), data.only_writer(folder):  # a run at work there adds to the list, and tidies it itself
+        own.remove(sorted(gone))
 
 
 def _title(report):
-    return f"Evidence: {report['name']}"
+    return f"Evidence: {printable(report['name'])}"
 
 
 def _markdown(report, parts, figures):
-    lines = [f"# {_title(report)}", ""]
+    lines = [f"# {_escaped(_title(report))}", ""]
     for heading, blocks in parts:
         kept = [block for block in blocks if block[0] != FIGURE or block[1] in figures]
         if not kept:
@@ -54,7 +69,7 @@ def _markdown(report, parts, figures):
         lines += [f"## {heading}", ""]
         for kind, *rest in kept:
             if kind == TEXT:
-                lines += [rest[0], ""]
+                lines += ["**".join(map(_escaped, rest[0].split("**"))), ""]
             elif kind == TABLE:
                 head, rows = rest
                 lines += [_row(head), "|" + "---|" * len(head), *map(_row, rows), ""]
@@ -65,35 +80,45 @@ def _markdown(report, parts, figures):
     return "\n".join(lines)
 
 
+def _escaped(text):
+    """Text for Markdown that stands there as it is: no HTML, link, code, formula or emphasis can be made of it."""
+    text = printable(text, most=None).replace("&", "&amp;").replace("<", "&lt;")
+    return re.sub(r"[\\`*|~$]|\](?=[(\[:])|(?<!\w)_|_(?!\w)", r"\\\g<0>", text)
+
+
 def _row(cells):
-    return "| " + " | ".join(str(cell).replace("|", "\\|") for cell in cells) + " |"
+    return "| " + " | ".join(_escaped(str(cell)) for cell in cells) + " |"
+
+
+def _plain(text):
+    return html.escape(printable(text, most=None))
 
 
 def _html(report, parts, figures):
-    body = [f"<h1>{html.escape(_title(report))}</h1>"]
+    body = [f"<h1>{_plain(_title(report))}</h1>"]
     for heading, blocks in parts:
         kept = [block for block in blocks if block[0] != FIGURE or block[1] in figures]
         if not kept:
             continue
-        body.append(f"<h2>{html.escape(heading)}</h2>")
+        body.append(f"<h2>{_plain(heading)}</h2>")
         for kind, *rest in kept:
             if kind == TEXT:
-                body.append(f"<p>{html.escape(rest[0]).replace('**', '')}</p>")
+                body.append(f"<p>{_plain(rest[0]).replace('**', '')}</p>")
             elif kind == TABLE:
                 head, rows = rest
-                body.append("<table><tr>" + "".join(f"<th>{html.escape(str(c))}</th>" for c in head) + "</tr>")
-                body += ["<tr>" + "".join(f"<td>{html.escape(str(c))}</td>" for c in row) + "</tr>" for row in rows]
+                body.append("<table><tr>" + "".join(f"<th>{_plain(c)}</th>" for c in head) + "</tr>")
+                body += ["<tr>" + "".join(f"<td>{_plain(c)}</td>" for c in row) + "</tr>" for row in rows]
                 body.append("</table>")
             else:
                 picture = base64.b64encode(figures[rest[0]]).decode()
-                caption = html.escape(CAPTIONS[rest[0]])
+                caption = _plain(CAPTIONS[rest[0]])
                 body.append(
                     f'<figure><img alt="{caption}" src="data:image/png;base64,{picture}"><figcaption>{caption}</figcaption></figure>'
                 )
     if missing():
-        body.append(f"<p>{html.escape(missing())}</p>")
+        body.append(f"<p>{_plain(missing())}</p>")
     return (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(_title(report))}</title><style>{STYLE}</style>'
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{_plain(_title(report))}</title><style>{STYLE}</style>'
         + "\n".join(body)
         + "</html>\n"
     )

@@ -1,22 +1,16 @@
 """Runs what a report misses, keeps what is finished, and may be stopped at any moment."""
 
-import concurrent.futures
 import contextlib
-import json
-import multiprocessing
 import os
-import signal
-from concurrent.futures.process import BrokenProcessPool
 
 import torch
 
 from .. import data, models
-from .._checks import fail
+from .._checks import LONGEST, fail, printable
 from .._output import progress_bar
 from .._random import Draws
 from .._ranges import whole
-from .._registry import BackendError
-from .._written import shown
+from ..data.kept import pack, read_part
 from ..evaluate import check_pair
 from ..evaluate.defences import defence
 from ..evaluate.victims import build
@@ -24,11 +18,13 @@ from ..frozen import find_layer
 from ..generate import Interrupted
 from ..generate.objectives import default_layer
 from . import tasks
-from .config import CLEAN, Config, split
+from .config import Config, split
 from .figures import thumbnails
+from .pages import NUMBERS, check_pages, replace
+from .pool import done
+from .schema import CLEAN, FORMAT, check_part
 
 MOST_JOBS = 1024
-_sources = None  # of a worker process
 
 
 def run(config, folder, *, jobs=1, progress=True, make=True):
@@ -46,14 +42,18 @@ def run(config, folder, *, jobs=1, progress=True, make=True):
         fail("report", "config", "a Config (see report.read)", type(config).__name__)
     check_jobs(jobs)
     folder = data.check_writable(folder)
+    check_pages("report", folder)
     sources = tasks.Sources(config, folder)
     _check(sources)
     failures = {}
     with data.only_writer(folder) if make else contextlib.nullcontext():
+        if make:
+            for part in (folder, data.check_writable(folder / "cells"), folder / "pretrained"):
+                data.sweep(part)
         for what, work in _stages(sources).items() if make else ():
             with progress_bar(total=len(work), desc=what, unit="", disable=not progress) as bar:
                 try:
-                    for task, error in _done([task for task in work if not _in_vain(sources, task, failures)], sources, jobs):
+                    for task, error in done([task for task in work if not _in_vain(sources, task, failures)], sources, jobs):
                         failures |= {task: error} if error else {}
                         bar.update()
                 except KeyboardInterrupt:
@@ -61,7 +61,7 @@ def run(config, folder, *, jobs=1, progress=True, make=True):
                     told = f"interrupted: {kept} finished parts are kept in {sources.folder}; the same command goes on"
                     raise Interrupted(told) from None
     found = collect(sources, failures)
-    tasks.write(sources.folder / "report.json", found)
+    replace(folder, {NUMBERS: pack(found)})
     return found, sources
 
 
@@ -72,7 +72,7 @@ def check_jobs(jobs):
 def _stages(sources):
     """{stage: [(name of a function of `tasks`, its arguments)]} of what is not there yet."""
     config = sources.config
-    missing = [name for name in config.poisons if not sources.path(sources.poison_key(name)).exists()]
+    missing = [name for name in config.poisons if not (sources.path(sources.poison_key(name)).exists() and sources.has(name))]
     starts = [name for name, options in config.victims.items() if "pretrain" in options and not sources.start_path(name).exists()]
     return {
         "poisons": [("make_poison", (name,)) for name in missing if "of" not in config.poisons[name]],
@@ -106,12 +106,14 @@ def _check(sources):
         build(options.get("model", name), classes, shape, draws, torch.device("cpu"))
     with draws:
         for name, entry in config.poisons.items():
-            if "path" in entry:
+            if "path" in entry or ("of" not in entry and sources.has(name)):
                 sources.images(name)
             elif "of" not in entry:
                 _check_source_model({**config.generation, **entry}, classes, shape)
     for name, options in config.victims.items():
-        if "pretrain" in options and not sources.start_path(name).exists():
+        if "pretrain" in options and sources.start_path(name).exists():
+            sources.start(name)
+        elif "pretrain" in options:
             sources.other_images(name)
 
 
@@ -128,51 +130,6 @@ def _check_source_model(entry, classes, shape):
         fail("report", "target_shift", f"no multiple of the {classes} classes", options.target_shift)
 
 
-def _done(work, sources, jobs):
-    """(task, None or why it failed) of each task as it ends."""
-    if jobs == 1 or len(work) < 2:
-        for task in work:
-            yield task, _tried(sources, task)
-        return
-    threads = max(1, torch.get_num_threads() // jobs)
-    pool = concurrent.futures.ProcessPoolExecutor(
-        jobs, multiprocessing.get_context("spawn"), _start, (sources.config, sources.folder, threads)
-    )
-    try:
-        running = {pool.submit(_work, task): task for task in work}
-        for future in concurrent.futures.as_completed(running):
-            yield running[future], future.result()
-    except BrokenProcessPool:
-        raise BackendError(
-            f"report: a process was killed, probably out of memory: lower {shown('report', 'jobs')} ({jobs}); the same command goes on"
-        ) from None
-    finally:
-        workers = list((pool._processes or {}).values())  # a worker in the middle of a training would be waited for
-        pool.shutdown(wait=False, cancel_futures=True)
-        for worker in workers:
-            worker.terminate()
-
-
-def _tried(sources, task):
-    name, arguments = task
-    try:
-        getattr(tasks, name)(sources, *arguments)
-    except ValueError as error:
-        return str(error)
-    return None
-
-
-def _start(config, folder, threads):
-    global _sources
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent process ends its workers
-    torch.set_num_threads(threads)
-    _sources = tasks.Sources(config, folder)
-
-
-def _work(task):
-    return _tried(_sources, task)
-
-
 def collect(sources, failures=()):
     """The finished poisons and cells of a configuration as one dict, in its order: all that `render` needs beside the images.
 
@@ -180,25 +137,30 @@ def collect(sources, failures=()):
     """
     config, failures = sources.config, dict(failures)
     poisons, cells, missing = [], [], []
-    for name in config.poisons:
-        if found := _read(sources.path(sources.poison_key(name))):
+    for name, entry in config.poisons.items():
+        whole = "of" not in entry or sources.path(sources.poison_key(entry["of"])).exists()  # a part is nothing without its whole
+        if whole and sources.has(name) and (found := _read(sources.path(sources.poison_key(name)), "poison", sources.poison_key(name))):
             pictures = thumbnails(*sources.images(name))
-            poisons.append({**found, "name": name, "options": _shown(config, config.poisons[name]), "pictures": pictures})
+            poisons.append({**found, "name": name, "options": _shown(config, entry), "pictures": pictures})
         else:
-            missing.append([f"poison {name}", failures.get(("make_poison", (name,)), "not made")])
+            missing.append([f"poison {name}", _why(failures, "make_poison", name)])
     for cell in config.cells():
-        if found := _read(sources.path(sources.cell_key(*cell))):
+        if found := _read(sources.path(sources.cell_key(*cell)), "cell", sources.cell_key(*cell)):
             cells.append({**found, **dict(zip(("poison", "victim", "defence", "seed"), cell))})
         else:
-            missing.append([", ".join(map(str, cell)), failures.get(("make_cell", cell), "not made")])
+            missing.append([", ".join(map(str, cell)), _why(failures, "make_cell", *cell)])
     _thin(cells)
     names = sources.clean.names
     setting = {"train_images": len(names), "test_images": len(sources.test.images), "victims": config.victims,
                "recipes": {victim: sources.recipe(victim) for victim in config.victims}, "image": list(sources.clean.images.shape[1:]),
                "jpeg": any(os.path.splitext(name)[1].lower() in (".jpg", ".jpeg") for name in names),
                "analysis": config.analysis}  # fmt: skip
-    return {"format": "miue_fast report 1", "name": config.name, "paper": config.paper, "setting": setting, "missing": missing,
+    return {"format": FORMAT, "name": config.name, "paper": config.paper, "setting": setting, "missing": missing,
             "classes": len(sources.clean.classes), "poisons": poisons, "cells": cells, "order": [CLEAN, *config.poisons]}  # fmt: skip
+
+
+def _why(failures, name, *arguments):
+    return printable(failures.get((name, arguments), "not made"), most=LONGEST)
 
 
 def _thin(cells):
@@ -216,15 +178,12 @@ def _shown(config, entry):
     return entry if "of" in entry else {"made": "elsewhere"} if "path" in entry else {**config.generation, **entry}
 
 
-def _read(path):
-    """A finished part without its key and checksum; None if there is none."""
+def _read(path, kind, key):
+    """A finished part without its key and checksum; None if there is none. ValueError: it is not what was written for this key."""
     if not path.exists():
         return None
-    try:
-        found = json.loads(path.read_text())
-        whole = isinstance(found, dict) and found.get("sha256") == tasks.checksum(found)
-    except ValueError:
-        whole = False
-    if not whole:
-        raise ValueError(f"report: {path}: expected a finished part, got a damaged file; remove it and run again")
+    found = read_part(path, key)
+    if found is None:
+        fail("report", str(path), "a finished part", "a damaged file; remove it and run again")
+    check_part(path, kind, found)
     return {name: value for name, value in found.items() if name not in ("key", "sha256")}

@@ -1,7 +1,6 @@
 """What a report is made of: poisons, cells (one victim on one training set) and noise measurements. Each leaves one JSON file."""
 
 import hashlib
-import json
 import sys
 import time
 from dataclasses import asdict
@@ -14,11 +13,13 @@ from .. import __version__, data, models
 from .._checks import fail
 from .._environment import cpu_level
 from ..analyse import analyse_layers, layer_features, linear_separability
+from ..data.kept import digest, pack
 from ..evaluate import poisoned_images, pretrain, run_cell
 from ..evaluate.start import poisoned_rows
 from ..evaluate.victims import recipe
 from ..generate import generate
-from .config import CLEAN, RECIPE, checksum, split
+from .config import RECIPE, split
+from .schema import CLEAN, POINTS, check_part
 
 LEVEL = 255
 FORMAT = 1  # of cells and of what they mean: another number, and everything is made anew
@@ -53,6 +54,11 @@ class Sources:
     def poison_folder(self, name):
         return self.folder / "poisons" / digest(self.poison_key(name))
 
+    def has(self, name):
+        """Whether the perturbations of a poison are there: those made elsewhere, or generated and not removed since."""
+        entry = self.config.poisons[name]
+        return "path" in entry or (self.has(entry["of"]) if "of" in entry else (self.poison_folder(name) / data.POISON_FILES[0]).exists())
+
     def cell_key(self, poison, victim, defence, seed):
         key = {"format": FORMAT, **self.identity, "poison": None if poison == CLEAN else self.poison_key(poison),
                "recipe": self.recipe(victim, defence), "defence": defence, "seed": seed}  # fmt: skip
@@ -70,6 +76,15 @@ class Sources:
     def start_path(self, victim):
         """Of the pretrained weights."""
         return self.folder / "pretrained" / f"{digest({'format': FORMAT, **self.identity, 'recipe': self.recipe(victim)})}.safetensors"
+
+    def start(self, victim):
+        """The pretrained weights, as they were written. Errors: ValueError."""
+        path = self.start_path(victim)
+        content = path.read_bytes()
+        name = path.relative_to(self.folder).as_posix()
+        if hashlib.sha256(content).hexdigest() not in data.Owned(self.folder).checksums(name):
+            fail("report", str(path), f"the weights whose sha256 is in {data.LIST}", "a damaged file; remove it and run again")
+        return safetensors.torch.load(content)
 
     def other_images(self, victim):
         """The images of each class that follow the first `per_class` ones, as many as the victim is pretrained on."""
@@ -103,19 +118,25 @@ class Sources:
                 kept = poisoned_rows(clean.labels, entry["ratio"], (), seed=0)[:, None, None, None]
                 self._images[name] = clean, torch.where(kept, images, clean.images)
             else:
-                self._images[name] = poisoned_images(self.clean, self.poison_folder(name))
+                try:
+                    self._images[name] = poisoned_images(self.clean, self.poison_folder(name))
+                except ValueError as error:
+                    raise ValueError(f"{error}; remove {self.poison_folder(name)} and run again") from None
         return self._images[name]
 
 
-def digest(key):
-    return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
+def _finish(sources, key, part):
+    """Keeps a finished part: one that a report could not take is a failure now, not when the pages are made."""
+    path = sources.path(key)
+    check_part(path.name, part["kind"], part)
+    _keep(sources, path, pack(part))
 
 
-def write(path, content):
-    """A JSON file whose last key is the sha256 of the rest, as one step."""
-    content = {**content, "sha256": checksum(content)}
+def _keep(sources, path, content):
+    """Writes a new file of the report's folder; its checksum goes into the list there. Several processes do."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    data.write_file(path, lambda file: file.write((json.dumps(content, indent=1, allow_nan=False) + "\n").encode()))
+    name = path.relative_to(sources.folder).as_posix()
+    data.Owned(sources.folder).write({name: lambda file: file.write(content)}, tidy=False)
 
 
 def peak_memory():
@@ -147,7 +168,7 @@ def make_poison(sources, name):
     levels = images.to(torch.int16) - clean.images
     noise = {"linf": int(levels.abs().amax()), "l2": float((levels.float() / LEVEL).flatten(1).norm(dim=1).mean()),
              "separability": linear_separability(levels.float(), clean.labels).to_dict()}  # fmt: skip
-    write(sources.path(key), {"kind": "poison", "name": name, "key": key, "cost": cost, "noise": noise, **circumstances()})
+    _finish(sources, key, {"kind": "poison", "name": name, "key": key, "cost": cost, "noise": noise, **circumstances()})
 
 
 def make_start(sources, victim):
@@ -156,9 +177,7 @@ def make_start(sources, victim):
     options = _recipe(config, victim) | {"epochs": config.victims[victim]["pretrain"]["epochs"]}
     state = pretrain(other.images, other.labels, sources.test.images, sources.test.labels, len(other.classes), seed=1000,
                      victim=_model(config, victim), **options)  # fmt: skip
-    content = safetensors.torch.save(state)
-    sources.start_path(victim).parent.mkdir(parents=True, exist_ok=True)
-    data.write_file(sources.start_path(victim), lambda file: file.write(content))
+    _keep(sources, sources.start_path(victim), safetensors.torch.save(state))
 
 
 def _model(config, victim):
@@ -175,7 +194,7 @@ def make_cell(sources, poison, victim, defence, seed):
     key, config = sources.cell_key(poison, victim, defence, seed), sources.config
     clean, images = sources.images(poison)
     analysed = "analysis" in key
-    init = sources.start_path(victim) if "pretrain" in config.victims[victim] else None
+    init = sources.start(victim) if "pretrain" in config.victims[victim] else None
     run = run_cell(images, clean.labels, sources.test.images, sources.test.labels, len(clean.classes), victim=_model(config, victim),
                    defence=defence, seed=seed, keep_model=analysed, init=init, **_recipe(config, victim))  # fmt: skip
     cell = {"kind": "cell", "poison": poison, "victim": victim, "defence": defence, "seed": seed, "key": key, "train": run.train,
@@ -183,7 +202,7 @@ def make_cell(sources, poison, victim, defence, seed):
     if analysed:
         cell["analysis"] = _analysis(run.model, victim, clean, images, config)
     cell["all_seconds"] = time.perf_counter() - started
-    write(sources.path(key), {**cell, **circumstances()})
+    _finish(sources, key, {**cell, **circumstances()})
 
 
 def _analysis(model, victim, clean, images, config):
@@ -196,7 +215,7 @@ def _analysis(model, victim, clean, images, config):
         rows = analyse_layers(model, before, after, labels, estimators=estimators[:1], slices=slices)
     rows = [row for row in rows if row.layer != feature]
     rows += analyse_layers(model, before, after, labels, [feature], estimators=estimators, slices=slices)
-    few = torch.linspace(0, len(after) - 1, min(500, len(after))).round().long()
+    few = torch.linspace(0, len(after) - 1, min(POINTS, len(after))).round().long()
     features = layer_features(model, after[few].contiguous(), [feature])[feature].double().cpu()
     features = features - features.mean(0)
     axes = torch.linalg.svd(features, full_matrices=False)[2][:2]
