@@ -75,14 +75,12 @@ def pause(monkeypatch):
 
         def wait():
             monkeypatch.setattr(f"{__name__}.PAUSE", None)
-            globals()["PAUSE"] = None
             outcome.append(elsewhere(work))
 
-        globals()["PAUSE"] = wait
+        monkeypatch.setattr(f"{__name__}.PAUSE", wait)
         return outcome
 
-    yield once
-    globals()["PAUSE"] = None
+    return once
 
 
 # ---- tracing
@@ -361,10 +359,9 @@ def test_the_caller_does_not_notice_a_run():
     before, flags = torch.get_rng_state(), (torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark)
     for model in ("small_resnet", Paused(), lambda classes: Paused()):
         torch.set_rng_state(before)
-        seen = []
         generate(SHAPES, model=model, **RUN)
         assert torch.equal(torch.get_rng_state(), before)
-    assert not seen and flags == (torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark)
+    assert flags == (torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark)
 
 
 def test_one_model_in_two_runs_is_refused(pause):
@@ -389,6 +386,18 @@ def test_victims_at_once_are_the_same_victims(victim, defence):
     noise_in_another_thread(work) if isinstance(victim, str) else work()
     for k in (1, 2):
         assert together[k][0] == alone[k - 1][0] and all(torch.equal(a, b) for a, b in zip(together[k][1:], alone[k - 1][1:]))
+
+
+def test_one_victim_in_two_cells_is_refused(pause):
+    model = Paused()
+
+    def cell():
+        return run_cell(
+            SHAPES.images, SHAPES.labels, SHAPES.images.flip(0), SHAPES.labels.flip(0), 2, victim=lambda n: model, epochs=1, lr=0.1
+        )
+
+    outcome = pause(cell)
+    assert cell().test >= 0 and refused(outcome[0], "evaluate: model: expected one thread at a time")
 
 
 def test_cudnn_flags_of_overlapping_runs(monkeypatch):
