@@ -242,6 +242,9 @@ def test_images_that_require_a_gradient_are_refused(fused):
     assert torch.equal(features, net.forward(IMAGES)) and not features.requires_grad
     with pytest.raises(ValueError, match="d_features: expected no gradient required"):
         net.input_grad(F.relu(features.clone().requires_grad_()))
+    with torch.no_grad():
+        assert net.input_grad(features.clone().requires_grad_()).shape == IMAGES.shape
+    net.forward(IMAGES)
     assert torch.equal(net.input_grad(features), (net.forward(IMAGES), net.input_grad(features))[1])
 
 
