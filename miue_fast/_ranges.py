@@ -7,7 +7,7 @@ from ._checks import fail, short
 
 MOST = 2**31 - 1  # of counts: what is larger is a slip, and fits no memory
 LARGEST = 1e30  # of weights and rates: products of two stay finite, and float32 holds it
-WIDEST = 2**16  # filters, hidden units
+WIDEST = 2**24  # filters, hidden units: the weights of any network can still be counted
 
 
 def whole(op, name, value, least=1, most=MOST):

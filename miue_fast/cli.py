@@ -94,6 +94,8 @@ def _check(args):
 def _check_generate(args):
     options = choose(args.preset, given(args))
     _check_lossy("generate", args.export, args)
+    if args.export == "pickle":
+        data.check_pickle(options.eps)
     if options.objective != "random":
         with torch.device("meta"):  # no memory for its weights
             network = models.build(args.model, 2, width=options.width, size=args.size or 32)
@@ -148,7 +150,7 @@ def _unreadable(*datasets):
     """Lists what was left out; the exit code."""
     left_out = [pair for dataset in datasets for pair in dataset.unreadable]
     for name, reason in left_out:
-        say(printable(f"miue-fast: unreadable, left out: {name}: {reason}", most=None), error=True)
+        say(f"miue-fast: unreadable, left out: {printable(f'{name}: {reason}', most=LONGEST)}", error=True)
     return 3 if left_out else 0
 
 

@@ -82,7 +82,7 @@ def test_overwrite_says_how_to_go_on_and_leaves_no_stale_poison(tmp_path, monkey
         generate(shapes, tmp_path, epochs=3, seed=9, overwrite=True, **small)
     assert files(tmp_path) == before
     stop_at(2)
-    with pytest.raises(Interrupted, match=r"epoch 1 of 3 is saved .* the same command without overwrite=True goes on"):
+    with pytest.raises(Interrupted, match=r"epoch 1 of 3 is saved .* the same command without overwrite goes on"):
         generate(shapes, tmp_path, epochs=3, seed=9, overwrite=True, **small)
     assert not (tmp_path / "poison.safetensors").exists() and not (tmp_path / "manifest.json").exists()
     stop_at(None)

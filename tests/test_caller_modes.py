@@ -7,6 +7,7 @@ from torch import nn
 
 from miue_fast import data, evaluate, freeze, generate, models, nt_xent, perturb
 from miue_fast._registry import OPS
+from miue_fast.analyse import class_covariance_summary, layer_features, linear_separability, mutual_information
 from miue_fast.evaluate import run_cell
 from miue_fast.generate import Options
 from miue_fast.generate.step import Descent
@@ -241,4 +242,22 @@ def test_images_that_require_a_gradient_are_refused(fused):
     assert torch.equal(features, net.forward(IMAGES)) and not features.requires_grad
     with pytest.raises(ValueError, match="d_features: expected no gradient required"):
         net.input_grad(F.relu(features.clone().requires_grad_()))
+    with torch.no_grad():
+        assert net.input_grad(features.clone().requires_grad_()).shape == IMAGES.shape
+    net.forward(IMAGES)
     assert torch.equal(net.input_grad(features), (net.forward(IMAGES), net.input_grad(features))[1])
+
+
+@pytest.mark.parametrize("mode", [m for m in MODES if m != "float64 by default"])
+def test_the_analysis(mode):
+    gen = torch.Generator().manual_seed(2)
+    x, labels, model = torch.rand(40, 6, generator=gen), torch.arange(40) % 2, unfused()
+
+    def found():
+        layers = layer_features(model, SHAPES.images, ["avgpool"])
+        return [layers["avgpool"].tolist(), mutual_information(x, x.flip(1), slices=4).to_dict(), linear_separability(x, labels).to_dict(),
+                class_covariance_summary(x, labels).to_dict()]  # fmt: skip
+
+    wanted = found()
+    with MODES[mode]():
+        assert found() == wanted

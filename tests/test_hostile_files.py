@@ -118,7 +118,8 @@ def test_hostile_images_are_listed(tmp_path):
         (root / "cat" / name).write_bytes(content)
     for source in (data.load(root), data.load(root, size=8)):
         listed = dict(source.unreadable)
-        assert set(listed) == {f"cat/{name}" for name in hostile}
+        assert set(listed) | set(source.skipped) == {f"cat/{name}" for name in hostile}
+        assert source.skipped == ["cat/evil.pkl", "cat/notes.txt"]
         assert all(reason and "\n" not in reason and len(reason) < 300 for reason in listed.values())
         assert source.names == ["cat/0.png", "cat/1.png", "dog/0.png", "dog/1.png"]
     assert "decompression bomb" in listed["cat/bomb1.png"] and "empty" in listed["cat/empty.png"]

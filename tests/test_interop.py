@@ -375,7 +375,7 @@ used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesi
 resource.setrlimit(resource.RLIMIT_AS, (used + 10**9, used + 10**9))
 events, active = [], False
 def hook(event, arguments):
-    if active and event not in ("os.listdir", "object.__getattr__") and not (event == "open" and arguments[1] in ("rb", "r")):
+    if active and event not in ("os.listdir", "object.__getattr__") and not (event == "open" and arguments[2] % 4 == os.O_RDONLY):
         events.append([event, str(arguments)])
 sys.addaudithook(hook)
 told = {}

@@ -5,12 +5,11 @@ import time
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
-from torch.fx import wrap
 
 from miue_fast import _calls, data, freeze, generate, models, perturb
 from miue_fast.evaluate import run_cell
-from miue_fast.frozen.lower import NotLowered, lower
 from miue_fast.frozen.trace import Tracer
 from miue_fast.generate import Options
 from miue_fast.generate.step import Descent
@@ -75,40 +74,24 @@ def pause(monkeypatch):
 
         def wait():
             monkeypatch.setattr(f"{__name__}.PAUSE", None)
-            globals()["PAUSE"] = None
             outcome.append(elsewhere(work))
 
-        globals()["PAUSE"] = wait
+        monkeypatch.setattr(f"{__name__}.PAUSE", wait)
         return outcome
 
-    yield once
-    globals()["PAUSE"] = None
+    return once
 
 
 # ---- tracing
 
 
-@wrap
-def whole(x):
-    return x + 1 if isinstance(x, torch.Tensor) else x
-
-
-def helper(x):
-    return whole(x)
-
-
-class Wrapping(Paused):
-    def forward(self, x):
-        return self.avgpool(helper(self.conv(x)))
-
-
 def test_a_trace_is_not_noticed_by_another_thread(pause):
     """In the middle of it: an unrelated model, the same model, the process's functions."""
     model, other = Paused().eval(), nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(784, 2))
-    before = nn.Module.__call__, nn.Module.__getattr__, whole, vars(model).copy(), dict(vars(model.conv))
+    before = nn.Module.__call__, nn.Module.__getattr__, F.relu, vars(model).copy(), dict(vars(model.conv))
 
     def bystander():
-        assert (nn.Module.__call__, nn.Module.__getattr__, whole) == before[:3] and not torch.fx._symbolic_trace._is_fx_tracing_flag
+        assert (nn.Module.__call__, nn.Module.__getattr__, F.relu) == before[:3] and not torch.fx._symbolic_trace._is_fx_tracing_flag
         assert torch.is_tensor(other(IMAGES)) and torch.is_tensor(model(IMAGES)) and isinstance(model.conv.weight, nn.Parameter)
         return "fine"
 
@@ -136,60 +119,6 @@ def test_bystanders_of_many_traces():
     stop.set()
     thread.join()
     assert not errors
-
-
-class Held(nn.Module):
-    """Layers that are also held in plain lists, closures and bound methods, and a shared one; parameters as operands."""
-
-    def __init__(self):
-        super().__init__()
-        self.a, self.b, self.norm = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)
-        self.order = [self.a, (self.norm, {"b": self.b})]
-        self.step = lambda x: torch.relu(self.b(x))
-        self.bound = self.twice
-        self.gain = nn.Parameter(torch.full((4, 1, 1), 1.5))
-        self.avgpool = nn.AdaptiveAvgPool2d(2)
-        self.again = self.b
-
-    def twice(self, x):
-        return self.again(self.order[1][1]["b"](x)) * self.gain
-
-    def forward(self, x):
-        assert type(self.a) is nn.Conv2d and isinstance(self, Held)
-        self.last = x  # a side effect that must not reach the model
-        return self.avgpool(self.bound(self.step(self.order[1][0](self.order[0](x)))))
-
-
-def test_a_trace_follows_what_holds_the_layers_and_leaves_nothing_behind():
-    torch.manual_seed(0)
-    model = Held().eval()
-    before = set(vars(model))
-    net, plain = freeze(model), freeze(model, fused=False)
-    assert net.fused and set(vars(model)) == before and model.order[0] is model.a
-    torch.testing.assert_close(net.forward(IMAGES), plain.forward(IMAGES), rtol=1e-5, atol=1e-6)
-    with torch.no_grad():
-        model.gain.mul_(-2)
-    net.refold()
-    torch.testing.assert_close(net.forward(IMAGES), plain.forward(IMAGES), rtol=1e-5, atol=1e-6)
-
-
-def test_a_function_that_wants_to_be_whole_is_named():
-    """torch.fx.wrap: with a stand-in for the tensor this one would take the other branch."""
-    with pytest.raises(NotLowered, match=r"whole, which torch.fx.wrap keeps whole"):
-        lower(Wrapping().eval(), "avgpool")
-
-
-class Calling(models.ResNet):
-    def __call__(self, x):
-        return super().__call__(1 - x)
-
-
-def test_a_call_of_its_own_is_named():
-    model = Calling([4, 8], 1, 3, True, 3).eval()
-    net = freeze(model)
-    assert not net.fused and net.reason == "the model: a __call__ of its own"
-    model.fc = nn.Identity()
-    assert torch.equal(net.forward(IMAGES), model(IMAGES))
 
 
 def test_many_threads_trace_at_once():
@@ -361,10 +290,9 @@ def test_the_caller_does_not_notice_a_run():
     before, flags = torch.get_rng_state(), (torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark)
     for model in ("small_resnet", Paused(), lambda classes: Paused()):
         torch.set_rng_state(before)
-        seen = []
         generate(SHAPES, model=model, **RUN)
         assert torch.equal(torch.get_rng_state(), before)
-    assert not seen and flags == (torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark)
+    assert flags == (torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark)
 
 
 def test_one_model_in_two_runs_is_refused(pause):
@@ -389,6 +317,18 @@ def test_victims_at_once_are_the_same_victims(victim, defence):
     noise_in_another_thread(work) if isinstance(victim, str) else work()
     for k in (1, 2):
         assert together[k][0] == alone[k - 1][0] and all(torch.equal(a, b) for a, b in zip(together[k][1:], alone[k - 1][1:]))
+
+
+def test_one_victim_in_two_cells_is_refused(pause):
+    model = Paused()
+
+    def cell():
+        return run_cell(
+            SHAPES.images, SHAPES.labels, SHAPES.images.flip(0), SHAPES.labels.flip(0), 2, victim=lambda n: model, epochs=1, lr=0.1
+        )
+
+    outcome = pause(cell)
+    assert cell().test >= 0 and refused(outcome[0], "evaluate: model: expected one thread at a time")
 
 
 def test_cudnn_flags_of_overlapping_runs(monkeypatch):

@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass
 
 import torch
 
+from .._calls import ordinary
 from .._checks import fail, features_and_labels
 from ..ops import class_covariance
 
@@ -40,6 +41,7 @@ class CovarianceSummary:
         return found
 
 
+@ordinary()
 def class_covariance_summary(features, labels):
     """Trace, log-determinant and effective rank of the covariance of features [N, D] inside each class, and their means over the classes.
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from .._calls import ordinary
 from .._checks import INTEGERS, describe, fail
 from .._checks import images as check_images
 from ..ops import perturbed_input
@@ -37,6 +38,7 @@ def block_names(model):
     return names
 
 
+@ordinary()
 def layer_features(model, images, layers, *, pool=True, chunk=256):
     """Outputs of named layers of an eval-mode model, {name: [N, D]}, in the model's compute dtype and on its device.
 

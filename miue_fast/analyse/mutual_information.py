@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
+from .._calls import ordinary
 from .._checks import describe, fail
 from .._registry import DOUBLES
 from .histogram import histogram, terrell_scott
@@ -37,6 +38,7 @@ class MutualInformation:
         return {"value": self.value, "stderr": self.stderr, "estimator": self.estimator, "options": self.options}
 
 
+@ordinary()
 def mutual_information(x, y, estimator="histogram", *, slices=200, shared=True, seed=0, bins=None, miller_madow=True, bandwidth=None, k=3,
                        hidden=16, steps=300, batch=512):  # fmt: skip
     """Sliced mutual information of paired samples: the mean over random directions of I(theta . x; phi . y), in nats.

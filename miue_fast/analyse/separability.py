@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass
 import torch
 import torch.nn.functional as F
 
+from .._calls import ordinary
 from .._checks import INTEGERS, describe, fail
 from .._registry import DOUBLES
 
@@ -29,6 +30,7 @@ class Separability:
         return asdict(self)
 
 
+@ordinary()
 def linear_separability(delta, labels, *, test_share=0.3, l2=1e-4, iterations=100, seed=0):
     """How well a linear classifier tells the classes from the perturbations alone, fitted on one part and tested on the other.
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from .._checks import fail
 from .._ranges import reachable
 from .._registry import BackendError
+from .files import open_regular
 
 try:
     import fcntl
@@ -115,7 +116,7 @@ def _sync_folder(folder):
 def sha256_of(path):
     """sha256 (hex) of a file's bytes, read in blocks. Errors: OSError."""
     digest = hashlib.sha256()
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
@@ -159,7 +160,7 @@ def only_writer(folder):
 
 def check_outside(folder, images):
     """ValueError if `folder` lies in the tree of the images: what is written there would be read as one of them."""
-    if Path(folder).resolve().is_relative_to(Path(images).resolve()):
+    if Path(os.path.realpath(folder)).is_relative_to(os.path.realpath(images)):  # Path.resolve raises where links go round
         fail("output", "folder", f"one outside the images' own, {images}", str(folder))
 
 
@@ -173,6 +174,8 @@ def check_writable(folder):
     reachable("output", "folder", folder)
     if folder.exists() and not folder.is_dir():
         fail("output", "folder", "a folder or a new name", f"the file {folder}")
+    if folder.is_symlink() and not folder.exists():
+        fail("output", "folder", "a folder or a new name", f"{folder}, a link that leads to no folder")
     probe = folder / f".{secrets.token_hex(8)}{TEMPORARY}"
     try:
         folder.mkdir(parents=True, exist_ok=True)

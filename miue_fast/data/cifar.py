@@ -4,6 +4,7 @@ import numpy as np
 
 from .._checks import fail
 from . import inert
+from .files import read_bytes
 from .images import one_line
 
 CIFAR10 = {
@@ -52,15 +53,15 @@ def read(folder, form, split):
 
 def _unpickle(path):
     """The dict of one CIFAR file with text keys."""
-    if not path.is_file():
+    if not path.exists():
         fail("data", "CIFAR file", str(path), "no such file")
     try:
-        content = inert.loads(path.read_bytes())
+        content = inert.loads(read_bytes(path, inert.MAX_BYTES))
         if not isinstance(content, dict):
             raise ValueError(f"a {type(content).__name__}")
         return {_text(key): value for key, value in content.items()}
-    except inert.ERRORS as error:
-        raise ValueError(f"data: {path}: expected a CIFAR file in python form, got a damaged or foreign one ({one_line(error)})") from error
+    except (OSError, *inert.ERRORS) as error:
+        fail("data", str(path), "a CIFAR file in python form", f"a damaged or foreign one ({one_line(error)})")
 
 
 def _text(value):

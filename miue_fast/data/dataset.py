@@ -16,7 +16,8 @@ class Dataset:
     images: uint8 [N, C, H, W] at the model's size, C = 1 or 3. labels: int64 [N], indices into `classes`.
     names: posix paths relative to `root` ("cat/0001.jpg"), or "00000017" for arrays.
     sizes: original (width, height) of each image, None for arrays. digests: sha256 (hex) of each image file as it was read, None for
-    arrays: an export takes no other file for it. unreadable: (name, reason) of every file left out.
+    arrays: an export takes no other file for it. unreadable: (name, reason) of every image left out.
+    skipped: names of the files in class folders that are not images.
     """
 
     images: torch.Tensor
@@ -26,6 +27,7 @@ class Dataset:
     root: Path | None = None
     sizes: list[tuple[int, int]] | None = None
     unreadable: list[tuple[str, str]] = field(default_factory=list)
+    skipped: list[str] = field(default_factory=list)
     digests: list[str] | None = None
 
     def __post_init__(self):

@@ -16,7 +16,7 @@ from .._checks import fail
 from .._written import option
 from .atomic import check_writable, only_writer, sweep
 from .export_file import check_content
-from .images import UnreadableError, quiet_decoding, read_bytes, read_image, read_look
+from .images import UnreadableError, quiet_decoding, read_file, read_image, read_look
 from .owned import LIST, Owned
 from .poison import CHUNK, apply_poison, budget, random_noise
 from .preflight import check_names, check_room, check_sizes, file_bytes
@@ -105,7 +105,7 @@ def check_folder(dataset, out, *, eps, image_format="png", allow_lossy=False, ov
     out, (suffix, options) = Path(out), FORMATS[image_format]
     targets = list(target_paths(dataset, suffix).values())
     if dataset.root is not None:
-        real, clean = out.resolve(), dataset.root.resolve()
+        real, clean = Path(os.path.realpath(out)), Path(os.path.realpath(dataset.root))
         if real.is_relative_to(clean) or clean.is_relative_to(real):
             fail("export", "out", f"a folder apart from the clean one, {clean}", str(real))
     if out.is_dir() and any(out.iterdir()) and not overwrite:
@@ -166,7 +166,7 @@ def _original(dataset, row):
     """(path, bytes) of an image file, which must be the one that was loaded: another picture would get this one's perturbation."""
     path = dataset.root / dataset.names[row]
     try:
-        raw = read_bytes(path)
+        raw = read_file(path)
     except UnreadableError as error:
         fail("export", str(path), "the image that was loaded", str(error))
     if dataset.digests is not None and hashlib.sha256(raw).hexdigest() != dataset.digests[row]:

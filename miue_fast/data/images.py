@@ -8,10 +8,18 @@ import zlib
 
 from PIL import Image
 
+from .._checks import printable
+from .files import read_bytes
+
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".gif")
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "DIB", "TIFF", "PPM", "GIF")  # by content; nothing that starts another program
+STRIPS, TILES = 273, 324  # TIFF: where the parts of the picture begin
 ORIENTATION = 274  # EXIF: 1 as stored; 2 to 8 mirrored or turned
 MAX_PIXELS = 89_478_485  # Pillow's own warning level, here a limit: 256 MiB of RGB
+MAX_BYTES = 4 * MAX_PIXELS + (1 << 26)  # of a file: RGBA as it is, and metadata
+FEW_PIXELS, PER_BYTE = 12_000_000, 64  # more pixels need a byte of the file for 64 of them: photographs have one for 2 to 20
+RUN_PIXELS = 1 << 22  # of a run-length coded BMP, which Pillow decodes in Python: a second
+FEW_SCANS, SCAN_PIXELS = 24, 1 << 30  # of a JPEG: 30 bytes are another pass over all its pixels; about 10 are usual
 # What Pillow's decoders raise on hostile bytes.
 DECODE_ERRORS = (
     OSError, SyntaxError, ValueError, TypeError, AttributeError, LookupError, ArithmeticError, EOFError, AssertionError, RuntimeError,
@@ -32,33 +40,64 @@ def quiet_decoding():
         yield
 
 
-def read_bytes(path):
-    """The bytes of an image file, so that what is checked is what is decoded. UnreadableError: it cannot be read."""
+def read_file(path):
+    """The bytes of an image file, so that what is checked is what is decoded. UnreadableError: it is no regular file, or too large."""
     try:
-        return path.read_bytes()
+        return read_bytes(path, MAX_BYTES)
     except OSError as error:
-        raise UnreadableError(_reason(path, error)) from error
+        raise UnreadableError(_reason(None, error)) from error
 
 
 def read_image(path, *, mode=None, raw=None):
     """An RGB Pillow image: the first frame, pixels in stored order (EXIF orientation is not applied), Pillow's `convert("RGB")`.
 
     That is what torchvision's ImageFolder gives a trainer: grayscale is repeated, palettes are looked up, alpha is dropped.
-    `mode` demands that the file is stored in this Pillow mode; `raw`: the file's bytes, where they are there.
-    UnreadableError: empty, truncated, not an image, over MAX_PIXELS, or more than 8 bits per channel (would lose data).
+    `mode` demands that the file is stored in this Pillow mode; `raw`: the file's bytes, where they are there. UnreadableError: not a
+    regular file, empty, truncated, not an image, over MAX_PIXELS, small but of many pixels or passes over them (bombs), or more than
+    8 bits per channel (would lose data).
     """
-    try:
-        with Image.open(path if raw is None else io.BytesIO(raw), formats=FORMATS) as image:
-            width, height = image.size
-            if width * height > MAX_PIXELS:
-                raise UnreadableError(f"{width} x {height} pixels are more than {MAX_PIXELS} (decompression bomb?)")
+    with _opened(path, raw) as (image, raw):
+        try:
+            if (bomb := _bomb(image, raw)) is not None:
+                raise UnreadableError(f"{bomb} (decompression bomb?)")
             if mode is not None and image.mode != mode:
                 raise UnreadableError(f"mode {image.mode}, expected {mode}")
             if _deep(image):
                 raise UnreadableError(f"more than 8 bits per channel (mode {image.mode}): would lose data")
-            return image.convert("RGB")
+            image.load()
+            return image if image.mode == "RGB" else image.convert("RGB")
+        except DECODE_ERRORS as error:
+            raise UnreadableError(_reason(raw, error)) from error
+
+
+@contextlib.contextmanager
+def _opened(path, raw=None):
+    """(Pillow image, content) of a file, which is read once and as a whole: no other program changes what is decoded."""
+    raw = read_file(path) if raw is None else raw
+    try:
+        image = Image.open(io.BytesIO(raw), formats=FORMATS)
     except DECODE_ERRORS as error:
-        raise UnreadableError(_reason(path, error)) from error
+        raise UnreadableError(_reason(raw, error)) from error
+    with image:
+        yield image, raw
+
+
+def _bomb(image, raw):
+    """What would take the machine seconds or gigabytes, None for an image that does not."""
+    width, height = image.size
+    pixels = width * height
+    if pixels > MAX_PIXELS:
+        return f"{width} x {height} pixels are more than {MAX_PIXELS}"
+    if pixels > max(FEW_PIXELS, PER_BYTE * len(raw)):
+        return f"{width} x {height} pixels in {len(raw)} bytes"
+    if pixels > RUN_PIXELS and any(tile[0] == "bmp_rle" for tile in image.tile):
+        return f"{width} x {height} pixels are more than {RUN_PIXELS} of a run-length coded BMP"
+    if image.format == "JPEG" or (image.format == "TIFF" and image.info.get("compression") == "jpeg"):
+        parts = 1 if image.format == "JPEG" else len(image.tag_v2.get(STRIPS) or image.tag_v2.get(TILES) or (0,))
+        scans = raw.count(b"\xff\xda") / parts
+        if scans > FEW_SCANS and pixels * scans > SCAN_PIXELS:
+            return f"{scans:.0f} scans of {width} x {height} pixels"
+    return None
 
 
 def read_look(path, raw):
@@ -67,11 +106,11 @@ def read_look(path, raw):
     raw: the bytes of the file. Pillow turns a TIFF while it reads it, so nothing is left to say.
     """
     look = {}
-    try:
-        with Image.open(io.BytesIO(raw), formats=FORMATS) as image:
+    with _opened(path, raw) as (image, raw):
+        try:
             profile, orientation = image.info.get("icc_profile"), 1 if image.format == "TIFF" else image.getexif().get(ORIENTATION, 1)
-    except DECODE_ERRORS as error:
-        raise UnreadableError(_reason(path, error)) from error
+        except DECODE_ERRORS as error:
+            raise UnreadableError(_reason(raw, error)) from error
     if isinstance(profile, bytes) and profile[16:20] == b"RGB ":
         look["icc_profile"] = profile
     if orientation in range(2, 9):
@@ -91,12 +130,13 @@ def _deep(image):
     return any(isinstance(a, str) and (";16" in a or ";32" in a) for a in arguments)
 
 
-def _reason(path, error):
+def _reason(raw, error):
     if isinstance(error, Image.UnidentifiedImageError):
-        return "empty file" if path.stat().st_size == 0 else "not an image"
-    return error.strerror if isinstance(error, OSError) and error.strerror else one_line(error)
+        return "not an image" if raw else "empty file"
+    return one_line(error)
 
 
 def one_line(error):
-    """The text of someone else's exception, at most 200 characters without line breaks."""
-    return " ".join(str(error).split())[:200] or type(error).__name__
+    """The text of someone else's exception, at most 200 printable characters."""
+    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return printable(" ".join(text.split())) or type(error).__name__

@@ -2,7 +2,8 @@
 
 `pickle.Unpickler` with a strict `find_class` runs nothing either, but eight bytes with a large memo index make it allocate gigabytes,
 and a dictionary key of tuples nested 100,000 deep overflows the C stack while it is hashed. Here a global is only a name, REDUCE knows
-five of them, keys are integers, text or bytes, and everything that is built is smaller than a fixed multiple of the file.
+five of them, keys are small integers, text or bytes (large integers can be chosen so that all of them hash alike, and every insertion
+walks past all others), and everything that is built is smaller than a fixed multiple of the file.
 """
 
 import math
@@ -11,7 +12,10 @@ import pickletools
 
 import numpy as np
 
-MAX_OPCODES = 4_000_000  # about 24 per array; each one costs a microsecond and at most 100 bytes
+MAX_OPCODES = 4_000_000  # about 24 per array; each one costs a microsecond or two and at most 100 bytes
+SMALL = 100_000  # opcodes of a file of any size; a larger one has four bytes for each, or is made of nothing else
+MAX_BYTES = 1 << 30  # of a pickle; CIFAR-10 takes 154 MB as int8, 614 MB as float32
+MAX_KEY = 1 << 32  # below 2^61 integers hash to themselves
 DTYPES = frozenset({"i1", "i2", "i4", "i8", "u1", "f2", "f4", "f8"})
 ERRORS = (pickle.UnpicklingError, ValueError, TypeError, LookupError, OverflowError, MemoryError)  # of `loads` on hostile bytes
 
@@ -23,7 +27,7 @@ FRESH = {"EMPTY_LIST": list, "EMPTY_DICT": dict, "EMPTY_TUPLE": tuple, "NEWTRUE"
 SHORT_TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 
 
-def _refused(what):
+def refused(what):
     return pickle.UnpicklingError(f"refused {what}")
 
 
@@ -32,7 +36,11 @@ def _short(value):
     return str(value)[:80] if isinstance(value, str) else f"a {type(value).__name__.lstrip('_')}"
 
 
-class _Name(str):
+def _is_key(value):
+    return type(value) in (str, bytes) or (type(value) is int and 0 <= value < MAX_KEY)
+
+
+class Name(str):
     """A global of the pickle. Nothing is looked up: it stays text."""
 
 
@@ -43,12 +51,12 @@ class _Dtype:
 
     def __init__(self, code, *_):
         if type(code) is not str or code not in DTYPES:
-            raise _refused(f"the dtype {_short(code)}")
+            raise refused(f"the dtype {_short(code)}")
         self.code, self.order = code, "="
 
     def build(self, _, order, *__):
         if type(order) is not str or order not in ("<", ">", "=", "|"):
-            raise _refused("a dtype of unknown byte order")
+            raise refused("a dtype of unknown byte order")
         self.order = order
 
 
@@ -62,18 +70,18 @@ class Array:
 
     def build(self, _, shape, dtype, fortran, raw):
         if type(dtype) is not _Dtype or type(raw) not in (bytes, bytearray):
-            raise _refused("an array without plain bytes")
+            raise refused("an array without plain bytes")
         if type(shape) is not tuple or len(shape) > 4 or not all(type(side) is int and 0 < side <= len(raw) for side in shape):
-            raise _refused("an array whose shape is not 0 to 4 positive integers within its bytes")
+            raise refused("an array whose shape is not 0 to 4 positive integers within its bytes")
         declared = math.prod(shape) * int(dtype.code[1])
         if declared != len(raw):
-            raise _refused(f"an array that declares {declared} bytes and holds {len(raw)}")
+            raise refused(f"an array that declares {declared} bytes and holds {len(raw)}")
         self.shape, self.dtype, self.fortran, self.raw = shape, dtype, bool(fortran), raw
 
     def numpy(self):
         """A read-only array on the bytes of the file; no copy."""
         if self.raw is None:
-            raise _refused("an array without content")
+            raise refused("an array without content")
         values = np.frombuffer(self.raw, np.dtype(self.dtype.code).newbyteorder(self.dtype.order))
         values = values.reshape(self.shape, order="F" if self.fortran else "C")
         return values if self.axes is None else values.transpose(self.axes)
@@ -82,21 +90,26 @@ class Array:
 def loads(raw):
     """The value of a pickle (bytes, protocol 0 to 5): numbers, text, bytes, list, tuple, dict and `Array`; numpy scalars as numbers.
 
-    Errors: one of ERRORS, whose text names what was refused. Takes at most 4,000,000 opcodes; memory is bounded by them and by a
-    small multiple of len(raw), whatever sizes the pickle declares.
+    Errors: one of ERRORS, whose text names what was refused. Takes at most 4,000,000 opcodes, of a small file fewer; memory is
+    bounded by them and by a small multiple of len(raw), whatever sizes the pickle declares.
     """
-    return _Machine(len(raw)).run(raw)
+    return Machine(len(raw)).run(raw)
 
 
-class _Machine:
-    def __init__(self, size):
+class Machine:
+    """The interpreter. A subclass may know other calls and `persistent` objects, and change what `build` does."""
+
+    def __init__(self, size, calls=None):
+        self.calls = CALLS if calls is None else calls
         self.stack, self.below, self.memo = [], [], {}
         self.size, self.encoded = size, 0
 
     def run(self, raw):
+        """raw: bytes, or a binary stream, which is left behind the pickle's end."""
+        most = min(MAX_OPCODES, SMALL + self.size // 4)
         for count, (opcode, argument, _) in enumerate(pickletools.genops(raw)):
-            if count == MAX_OPCODES:
-                raise _refused(f"more than {MAX_OPCODES} opcodes")
+            if count == most:
+                raise refused(f"more than {most} opcodes")
             name = opcode.name
             if name in PUSHED:
                 self.stack.append(argument)
@@ -105,10 +118,12 @@ class _Machine:
             elif name == "MEMOIZE":
                 self.memo[len(self.memo)] = self.stack[-1]
             elif name in ("PUT", "BINPUT", "LONG_BINPUT"):
+                if not 0 <= argument < self.size:
+                    raise refused("a memo index larger than the file")
                 self.memo[argument] = self.stack[-1]
             elif name in ("GET", "BINGET", "LONG_BINGET"):
                 if argument not in self.memo:
-                    raise _refused("an unknown memo index")
+                    raise refused("an unknown memo index")
                 self.stack.append(self.memo[argument])
             elif name in SHORT_TUPLES:
                 self.stack.append(tuple([self.stack.pop() for _ in range(SHORT_TUPLES[name])][::-1]))
@@ -118,7 +133,7 @@ class _Machine:
             elif name in STEPS:
                 STEPS[name](self, argument)
             elif name not in ("PROTO", "FRAME", "STOP"):
-                raise _refused(f"the opcode {name}")
+                raise refused(f"the opcode {name}")
         (result,) = self.stack
         return result
 
@@ -132,7 +147,7 @@ class _Machine:
 
     def append(self, items):
         if type(self.stack[-1]) is not list:
-            raise _refused(f"items for a {type(self.stack[-1]).__name__}")
+            raise refused(f"items for a {type(self.stack[-1]).__name__}")
         self.stack[-1].extend(items)
 
     def dictionary(self):
@@ -141,29 +156,33 @@ class _Machine:
         self.update(items)
 
     def update(self, items):
-        if type(self.stack[-1]) is not dict or not all(type(key) in (int, str, bytes) for key in items[::2]):
-            raise _refused("a dict whose keys are not integers, text or bytes")
+        if type(self.stack[-1]) is not dict or not all(map(_is_key, items[::2])):
+            raise refused(f"a dict whose keys are not integers from 0 to {MAX_KEY - 1}, text or bytes")
         self.stack[-1].update(zip(items[::2], items[1::2], strict=True))
 
     def name(self, module, name):
         if type(module) is not str or type(name) is not str:
-            raise _refused("a name that is not text")
+            raise refused("a name that is not text")
         # numpy 2 moved its private modules
         full = f"{module}.{name}".replace("numpy._core.", "numpy.core.")
-        if full not in CALLS and full != "numpy.ndarray":
-            raise _refused(f"{module}.{name}")
-        self.stack.append(_Name(full))
+        if full not in self.calls and full != "numpy.ndarray":
+            raise refused(f"{module}.{name}")
+        self.stack.append(Name(full))
 
     def call(self):
         arguments, function = self.stack.pop(), self.stack.pop()
-        if type(function) is not _Name or function not in CALLS or type(arguments) is not tuple:
-            raise _refused(f"a call of {_short(function)}")
-        self.stack.append(CALLS[function](self, *arguments))
+        if type(function) is not Name or function not in self.calls or type(arguments) is not tuple:
+            raise refused(f"a call of {_short(function)}")
+        self.stack.append(self.calls[function](self, *arguments))
+
+    def persistent(self, _):
+        """The object behind a persistent id."""
+        raise refused("a persistent id")
 
     def build(self):
         state, target = self.stack.pop(), self.stack[-1]
         if type(target) not in (Array, _Dtype) or type(state) is not tuple:
-            raise _refused(f"a state for {_short(target)}")
+            raise refused(f"a state for {_short(target)}")
         if type(target) is Array and type(state[-1]) is str:  # bytes as Python 2 writes them
             state = (*state[:-1], self.encode(state[-1], "latin1"))
         target.build(*state)
@@ -171,10 +190,10 @@ class _Machine:
     def encode(self, text, encoding):
         """Bytes as protocols 0 to 2 write them. A memoised text could be encoded again and again: the sum is bounded by the file."""
         if type(text) is not str or encoding != "latin1":
-            raise _refused("an encoding other than latin1")
+            raise refused("an encoding other than latin1")
         self.encoded += len(text)
         if self.encoded > self.size:
-            raise _refused("more encoded bytes than the file has")
+            raise refused("more encoded bytes than the file has")
         return text.encode("latin1")
 
     def array(self, raw, dtype, shape, order, axes=None):
@@ -183,7 +202,7 @@ class _Machine:
         result.build(1, shape, dtype, order == "F", raw)
         permutation = type(axes) is tuple and all(type(axis) is int for axis in axes) and sorted(axes) == list(range(len(shape)))
         if order not in ("C", "F") and not (order == "K" and permutation):
-            raise _refused("an array of unknown order")
+            raise refused("an array of unknown order")
         result.axes = axes if order == "K" else None
         return result
 
@@ -205,11 +224,12 @@ STEPS = {
     "STACK_GLOBAL": lambda machine, _: machine.name(*[machine.stack.pop(), machine.stack.pop()][::-1]),
     "REDUCE": lambda machine, _: machine.call(),
     "BUILD": lambda machine, _: machine.build(),
+    "BINPERSID": lambda machine, _: machine.push(machine.persistent(machine.stack.pop())),
 }
 CALLS = {
     "numpy.core.multiarray._reconstruct": lambda machine, *_: Array(),
-    "numpy.core.multiarray.scalar": _Machine.scalar,
-    "numpy.core.numeric._frombuffer": _Machine.array,
+    "numpy.core.multiarray.scalar": Machine.scalar,
+    "numpy.core.numeric._frombuffer": Machine.array,
     "numpy.dtype": lambda machine, *arguments: _Dtype(*arguments),
-    "_codecs.encode": _Machine.encode,
+    "_codecs.encode": Machine.encode,
 }

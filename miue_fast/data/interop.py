@@ -7,10 +7,10 @@ import torch
 
 from .._checks import describe, fail
 from . import inert
+from .files import read_bytes
 from .images import one_line
 
 PICKLES = (".pkl", ".pickle")
-MAX_BYTES = 1 << 30  # of a pickle; CIFAR-10 takes 154 MB as int8, 614 MB as float32
 CHANNELS = (1, 3)
 
 
@@ -31,12 +31,12 @@ def read_pickle(path, names=None):
     are refused. ValueError, one line: what was refused, object or unsigned values, levels out of range, unequal or ambiguous shapes.
     """
     path = Path(path)
-    if (size := path.stat().st_size) > MAX_BYTES:
-        fail("poison", str(path), f"a pickle of at most {MAX_BYTES} bytes", size)
     try:
-        values = _stacked(inert.loads(path.read_bytes()), names, size)
-    except inert.ERRORS as error:
-        raise ValueError(f"poison: {path}: expected a pickle of plain numpy arrays, got: {one_line(error)}") from error
+        raw = read_bytes(path, inert.MAX_BYTES)
+        values = _stacked(inert.loads(raw), names, len(raw))
+    except (OSError, *inert.ERRORS) as error:
+        fail("poison", str(path), "a pickle of plain numpy arrays", one_line(error))
+    del raw
     delta = torch.from_numpy(values)
     if (delta.shape[1] in CHANNELS) == (delta.shape[3] in CHANNELS):
         fail("poison", str(path), "[N, C, H, W] or [N, H, W, C], C = 1 or 3, and no doubt which", describe(delta))

@@ -2,10 +2,9 @@
 
 import hashlib
 import json
-import os
-from pathlib import Path
 
-from .._checks import fail
+from .files import parse_json, read_bytes
+from .images import one_line
 
 LARGEST = 1 << 27  # bytes of a JSON file that is read
 
@@ -26,19 +25,13 @@ def pack(content):
 
 
 def read_json(path, op):
-    """What a JSON file holds. ValueError of one line: no regular file, larger than 128 MiB, no JSON, NaN or infinity in it."""
-    path = Path(path)
-    if path.exists() and not path.is_file():  # a pipe would be waited for
-        fail(op, str(path), "a JSON file", "a folder or a device")
-    with open(path, "rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        if size > LARGEST:
-            fail(op, str(path), f"a JSON file of at most {LARGEST} bytes", f"one of {size}")
-        raw = file.read(size)
+    """What a JSON file holds. ValueError of one line: no regular file, larger than 128 MiB, no JSON, NaN or infinity in it, a key twice."""
     try:
-        return json.loads(raw.decode("utf-8-sig"), parse_constant=_refuse)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{op}: {path}: expected a JSON file, got: {str(error).splitlines()[0]}") from None
+        return parse_json(read_bytes(path, LARGEST).decode("utf-8-sig"))
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{op}: {path}: expected a JSON file, got: {one_line(error)}") from None
 
 
 def read_part(path, key):
@@ -56,7 +49,3 @@ def is_whole(content):
         return isinstance(content, dict) and content.get("sha256") == checksum(content)
     except RecursionError:
         return False
-
-
-def _refuse(name):
-    raise ValueError(f"{name}, which is no number of JSON")

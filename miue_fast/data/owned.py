@@ -10,6 +10,7 @@ from typing import BinaryIO
 
 from .._checks import fail
 from .atomic import sha256_of, write_file, write_files
+from .files import read_bytes
 
 LIST = "miue-files.sha256"  # as sha256sum writes it: `sha256sum -c miue-files.sha256` checks what a folder holds
 HEADER = "# What miue_fast wrote here. It replaces or removes nothing that is not on this list with its checksum."
@@ -191,9 +192,12 @@ def _read(path):
     """{name: [checksum, ...]} of a list; {} without one. A line that is not whole says nothing."""
     if not os.path.lexists(path):
         return {}
-    if path.is_symlink() or not path.is_file() or path.stat().st_size > MOST:
-        fail("output", LIST, f"the list of checksums that miue_fast writes (at most {MOST} bytes)", f"something else: {path}; move it away")
-    lines = path.read_bytes().split(b"\n")
+    if path.is_symlink():  # it would be written through
+        fail("output", LIST, "the list of checksums that miue_fast writes", f"{path}, a link; move it away")
+    try:
+        lines = read_bytes(path, MOST).split(b"\n")
+    except OSError as error:
+        fail("output", LIST, "the list of checksums that miue_fast writes", f"{path}: {error.strerror}; move it away")
     if lines[0] != HEADER.encode():
         fail("output", LIST, "the list of checksums that miue_fast writes", f"somebody else's file: {path}; move it away")
     known = {}

@@ -2,34 +2,40 @@
 
 import hashlib
 import json
-import pickle
+import math
 import platform
 import zipfile
 from pathlib import Path
 
-import numpy as np
 import safetensors
 import safetensors.torch
 import torch
 
 from .. import _ranges
-from .._checks import describe, fail
+from .._checks import describe, fail, printable
+from . import inert
+from .archive import read_arrays
 from .atomic import check_writable
+from .files import ARCHIVE_ERRORS, open_regular, parse_json, read_bytes
 from .images import one_line
 from .interop import PICKLES, channels_first, read_pickle
 from .owned import Owned
-from .sources import NPZ_ERRORS
+from .torchfile import NotDenseError, read_torch
 
 FORMAT = "miue_fast poison 1"
 TENSOR_FILE, MANIFEST_FILE = "poison.safetensors", "manifest.json"
 STORES = {torch.float32: "float32", torch.float16: "float16", torch.int8: "int8"}
 POISON_FILES = (TENSOR_FILE, MANIFEST_FILE)
-KINDS = {"store": str, "shape": list, "eps": (int, float), "fingerprint": str, "options": dict, "files": dict}
+KINDS = {"store": str, "shape": list, "eps": (int, float), "fingerprint": str, "classes": list, "names_sha256": str, "options": dict,
+         "versions": dict, "files": dict}  # fmt: skip
+TEXTS = ("classes", "versions", "files")  # lists and dicts of nothing but text
+MAX_MANIFEST = 1 << 24  # bytes
 ROUNDINGS = ("nearest", "truncate")
 BARE = (".pt", ".pth", ".npz", *PICKLES)
 FILES = "a poison folder, .safetensors, .pt, .pth, .npz, .pkl or .pickle file"
 CHUNK = 4096  # images at a time: bounds the temporaries
-PT_ERRORS = (*NPZ_ERRORS, pickle.UnpicklingError)
+PT_ERRORS = (*ARCHIVE_ERRORS, *inert.ERRORS)
+MAX_STORE = 1 << 40  # bytes of a poison that is read without its data set
 
 
 def budget(eps):
@@ -140,38 +146,51 @@ def _manifest_text(manifest):
 
 def _read_manifest(path):
     try:
-        text = path.read_bytes()
-        manifest = json.loads(text)
+        text = read_bytes(path, MAX_MANIFEST)
+        manifest = parse_json(text)
         if not isinstance(manifest, dict) or _manifest_text(manifest) != text:
             raise ValueError("its checksum does not fit")
         if manifest.get("format") != FORMAT:
             raise ValueError(f"format {manifest.get('format')!r}")
         for key, kind in KINDS.items():
-            if not isinstance(manifest.get(key), kind):
-                raise ValueError(f"{key} is {manifest.get(key)!r}")
+            value = manifest.get(key)
+            if not isinstance(value, kind) or isinstance(value, bool):
+                raise ValueError(f"{key} is {printable(repr(value), most=60)}")
+        for key in TEXTS:
+            if not all(isinstance(value, str) for value in (manifest[key].values() if key != "classes" else manifest[key])):
+                raise ValueError(f"{key} is no list of texts")
+        if len(manifest["shape"]) != 4 or not all(type(side) is int and side >= 0 for side in manifest["shape"]):
+            raise ValueError("shape is no list of four sizes")
         budget(manifest["eps"])
         return manifest
     except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"poison: {path}: expected an undamaged {FORMAT!r} manifest, got: {one_line(error)}") from error
+        fail("poison", str(path), f"an undamaged {FORMAT!r} manifest", one_line(error))
 
 
-ROOM = 1 << 24  # bytes in an archive beside 16 per value of the images: float64, and the images with their labels
+ROOM = 1 << 24  # bytes of a file beside its values
+SAFETENSORS_ERRORS = (safetensors.SafetensorError, LookupError, ValueError, TypeError, AssertionError, RuntimeError)
+
+
+def room_for(dataset):
+    """The bytes that a poison of these images can take at most: float64, and what is written around it."""
+    return ROOM + 8 * dataset.images.numel()
 
 
 def load_poison(path, dataset=None):
     """(delta fp32 [N, C, H, W], manifest or None).
 
-    path: the folder of `save_poison` or its poison.safetensors; poison.pt / perturbation.pt (one bare float tensor, read with
-    weights_only=True) or an .npz with `delta`: float on [0, 1], rounded to nearest at application; .pkl / .pickle as `read_pickle`
+    path: the folder of `save_poison` or its poison.safetensors; poison.pt / perturbation.pt (one bare float tensor, read as
+    plain data: `torchfile`) or an .npz with `delta`: float on [0, 1], rounded to nearest at application; .pkl / .pickle as `read_pickle`
     takes it: integers are levels of 1/255, exact. Channels may come last where that is unambiguous (last side 1 or 3, second one not).
     Bare files may hold [classes, C, H, W], expanded by label if `dataset` is given.
     Checked: sha256 of both files of a store (zip checksums of .pt and .npz), format, shape, range and, with `dataset`, the fingerprint
-    (bare files carry none). ValueError: one line that says which of them failed.
+    (bare files carry none) and the size: no more is read than a poison of these images can take. The result is a copy: nothing that
+    happens to the file later changes it. ValueError: one line that says which of them failed.
     """
     path = Path(path)
     if path.is_dir():
         path = path / TENSOR_FILE
-    if not path.is_file():
+    if not path.exists():
         fail("poison", "path", FILES, f"{path} (no such file)")
     suffix = path.suffix.lower()
     if suffix == ".safetensors":
@@ -191,25 +210,29 @@ def is_poison(path):
     suffix = path.suffix.lower()
     if suffix == ".npz":
         try:
-            with zipfile.ZipFile(path) as archive:
+            with open_regular(path) as file, zipfile.ZipFile(file) as archive:
                 return "delta.npy" in archive.namelist()
-        except NPZ_ERRORS:
+        except ARCHIVE_ERRORS:
             return False
     return suffix in (".safetensors", *BARE) or (path / TENSOR_FILE).is_file()
 
 
 def _load_store(path, dataset):
     manifest = _read_manifest(path.with_name(MANIFEST_FILE))
-    with open(path, "rb") as file:
-        digest = _digest(file)
-    if digest != manifest["files"].get(path.name):
+    most = ROOM + 4 * math.prod(manifest["shape"]) if dataset is None else room_for(dataset)
+    try:
+        content = read_bytes(path, most)
+    except OSError as error:
+        fail("poison", str(path), f"a safetensors file of {manifest['shape']}", one_line(error))
+    if hashlib.sha256(content).hexdigest() != manifest["files"].get(path.name):
         fail("poison", str(path), "the file its manifest describes (sha256)", "a damaged file, or one of another run")
     if dataset is not None and manifest["fingerprint"] != dataset.fingerprint:
         fail("poison", str(path), "a poison made for this data set (fingerprint)", "one made for other images, labels or size")
     try:
-        delta = safetensors.torch.load_file(path)["delta"]
-    except (safetensors.SafetensorError, KeyError) as error:
-        raise ValueError(f"poison: {path}: expected a safetensors file with 'delta', got: {one_line(error)}") from error
+        delta = safetensors.torch.load(content)["delta"]
+    except SAFETENSORS_ERRORS as error:
+        fail("poison", str(path), "a safetensors file with 'delta'", one_line(error))
+    del content
     if list(delta.shape) != manifest["shape"] or STORES.get(delta.dtype) != manifest["store"]:
         fail("poison", str(path), f"{manifest['store']} {manifest['shape']}", describe(delta))
     delta = _values(delta, manifest["eps"])
@@ -222,35 +245,16 @@ def _values(delta, eps):
     return delta.float() * (eps / 127) if delta.dtype == torch.int8 else delta.float()
 
 
-def _digest(file):
-    digest = hashlib.sha256()
-    while block := file.read(1 << 20):
-        digest.update(block)
-    return digest.hexdigest()
-
-
 def _load_bare(path, dataset=None):
+    most = None if dataset is None else room_for(dataset)
     try:
-        if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:
-                size = sum(member.file_size for member in archive.infolist())
-                if dataset is not None and size > (most := ROOM + 16 * dataset.images.numel()):
-                    raise ValueError(f"{size} bytes of content, where {most} are room for a poison of {len(dataset)} such images")
-                if (broken := archive.testzip()) is not None:
-                    raise ValueError(f"a damaged member {broken}")
         if path.suffix.lower() == ".npz":
-            with np.load(path, allow_pickle=False) as archive:
-                delta = torch.from_numpy(archive["delta"])
-        else:
-            delta = torch.load(path, map_location="cpu", weights_only=True)
+            return torch.from_numpy(read_arrays(path, ("delta",), most)["delta"])
+        return read_torch(path, MAX_STORE if most is None else most)
+    except NotDenseError as error:
+        fail("poison", str(path), "a dense tensor with memory of its own for every value", str(error))
     except PT_ERRORS as error:
-        raise ValueError(f"poison: {path}: expected one bare tensor, got a damaged or foreign file ({one_line(error)})") from error
-    if isinstance(delta, torch.Tensor):
-        if delta.layout != torch.strided or delta.device.type != "cpu":
-            fail("poison", str(path), "a dense tensor", f"{delta.layout} on {delta.device}")
-        if delta.numel() * delta.itemsize > delta.untyped_storage().nbytes():
-            fail("poison", str(path), "a tensor with memory of its own for every value", f"{list(delta.shape)} that share theirs")
-    return delta
+        fail("poison", str(path), "one bare tensor", f"a damaged or foreign file ({one_line(error)})")
 
 
 def _expand(delta, dataset):

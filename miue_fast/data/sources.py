@@ -3,9 +3,6 @@
 import hashlib
 import logging
 import os
-import struct
-import zipfile
-import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -17,16 +14,14 @@ from .. import _ranges
 from .._checks import INTEGERS, describe, fail
 from .._written import option
 from . import cifar
+from .archive import read_arrays
 from .dataset import Dataset
-from .images import UnreadableError, one_line, quiet_decoding, read_bytes, read_image
-from .tree import first_per_class, list_tree
+from .files import ARCHIVE_ERRORS
+from .images import UnreadableError, one_line, quiet_decoding, read_file, read_image
+from .tree import first_per_class, list_tree, tell_skipped
 
 log = logging.getLogger("miue_fast")
-# What numpy and zipfile raise on hostile bytes.
-NPZ_ERRORS = (
-    OSError, ValueError, LookupError, AttributeError, TypeError, EOFError, SyntaxError, MemoryError, RuntimeError, OverflowError,
-    AssertionError, struct.error, zipfile.BadZipFile, zlib.error,
-)  # fmt: skip
+CHUNK = 1024  # images at a time
 
 
 MAX_SIZE = 4096  # pixels a side that images are resized to
@@ -46,7 +41,8 @@ def load(source, *, size=None, split=None, per_class=None):
         per_class: keep only the first images of each class (folders: by name; else: in order).
 
     Files that cannot be used (damaged, bombs, over 8 bits per channel, links to folders or out of the root) are left out and
-    listed in `unreadable`. Deterministic. ValueError: empty, fewer than 2 classes, unequal sizes with size=None, wrong arrays.
+    listed in `unreadable`; files in class folders that are not images (Thumbs.db, notes.txt) in `skipped`, and told in one log line.
+    Deterministic. ValueError: empty, fewer than 2 classes, unequal sizes with size=None, wrong arrays.
     """
     check_selection(size, per_class)
     if isinstance(source, (str, os.PathLike)):
@@ -56,7 +52,7 @@ def load(source, *, size=None, split=None, per_class=None):
             if found is None:
                 return _two_classes(_load_folder(path / (split or ""), size, per_class), path)
             return _finish(_from_cifar(*found, split or "train"), size, per_class, path)
-        if not path.is_file() or path.suffix.lower() != ".npz":
+        if not path.exists() or path.suffix.lower() != ".npz":
             fail("data", "source", "a folder of images or CIFAR files, or an .npz file (unpack archives first)", _what(path))
         data, name = _load_npz(path), path
     elif isinstance(source, Dataset):
@@ -104,7 +100,7 @@ def _two_classes(data, name):
 
 def _finish(data, size, per_class, name):
     if per_class is not None:
-        data = data.select(sorted(i for k in range(len(data.classes)) for i in torch.nonzero(data.labels == k)[:per_class, 0].tolist()))
+        data = data.select(_first_rows(data.labels, per_class))
     if size is not None and len(data) and tuple(data.images.shape[2:]) != (size, size):
         if data.root is not None:
             fail("data", "size", f"the size this folder was loaded at, {list(data.images.shape[2:])} (load it again)", size)
@@ -115,6 +111,14 @@ def _finish(data, size, per_class, name):
     return _two_classes(data, name)
 
 
+def _first_rows(labels, per_class):
+    """The first rows of each class, ascending; one sort, however many classes there are."""
+    order = labels.argsort(stable=True)
+    counts = labels.bincount()
+    starts = (counts.cumsum(0) - counts).repeat_interleave(counts)  # of the class of each sorted row
+    return order[torch.arange(len(labels)) - starts < per_class].sort().values
+
+
 def resize(image, size):
     """uint8 [size, size, ...]: as `load` resizes an image."""
     return np.asarray(image if image.size == (size, size) else image.resize((size, size), Image.Resampling.BILINEAR))
@@ -123,12 +127,13 @@ def resize(image, size):
 def _load_folder(root, size, per_class):
     if not root.is_dir():
         fail("data", "source", "a folder", str(root))
-    classes, names, unreadable = list_tree(root)
+    classes, names, unreadable, skipped = list_tree(root)
+    tell_skipped(skipped)
     kept, pixels, sizes, digests = [], [], [], []
 
     def read(name):
         try:
-            raw = read_bytes(root / name)
+            raw = read_file(root / name)
             image = read_image(root / name, raw=raw)
             return image.size, np.asarray(image) if size is None else resize(image, size), hashlib.sha256(raw).hexdigest()
         except UnreadableError as error:
@@ -158,7 +163,7 @@ def _load_folder(root, size, per_class):
     images = torch.empty((len(kept), 3, *(pixels[0].shape[:2] if pixels else (1, 1))), dtype=torch.uint8)
     for row in range(len(kept) - 1, -1, -1):  # from the end, so that each decoded image is freed once copied
         images[row] = torch.from_numpy(pixels.pop().copy()).permute(2, 0, 1)
-    return Dataset(images, labels, classes, kept, root.absolute(), sizes, sorted(unreadable), digests)
+    return Dataset(images, labels, classes, kept, root.absolute(), sizes, sorted(unreadable), skipped, digests)
 
 
 # archives and arrays
@@ -175,15 +180,14 @@ def _numbered(count):
 
 def _load_npz(path):
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            content = {key: archive[key] for key in archive.files if key in ("images", "labels", "classes", "names")}
-    except NPZ_ERRORS as error:
-        raise ValueError(f"data: {path}: expected an .npz of plain arrays, got a damaged or foreign file ({one_line(error)})") from error
+        content = read_arrays(path, ("images", "labels", "classes", "names"))
+    except ARCHIVE_ERRORS as error:
+        fail("data", str(path), "an .npz of plain arrays", f"a damaged or foreign file ({one_line(error)})")
     for key in ("images", "labels"):
         if key not in content:
             fail("data", str(path), "the arrays 'images' and 'labels'", f"{sorted(content)}")
-    texts = {key: _texts(content[key], f"{path}: {key}") for key in ("classes", "names") if key in content}
-    return from_arrays(content["images"], content["labels"], **texts)
+    texts = {key: _texts(content.pop(key), f"{path}: {key}") for key in ("classes", "names") if key in content}
+    return from_arrays(_tensor(content.pop("images"), "images", copy=False), _tensor(content.pop("labels"), "labels"), **texts)
 
 
 def _texts(array, name):
@@ -213,11 +217,11 @@ def from_arrays(images, labels, *, classes=None, names=None):
     return Dataset(images.clone(memory_format=torch.contiguous_format), labels.clone(), list(classes), names)
 
 
-def _tensor(value, name):
+def _tensor(value, name, copy=True):
     if isinstance(value, torch.Tensor):
         return value.detach().cpu()
     try:
-        value = np.array(value)
+        value = np.array(value, copy=copy or None)
         return torch.from_numpy(value.astype(np.int64) if value.dtype.kind == "u" and value.dtype != np.uint8 else value)
     except (TypeError, ValueError) as error:
         raise ValueError(f"data: {name}: expected an array of numbers, got {type(value).__name__} ({one_line(error)})") from error
@@ -226,8 +230,13 @@ def _tensor(value, name):
 def _to_8_bits(images):
     if len(images) and not (images.min() >= 0 and images.max() <= 1):
         fail("data", "images", "floats in [0, 1]", f"values from {float(images.min())} to {float(images.max())}")
-    scaled = images.double() * 255
-    rounded = scaled.round()
-    if len(images) and (scaled - rounded).abs().max() > 255 * 2 * torch.finfo(images.dtype).eps:
+    result = torch.empty_like(images, dtype=torch.uint8)
+    farthest = 0
+    for part, made in zip(images.split(CHUNK), result.split(CHUNK)):  # bounds the temporaries
+        scaled = part.double() * 255
+        rounded = scaled.round()
+        farthest = max(farthest, float((scaled - rounded).abs().max())) if len(part) else 0
+        made.copy_(rounded)
+    if farthest > 255 * 2 * torch.finfo(images.dtype).eps:
         log.warning("data: the float images are not multiples of 1/255: rounded to 8 bits")
-    return rounded.to(torch.uint8)
+    return result

@@ -1,43 +1,70 @@
 """Which files of an ImageFolder tree count, and what they are called after an export."""
 
+import logging
+import multiprocessing
 import os
 from collections import Counter
 from pathlib import Path
 
+from .._checks import printable
+from .atomic import TEMPORARY
+from .files import open_regular
 from .images import SUFFIXES
+
+log = logging.getLogger("miue_fast.data")
+# Pictures that somebody would miss, of kinds that are not read here.
+PICTURES = (
+    ".apng", ".arw", ".avif", ".cr2", ".cr3", ".dng", ".emf", ".eps", ".exr", ".hdr", ".heic", ".heif", ".hif", ".icns", ".ico",
+    ".j2k", ".jfif", ".jp2", ".jpe", ".jpf", ".jpx", ".jxl", ".mpo", ".nef", ".nrw", ".orf", ".pbm", ".pcx", ".pef", ".pgm", ".pnm",
+    ".psd", ".raf", ".raw", ".rw2", ".srw", ".svg", ".svgz", ".tga", ".wmf", ".xcf",
+)  # fmt: skip
+MAGIC = (b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"II*\0", b"MM\0*")  # an image under another name
 
 
 def list_tree(root):
-    """(class names, image names, refused) of ROOT/CLASS/**/image, sorted; refused: (name, reason).
+    """(class names, image names, refused, skipped) of ROOT/CLASS/**/image, sorted; refused: (name, reason).
 
-    Links to folders are not followed, so there are no loops; links to files must stay inside the root. Hidden files are ignored,
-    and so are other files beside the class folders.
+    Links to folders are not followed, so there are no loops; links to files must stay inside the root. Skipped are the files in class
+    folders that are no images by name and content (Thumbs.db, .DS_Store, notes.txt). Hidden images are ignored, and so are other files
+    beside the class folders.
     """
     root = Path(root)
     real = root.resolve()
-    names, refused = [], []
+    names, refused, skipped = [], [], []
 
-    def visit(folder, prefix):
+    folders = [(root, "")]
+    while folders:  # no recursion: a path may have 2,000 parts
+        folder, prefix = folders.pop()
         try:
-            entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+            entries = list(os.scandir(folder))
         except OSError as error:
             refused.append((prefix.rstrip("/"), f"cannot be listed: {error.strerror}"))
-            return
+            continue
         for entry in entries:
             name = prefix + entry.name
             if entry.name.startswith("."):
+                if prefix and not entry.name.lower().endswith((*SUFFIXES, TEMPORARY)) and entry.is_file(follow_symlinks=False):
+                    skipped.append(name.encode(errors="backslashreplace").decode())
                 continue
             reason = _refuse(entry, real, inside=bool(prefix))
             if reason is not None:
                 refused.append((name.encode(errors="backslashreplace").decode(), reason))
             elif entry.is_dir(follow_symlinks=False):
-                visit(entry.path, name + "/")
-            elif prefix:
+                folders.append((entry.path, name + "/"))
+            elif entry.name.lower().endswith(SUFFIXES):
                 names.append(name)
-
-    visit(root, "")
+            elif prefix:
+                skipped.append(name)
     names.sort()
-    return sorted({name.split("/")[0] for name in names}), names, sorted(refused)
+    return sorted({name.split("/")[0] for name in names}), names, sorted(refused), sorted(skipped)
+
+
+def tell_skipped(skipped):
+    """One log line about the files that are not images; the worker processes of a report leave it to their parent."""
+    if skipped and multiprocessing.parent_process() is None:
+        shown = [printable(name, most=80) for name in skipped[:5]]
+        more = [f"{len(skipped) - len(shown)} more"] if len(skipped) > len(shown) else []
+        log.warning("%d files that are not images were skipped: %s", len(skipped), ", ".join([*shown, *more]))
 
 
 def _refuse(entry, real, inside):
@@ -60,9 +87,21 @@ def _refuse(entry, real, inside):
             return "not a regular file"
     except (OSError, RuntimeError) as error:
         return f"broken link: {getattr(error, 'strerror', None) or 'loop'}"
-    if inside:
-        return None if image else f"not an image type that is read here ({', '.join(s[1:] for s in SUFFIXES)})"
-    return "not in a class folder" if image else None
+    if not inside:
+        return "not in a class folder" if image else None
+    try:
+        return None if image or not _is_picture(entry) else f"not an image type that is read here ({', '.join(s[1:] for s in SUFFIXES)})"
+    except OSError as error:
+        return f"cannot be read: {error.strerror}"
+
+
+def _is_picture(entry):
+    """Whether a file whose name is none that is read here is a picture all the same, by its suffix or its first bytes."""
+    if entry.name.lower().endswith(PICTURES):
+        return True
+    with open_regular(entry.path) as file:
+        head = file.read(12)
+    return head.startswith(MAGIC) or (head[:4] == b"RIFF" and head[8:] == b"WEBP")
 
 
 def first_per_class(names, per_class):

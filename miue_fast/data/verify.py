@@ -11,14 +11,15 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from .._checks import LONGEST, printable
 from . import cifar
 from .dataset import Dataset
 from .export import NOTE, NOTE_FORMAT, combined_digest, files_digest, image_digest, pixels_digest, tree_paths
-from .images import UnreadableError, quiet_decoding, read_bytes, read_image
+from .images import UnreadableError, quiet_decoding, read_file, read_image
 from .owned import LIST, Owned
 from .poison import apply_poison, budget, is_poison, load_poison
 from .sources import MAX_SIZE, check_selection, is_tree, load, resize
-from .tree import first_per_class, list_tree, target_names
+from .tree import first_per_class, list_tree, target_names, tell_skipped
 
 LISTED = 20
 
@@ -43,6 +44,7 @@ class Report:
         return self.problem_count == 0 and self.count > 0
 
     def add(self, problem):
+        problem = printable(problem, most=LONGEST)
         self.problem_count += 1
         if len(self.problems) < LISTED:
             self.problems.append(problem)
@@ -125,17 +127,21 @@ def _verify_folder(report, clean, out, levels, per_class):
         paths, refused, root = tree_paths(clean), clean.unreadable, clean.root
     else:
         root = Path(clean)
-        _, names, refused = list_tree(root)
+        _, names, refused, skipped = list_tree(root)
+        tell_skipped(skipped)
         paths = first_per_class(names, per_class)
     report.unreadable += refused
     gray = root is None and clean.images.shape[1] == 1
-    _, found, strange = list_tree(out)
+    _, found, strange, others = list_tree(out)
     files, note = Owned(out), None
     report.listed = bool(files.names())
     if report.listed:
         note = _read_note(report, files)
     for name, reason in strange:
         report.add(f"{name}: {reason}")
+    for name in others:
+        if not os.path.basename(name).startswith("."):  # what a file manager leaves there
+            report.add(f"{name}: not an image type that is read here")
     suffix = Counter(os.path.splitext(name)[1] for name in found).most_common(1)[0][0] if found else ".png"
     targets = target_names(paths, [name for name, _ in refused], suffix)
     for name in sorted(set(found) - set(targets.values())):
@@ -157,7 +163,7 @@ def _verify_folder(report, clean, out, levels, per_class):
         if targets[name] not in present:
             return f"{targets[name]}: missing"
         try:
-            raw = read_bytes(out / targets[name])
+            raw = read_file(out / targets[name])
             after = np.asarray(read_image(out / targets[name], mode="L" if gray else "RGB", raw=raw))
         except UnreadableError as error:
             return f"{targets[name]}: {error}"
@@ -192,7 +198,7 @@ def _read_note(report, files):
         report.add(f"{NOTE}: missing or changed: the export was not finished")
         return None
     try:
-        note = json.loads((files.folder / NOTE).read_bytes())
+        note = json.loads((files.folder / NOTE).read_file())
         sides = note["size"]
         whole = note["format"] == NOTE_FORMAT and len(sides) == 2 and all(type(side) is int and side > 0 for side in sides)
         whole = whole and isinstance(note["pixels_sha256"], str)

@@ -3,29 +3,32 @@
 import os
 from pathlib import Path
 
-import safetensors
 import safetensors.torch
 import torch
 from torch import nn
 
 from .._checks import describe, fail
+from ..data.files import read_bytes
 from ..data.images import one_line
-from ..data.poison import PT_ERRORS
+from ..data.poison import PT_ERRORS, SAFETENSORS_ERRORS
+from ..data.torchfile import read_torch
+
+MAX_STATE = 1 << 33  # bytes of a victim's weights; ViT-H takes 2.5e9
 
 
 def read_state(init):
-    """A state dict (name -> tensor) from one, or from a .safetensors file or a .pt file (torch.save; read with weights_only=True)."""
+    """A state dict (name -> tensor) from one, or from a .safetensors file or a .pt file (torch.save; read as plain data)."""
     if isinstance(init, str | os.PathLike):
         path = Path(init)
-        if not path.is_file():
+        if not path.exists():
             fail("evaluate", "init", "a state dict, or a .safetensors or .pt file of one", f"{path} (no such file)")
         try:
             if path.suffix == ".safetensors":
-                init = safetensors.torch.load_file(path)
+                init = safetensors.torch.load(read_bytes(path, MAX_STATE))
             else:
-                init = torch.load(path, map_location="cpu", weights_only=True)
-        except (*PT_ERRORS, safetensors.SafetensorError) as error:
-            raise ValueError(f"evaluate: init: expected a state dict, got a damaged or foreign file ({one_line(error)})") from error
+                init = read_torch(path, MAX_STATE)
+        except (*PT_ERRORS, *SAFETENSORS_ERRORS) as error:
+            fail("evaluate", "init", "a state dict", f"a damaged or foreign file ({one_line(error)})")
     if not isinstance(init, dict) or not init or not all(isinstance(value, torch.Tensor) for value in init.values()):
         fail("evaluate", "init", "a state dict (name -> tensor)", describe(init))
     return init

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from .. import _ranges, models
+from .._calls import borrowed
 from .._checks import describe, fail, short
 from .._random import Draws, backward_of, seeded_globally
 from ..ops import perturbed_input
@@ -172,22 +173,23 @@ def train(recipe, images, labels, test_images, test_labels, classes, seed, *, de
     model = model.to(device)
     optimizer = recipe.new_optimizer(model)
     change = functools.partial(defence.batch, classes=classes) if defence.batch else None
-    for epoch in range(recipe.epochs):
-        optimizer.param_groups[0]["lr"] = recipe.learning_rate(epoch)
-        run.train_curve.append(_one_epoch(model, optimizer, views, labels, recipe.batch, draw, epoch, change, draws, own))
-        last = epoch == recipe.epochs - 1
-        if curve or last:
-            step = 1 if last else every
+    with borrowed("evaluate", model):
+        for epoch in range(recipe.epochs):
+            optimizer.param_groups[0]["lr"] = recipe.learning_rate(epoch)
+            run.train_curve.append(_one_epoch(model, optimizer, views, labels, recipe.batch, draw, epoch, change, draws, own))
+            last = epoch == recipe.epochs - 1
+            if curve or last:
+                step = 1 if last else every
+                with own:
+                    run.test_curve.append(accuracy(model, test_images[::step].contiguous(), test_labels[::step]))
+            if on_epoch:
+                on_epoch(run)
+        if len(unseen):
             with own:
-                run.test_curve.append(accuracy(model, test_images[::step].contiguous(), test_labels[::step]))
-        if on_epoch:
-            on_epoch(run)
-    if len(unseen):
-        with own:
-            run.test_poisoned, run.test_unseen = _by_class(model, test_images, test_labels, unseen)
-    if defence.attack:
-        with draws:
-            run.robust = robust_accuracy(model, test_images, test_labels, defence.attack)
+                run.test_poisoned, run.test_unseen = _by_class(model, test_images, test_labels, unseen)
+        if defence.attack:
+            with draws:
+                run.robust = robust_accuracy(model, test_images, test_labels, defence.attack)
     run.seconds = time.perf_counter() - started
     if keep_model:
         run.model = model.eval()

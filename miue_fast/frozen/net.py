@@ -117,6 +117,7 @@ class Frozen:
     def input_grad(self, d_features):
         """d loss / d images [B, C, H, W] (compute dtype) for the images of the last `forward`, which this thread called; one call per
         forward. Errors: ValueError."""
+        wanted = torch.is_grad_enabled()
         with self.alone():
             if self.count is None:
                 fail("input_grad", "d_features", "a forward before each input_grad", "none since the last one")
@@ -126,7 +127,7 @@ class Frozen:
             if not tensor or d_features.dim() != 2 or len(d_features) != self.count or d_features.device != self.device:
                 got = list(d_features.shape) if tensor else describe(d_features)
                 fail("input_grad", "d_features", f"[{self.count}, D] on {self.device}, like the features", got)
-            if d_features.requires_grad and torch.is_grad_enabled():
+            if d_features.requires_grad and wanted:
                 fail("input_grad", "d_features", "no gradient required (detach them)", "a tensor that requires one")
             out = []
             self.back(d_features.detach(), lambda rows, slope: out.append(slope))

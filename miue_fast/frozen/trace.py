@@ -97,9 +97,10 @@ class Tracer(fx.Tracer):
         if id(value) in self.twins:
             return self.twins[id(value)]
         if isinstance(value, nn.Module):
-            twin = self.twins[id(value)] = object.__new__(type(value))
-            vars(twin).update(vars(value))  # complete before anything in it leads back here
-            vars(twin).update({k: self._twin(v) for k, v in vars(value).items()})
+            twin, state = object.__new__(type(value)), vars(value).copy()  # copied at once: another thread may be using the model
+            self.twins[id(value)] = twin
+            vars(twin).update(state)  # complete before anything in it leads back here
+            vars(twin).update({k: self._twin(v) for k, v in state.items()})
             vars(twin).update({name: OrderedDict() for name in _HOOKS}, training=False, _compiled_call_impl=None)
             vars(twin)["forward"] = functools.partial(self._called, twin)
             return twin

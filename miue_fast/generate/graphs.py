@@ -16,7 +16,8 @@ class Captured:
         self.graph = torch.cuda.CUDAGraph()
         for generator in generators:
             self.graph.register_generator_state(generator)
-        with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(self.graph, pool=pool):  # a failed capture leaves its stream
+        apart = torch.cuda.graph(self.graph, pool=pool, capture_error_mode="thread_local")  # other threads may use the device as they like
+        with torch.cuda.stream(torch.cuda.current_stream()), apart:  # a failed capture leaves its stream
             self.result = work(*inputs)
 
     @property

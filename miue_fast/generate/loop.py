@@ -136,7 +136,8 @@ class _Run:
         datasets.check_room("generate", self.keep.parent, 2 * state - there + 4 * self.images.numel(), "the poison and its checkpoints")
 
     def resume(self):
-        tensors, header = checkpoint.load(self.keep)
+        tensors, header = checkpoint.load(self.keep, checkpoint.room(self.network, self.delta))
+        checkpoint.check_header(self.keep, header)
         now = self._header()
         if header["fingerprint"] != now["fingerprint"]:
             raise ValueError(f"{self.keep}: expected a checkpoint of these images and labels, got one of another data set; "
@@ -265,9 +266,8 @@ class _Run:
         epoch = 0 if self.replaces else checkpoint.saved_epoch(self.keep)
         if not epoch:
             return f"interrupted: no epoch was finished, nothing is saved in {self.keep.parent}"
-        without = [
-            text for text, there in ((option("overwrite", True), self.overwrite), (option("resume", False), not self.resumes)) if there
-        ]
+        words = (shown("generate", "overwrite"), self.overwrite), (option("resume", False), not self.resumes)
+        without = [word for word, there in words if there]
         again = f"the same command{' without ' if without else ''}{' and '.join(without)}"
         return f"interrupted: epoch {epoch} of {self.options.epochs} is saved in {self.keep}; {again} goes on from there"
 
@@ -309,6 +309,8 @@ def _open_folder(folder, resume, overwrite, options):
     """
     atomic.sweep(folder)
     path = folder / checkpoint.NAME
+    if path.is_dir():
+        _checks.fail("generate", "out", "no folder under the name of the checkpoint", str(path))
     mine = [checkpoint.NAME] if overwrite else []  # one that a run goes on from proves itself when it is read
     datasets.Owned(folder).check("generate", [*mine, *datasets.POISON_FILES, METRICS])
     if overwrite or (resume and options.objective != "random" and path.exists()):
