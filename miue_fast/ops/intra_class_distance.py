@@ -1,7 +1,5 @@
 """The within-class distance term of MI-UE ("l2sim" in existing scripts)."""
 
-import torch
-
 from .. import _checks, _native, _triton
 from .._registry import DOUBLES, FLOATS, Impl, define
 from ..reference.intra_class_distance import formula
@@ -29,7 +27,7 @@ define(
         Impl("cpu", _native.intra_class_distance, frozenset({"cpu"}), DOUBLES, _native.cpu_missing),
     ],
 )
-_loss.differentiable_in_features("intra_class_distance")
+_scalar = _loss.differentiable_in_features("intra_class_distance")
 
 
 def intra_class_distance(features, labels, *, normalize_dim=True, backend="auto"):
@@ -43,13 +41,13 @@ def intra_class_distance(features, labels, *, normalize_dim=True, backend="auto"
         labels: [B], any integer dtype, any values.
         backend: "auto", "triton", "cuda", "cpu" or "reference".
 
+    Derivatives: as in `nt_xent`.
     Returns: a scalar, float32 (float64 for float64). An empty batch gives NaN, NaN features give NaN.
     Memory: O(B * D). Deterministic on one machine and thread count.
     Errors: ValueError (shape, dtype, device), BackendError (the backend cannot serve this here).
     """
     labels = _checks.features_and_labels("intra_class_distance", features, labels)
-    want_grad = features.requires_grad and torch.is_grad_enabled()
-    return torch.ops.miue_fast.intra_class_distance(features, labels, bool(normalize_dim), want_grad, backend)[0]
+    return _scalar(features, labels, bool(normalize_dim), backend)
 
 
 def l2sim(features, labels):
