@@ -77,7 +77,7 @@ def differentiated(tensor):
 def no_gradient(op, **tensors):
     """For ops without a derivative: nobody takes one with respect to these tensors (or None)."""
     for name, tensor in tensors.items():
-        if how := differentiated(tensor):
+        if tensor is not None and (tensor.requires_grad or forward_ad._current_level >= 0) and (how := differentiated(tensor)):
             fail(op, name, "no gradient required (detach them)", how)
 
 
