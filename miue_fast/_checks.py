@@ -1,9 +1,12 @@
 """One wording for every bad input: `op: argument: expected X, got Y`."""
 
+import numbers
 import unicodedata
 from pathlib import Path
 
 import torch
+from torch._C import _functorch
+from torch.autograd import forward_ad
 
 from . import _written
 from ._registry import DOUBLES, FLOATS
@@ -59,9 +62,45 @@ def seed(op, value, name="seed"):
         fail(op, name, "a whole number from 0 to 2^63 - 1", short(value))
 
 
+def number(op, name, value, expected, low, high):
+    """A real number from low to high, as a float. Tensors are none: the op would not know of their derivatives."""
+    if isinstance(value, torch.Tensor):
+        fail(op, name, expected, f"a tensor, {describe(value)}; give tensor.item(), which has no gradient")
+    if type(value) is not float and (isinstance(value, bool) or not isinstance(value, numbers.Real)):
+        fail(op, name, expected, "None" if value is None else f"{type(value).__name__} {value!r}")
+    if not low <= value <= high:
+        fail(op, name, expected, value)
+    return float(value)
+
+
 def temperature(op, value):
-    if not 1e-3 <= value <= 10:
-        fail(op, "temperature", "a number from 1e-3 to 10", value)
+    return number(op, "temperature", value, "a number from 1e-3 to 10", 1e-3, 10)
+
+
+@torch.compiler.assume_constant_result  # torch.compile guards on both states, and cannot trace the second
+def transformed():
+    """Whether a transformation of torch.func other than functionalize, or a level of forward-mode derivatives, is active."""
+    if forward_ad._current_level >= 0:
+        return True
+    top = _functorch.peek_interpreter_stack()
+    return top is not None and top.key() != _functorch.TransformType.Functionalize
+
+
+def differentiated(tensor):
+    """How somebody takes derivatives with respect to this tensor (or None), backward or in forward mode; None if nobody does."""
+    if tensor is None:
+        return None
+    if tensor.requires_grad and torch.is_grad_enabled():
+        return "a tensor that requires one"
+    dual = forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None
+    return "a tensor that carries a forward derivative" if dual else None
+
+
+def no_gradient(op, **tensors):
+    """For ops without a derivative: nobody takes one with respect to these tensors (or None)."""
+    for name, tensor in tensors.items():
+        if tensor is not None and (tensor.requires_grad or forward_ad._current_level >= 0) and (how := differentiated(tensor)):
+            fail(op, name, "no gradient required (detach them)", how)
 
 
 def denominator(op, value):
@@ -70,10 +109,9 @@ def denominator(op, value):
 
 
 def step_sizes(op, alpha, eps):
-    if not 0 <= alpha <= 1:
-        fail(op, "alpha", "a number from 0 to 1 ([0, 1] image scale)", alpha)
-    if not 0 <= eps <= 1:
-        fail(op, "eps", "a number from 0 to 1 ([0, 1] image scale)", eps)
+    """Both as floats."""
+    scale = "a number from 0 to 1 ([0, 1] image scale)"
+    return number(op, "alpha", alpha, scale, 0, 1), number(op, "eps", eps, scale, 0, 1)
 
 
 def images(op, tensor, name="images", dtypes=frozenset({torch.uint8, torch.float32})):
@@ -113,6 +151,7 @@ def selection(op, index, flip, rows, device):
 def gradient(op, grad, shape, device):
     if not isinstance(grad, torch.Tensor) or grad.shape != shape or grad.dtype not in FLOATS or grad.device != device:
         fail(op, "grad", f"a float32, float16 or bfloat16 tensor {list(shape)} on {device}", describe(grad))
+    no_gradient(op, grad=grad)
 
 
 def device(op, value):

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
+from torch.autograd.graph import increment_version
 
 LIB = torch.library.Library("miue_fast", "DEF")
 OPS: dict[str, "Op"] = {}
@@ -116,7 +117,16 @@ def define(schema, *, reference, fake, samples, impls=(), truth=None, dtype_of=N
             check(*args)
         if route and backend == "auto" and device == "cuda":
             backend = route(*args)
-        return op.choose(backend, device, op.dtype_of(*args)).fn(*args)
+        fn = op.choose(backend, device, op.dtype_of(*args)).fn
+        if torch.is_autocast_enabled(device):  # what an implementation takes from PyTorch keeps the op's own precision
+            with torch.autocast(device, enabled=False):
+                result = fn(*args)
+        else:
+            result = fn(*args)
+        for position in op.mutates:  # else autograd would use what it has saved of them as if nothing had happened
+            if args[position] is not None and not args[position].is_inference():
+                increment_version(args[position])
+        return result
 
     LIB.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     for key in ("CPU", "CUDA"):

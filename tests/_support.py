@@ -277,7 +277,8 @@ def step_by_numpy(delta, grad, image, alpha, eps):
     alpha, eps = (delta.dtype.type(v) for v in (alpha, eps))
     sign = (grad > 0).astype(delta.dtype) - (grad < 0).astype(delta.dtype)
     moved = np.minimum(np.maximum(delta - alpha * sign, -eps), eps)
-    return np.minimum(np.maximum(image + moved, 0), 1) - image
+    step = np.minimum(np.maximum(image + moved, 0), 1) - image
+    return np.where(step < 0 - eps, 0 - eps, np.where(step > eps, eps, step)).astype(delta.dtype)
 
 
 def rows_by_numpy(images, index, flip):

@@ -1,13 +1,16 @@
 """Bad input to an op: a ValueError of one line, "op: argument: expected X, got Y", and nothing written."""
 
 import re
+from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 from _support import OPS, available
 
 import miue_fast
 from miue_fast import ops
+from miue_fast.data.sources import from_arrays
 
 F, Y = torch.randn(4, 3), torch.tensor([0, 0, 1, 1])
 IMAGES = torch.full((4, 3, 2, 2), 128, dtype=torch.uint8)
@@ -146,7 +149,52 @@ def convolution_cases():
     yield "conv_input_grad_step_", "grad", ops.conv_input_grad_step_, (), {**good, "grad": X8, "weight": WEIGHT8[:, :3]}
 
 
-CASES = [*loss_cases(), *step_cases(), *store_cases(), *input_cases(), *epilogue_cases(), *convolution_cases()]
+NO_NUMBERS = ["0.1", True, None, [0.1], 0.1j, torch.tensor(0.1)]
+
+
+def number_cases():
+    """Strings, bools, None, lists, complex numbers and tensors where a number is wanted, NaN and Inf where it has to be finite."""
+    steps = {"delta": torch.zeros(4), "grad": torch.zeros(4), "image": torch.zeros(4), "alpha": 0.1, "eps": 0.1}
+    store = {"delta": GRAD * 0, "index": None, "grad": GRAD, "images": IMAGES, "alpha": 0.01, "eps": 0.03}
+    conv = {"delta": torch.zeros(4, 3, 4, 4), "index": None, "grad": torch.zeros(4, 16, 4, 4).to(memory_format=torch.channels_last),
+            "weight": WEIGHT[:, :3], "images": torch.zeros(4, 3, 4, 4), "alpha": 0.01, "eps": 0.03, "padding": 1}  # fmt: skip
+    loss = {"features": F, "labels": Y}
+    for value in NO_NUMBERS:
+        for name, good in (("projected_step", steps), ("projected_step_", store), ("conv_input_grad_step_", conv)):
+            call = getattr(ops, name)
+            yield from [(name, argument, call, (), {**good, argument: value}) for argument in ("alpha", "eps")]
+        for name, call in (("nt_xent", miue_fast.nt_xent), ("mi_ue_value_and_grad", miue_fast.mi_ue_value_and_grad)):
+            if value is not None or name != "nt_xent":
+                yield name, "temperature", call, (), {**loss, "temperature": value}
+        if value is not None:
+            yield "nt_xent", "temperature", miue_fast.nt_xent, (), {**loss, "t": value}
+            yield "class_covariance", "num_classes", miue_fast.class_covariance, (), {**loss, "num_classes": value}
+            yield "perturbed_input", "eps", miue_fast.perturbed_input, (), {"images": IMAGES, "delta": GRAD.to(torch.int8), "eps": value}
+        yield "perturbed_input", "mean and std", miue_fast.perturbed_input, (), {"images": IMAGES, "mean": [value] * 3, "std": [1] * 3}
+    for value in [*NO_NUMBERS, float("nan"), float("inf")]:
+        yield "mi_ue_value_and_grad", "zeta", miue_fast.mi_ue_value_and_grad, (), {**loss, "zeta": value}
+    for constants in ({"mean": "abc", "std": [1] * 3}, {"mean": [0] * 3, "std": [1, 1, float("nan")]}):
+        yield "perturbed_input", "mean and std", miue_fast.perturbed_input, (), {"images": IMAGES, **constants}
+    yield "nt_xent", "temperature and t", miue_fast.nt_xent, (), {**loss, "temperature": 0.1, "t": 0.1}
+    yield "projected_step", "delta", ops.projected_step, (), {**steps, "delta": None}
+    yield "projected_step", "grad", ops.projected_step, (), {**steps, "grad": [0.0]}
+    yield "conv_forward", "weight", ops.conv_forward, (), {"x": X, "weight": WEIGHT, "padding": 1, "groups": True}
+
+
+def test_the_type_that_came_is_named():
+    for value, text in (("0.1", "str '0.1'"), (True, "bool True"), (None, "None"), ([1], r"list \[1\]"), (float("nan"), "nan")):
+        with pytest.raises(ValueError, match=rf"^mi_ue_value_and_grad: temperature: expected a number from 1e-3 to 10, got {text}$"):
+            miue_fast.mi_ue_value_and_grad(F, Y, value)
+    for number in (1, np.float32(0.5), np.float64(0.5), np.int64(1), Fraction(1, 2)):
+        assert miue_fast.nt_xent(F, Y, number) == miue_fast.nt_xent(F, Y, float(number))
+    for dtype in (np.uint16, np.uint32, np.uint64, np.int64, np.int16):
+        images, labels = np.ones((2, 3, 4, 4), dtype), np.array([0, 1], dtype)
+        with pytest.raises(ValueError, match=rf"images: expected uint8, or floats in \[0, 1\], got {np.dtype(dtype).name} "):
+            from_arrays(images, labels)
+        assert from_arrays(images.astype(np.uint8), labels).labels.tolist() == [0, 1]
+
+
+CASES = [*loss_cases(), *step_cases(), *store_cases(), *input_cases(), *epilogue_cases(), *convolution_cases(), *number_cases()]
 
 
 def refused(call, op, argument, args, kwargs):

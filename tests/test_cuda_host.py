@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import test_ranges as ranges
 import torch
 from _support import CONVOLUTIONS, LOSSES, OPS, STATISTICS, assert_same_bits, check_losses, checker, large_losses
 
@@ -302,3 +303,22 @@ def test_the_program_of_make_asan_compiles():
     source = build.ROOT / "tests/shim/sanitize.cpp"
     done = subprocess.run([build.compiler(), *flags, "-x", "c++", "-fsyntax-only", source], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_any_magnitude(dtype):
+    """The tests of test_ranges.py on these kernels: no square overflows or underflows, and no image costs the budget."""
+    distance, covariance, step, store = (OPS[n] for n in ("intra_class_distance", "class_covariance", "projected_step", "projected_step_"))
+    for normalize_dim in (True, False):
+        ranges.test_distances_of_any_magnitude(distance, cuda_impl(distance), "cpu", dtype, normalize_dim)
+    ranges.test_large_and_small_pairs_in_one_batch(distance, cuda_impl(distance), "cpu", dtype)
+    ranges.test_a_covariance_that_fits_is_given(covariance, cuda_impl(covariance), "cpu", dtype)
+    ranges.test_the_budget_holds_for_any_image(step, cuda_impl(step), "cpu", dtype)
+    ranges.test_the_budget_holds_in_the_store(store, cuda_impl(store), "cpu", torch.float32 if dtype == torch.float32 else torch.int8)
+
+
+@WAYS
+def test_similarities_of_any_magnitude(way):
+    op, dtype = OPS["nt_xent"], torch.bfloat16 if way is _native.nt_xent_large else torch.float32
+    ranges.test_similarities_do_not_depend_on_the_magnitude(op, replace(cuda_impl(op), fn=way), "cpu", dtype)
+    ranges.test_a_norm_beyond_float32_is_right_or_nan(op, replace(cuda_impl(op), fn=way), "cpu", dtype)

@@ -1,7 +1,7 @@
 """The Triton kernels run, in Triton's interpreter on the CPU: the registry's parity and the paths its samples do not reach.
 
-The interpreter is switched on when triton is imported, so one test starts pytest again on this file, test_parity.py and
-test_class_covariance.py. bfloat16 is left to a GPU: the interpreter truncates it where a GPU rounds.
+The interpreter is switched on when triton is imported, so one test starts pytest again on this file, test_parity.py,
+test_class_covariance.py and test_ranges.py. bfloat16 is left to a GPU: the interpreter truncates it where a GPU rounds.
 """
 
 import os
@@ -42,6 +42,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
             "ignore::RuntimeWarning",
             HERE / "test_parity.py",
             HERE / "test_class_covariance.py",
+            HERE / "test_ranges.py",
             __file__,
         ]
         command += ["-k", "(triton and not bfloat16) or interpreted", "--durations=5"]

@@ -63,6 +63,12 @@ static void covariance(const CovarianceJob<T>& job, int64_t k, int64_t p, int64_
     }
     const T divisor = T(count ? count : 1);
     for (int64_t i = 0; i < NR<T> * NR<T>; i += LANES<T>) store(block + i, load(block + i) / divisor);
+    for (int64_t i = 0; i < NR<T> * NR<T>; i++) {
+        if (__builtin_isfinite(block[i])) continue;
+        double total = 0;  // the sum may be too large where its mean is not
+        for (int64_t k = 0; k < count; k++) total += double(a[k * NR<T> + i / NR<T>]) * 0x1p-300 * (double(b[k * NR<T> + i % NR<T>]) * 0x1p-300);
+        block[i] = T(total / double(divisor) * 0x1p300 * 0x1p300);
+    }
     T* matrix = static_cast<T*>(args.covariances) + k * args.D * args.D;
     put(matrix, args.D, p, q, block);  // of one panel with itself symmetric as it is: both sums have the same terms in the same order
     if (p == q) return;

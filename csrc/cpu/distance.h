@@ -12,6 +12,37 @@ static double sum(const T* values, int64_t n) {
     return rest;
 }
 
+// ||a - b|| where the plain sum of squares may have lost something to overflow or underflow: once more, times a power of two.
+template <class T>
+static double rescaled(const T* a, const T* b, int64_t n, double plain) {
+    constexpr int most = sizeof(T) == sizeof(float) ? 126 : 1022;
+    V<T> largest{};
+    for (int64_t k = 0; k < n; k += LANES<T>) {
+        V<T> d = load(a + k) - load(b + k);
+        d = d < 0 ? -d : d;
+        largest = d > largest ? d : largest;
+    }
+    double top = 0;
+    for (int l = 0; l < LANES<T>; l++) top = largest[l] > top ? largest[l] : top;
+    if (top == 0 || plain != plain || !__builtin_isfinite(top)) return __builtin_sqrt(plain);
+    int exponent = __builtin_ilogb(top);
+    exponent = exponent < -most ? -most : exponent > most ? most : exponent;
+    const V<T> scale = all(T(__builtin_ldexp(1, -exponent)));
+    V<T> squares{};
+    for (int64_t k = 0; k < n; k += LANES<T>) {
+        const V<T> d = (load(a + k) - load(b + k)) * scale;
+        squares = fma(d, d, squares);
+    }
+    return __builtin_ldexp(__builtin_sqrt(add_lanes(squares)), exponent);
+}
+
+template <class T>
+static double distance_of(const T* a, const T* b, int64_t n, double squares) {
+    constexpr double low = sizeof(T) == sizeof(float) ? 0x1p-100 : 0x1p-900;  // squares that count are normal numbers from here on
+    const bool sure = (squares >= low && squares <= __DBL_MAX__) || (a == b && squares == 0);
+    return sure ? __builtin_sqrt(squares) : rescaled(a, b, n, squares);
+}
+
 template <class T>
 static void distances(const T* f, int64_t stride, int64_t n, int64_t i, int64_t rows, int64_t from, int64_t count, T* out, int64_t ld) {
     for (int64_t j = 0; j < count; j += OTHERS) {
@@ -34,17 +65,18 @@ static void distances(const T* f, int64_t stride, int64_t n, int64_t i, int64_t 
             }
         }
         for (int64_t r = 0; r < rows; r++)
-            for (int64_t c = 0; c < OTHERS && j + c < count; c++) out[r * ld + j + c] = T(__builtin_sqrt(add_lanes(acc[r][c])));
+            for (int64_t c = 0; c < OTHERS && j + c < count; c++) out[r * ld + j + c] = T(distance_of(a[r], b[c], n, add_lanes(acc[r][c])));
     }
 }
 
 template <class T>
-static void pull(const T* f, int64_t stride, const T* share, int64_t i, int64_t rows, int64_t from, int64_t count, T* weights, int64_t ld,
+static void pull(const T* f, int64_t stride, const double* share, int64_t i, int64_t rows, int64_t from, int64_t count, T* weights, int64_t ld,
                  T* grad) {
     for (int64_t r = 0; r < rows; r++)
         for (int64_t j = 0; j < count; j++) {
-            const T distance = weights[r * ld + j];
-            weights[r * ld + j] = distance == 0 ? T(0) : (share[i + r] + share[from + j]) / distance;
+            const double distance = weights[r * ld + j], own = 1 / share[i + r];
+            constexpr double least = sizeof(T) == sizeof(float) ? __FLT_MIN__ : __DBL_MIN__;
+            weights[r * ld + j] = distance < least ? T(0) : T((1 + own * share[from + j]) / distance);
         }
     for (int64_t k = 0; k < stride; k += LANES<T>) {
         V<T> total[BLOCK], own[BLOCK];
@@ -66,6 +98,6 @@ static void pull(const T* f, int64_t stride, const T* share, int64_t i, int64_t 
 }
 
 template <class T>
-static void finish(T* out, const T* values, const T* addend, T weight, int64_t n) {
-    for (int64_t k = 0; k < n; k++) out[k] = (addend ? addend[k] : T(0)) + weight * values[k];
+static void finish(T* out, const T* values, const T* addend, T weight, double share, int64_t n) {
+    for (int64_t k = 0; k < n; k++) out[k] = (addend ? addend[k] : T(0)) + weight * T(double(values[k]) * share);
 }

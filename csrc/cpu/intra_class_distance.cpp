@@ -26,8 +26,8 @@ struct Plan {
     int64_t B, D, stride, capacity, workers;
     int64_t *classes, *table, *starts, *order;
     Block* blocks;
-    T *features, *share, *kept, *held, *grads;
-    double *row_loss, *part;
+    T *features, *kept, *held, *grads;
+    double *row_loss, *share;
 };
 
 template <class T>
@@ -44,7 +44,7 @@ int64_t lay_out(Plan<T>& plan, int64_t B, int64_t D, bool want_grad, void* base)
     plan.order = arena.take<int64_t>(B);
     plan.blocks = arena.take<Block>(B);
     plan.features = arena.take<T>(B * plan.stride);
-    plan.share = arena.take<T>(B);
+    plan.share = arena.take<double>(B);
     plan.kept = arena.take<T>(plan.capacity);
     plan.held = arena.take<T>(plan.workers * MAX_BLOCK * RUN);
     plan.grads = arena.take<T>(want_grad ? plan.workers * MAX_BLOCK * plan.stride : 0);
@@ -86,7 +86,7 @@ void run(const IntraClassDistanceArgs& args, int threads) {
 
     const auto set_share = [&](int64_t i, double sum) {
         plan.row_loss[plan.order[i]] = std::log1p(scale * sum);
-        plan.share[i] = T(scale / (double(args.B) * (1 + scale * sum)));
+        plan.share[i] = 1 / (1 + scale * sum);
     };
     Queue copy(args.B), measure(blocks), add(kept ? blocks : 0), gradient(args.grad ? blocks : 0);
     const bool alone = double(pairs) * double(args.D) < ALONE;
@@ -140,7 +140,8 @@ void run(const IntraClassDistanceArgs& args, int threads) {
             for (int64_t r = 0; r < block.rows; r++) {
                 const int64_t out = plan.order[block.row + r] * args.D;
                 kernel.finish(static_cast<T*>(args.grad) + out, grad + r * stride,
-                              args.addend_grad ? static_cast<const T*>(args.addend_grad) + out : nullptr, T(args.weight), args.D);
+                              args.addend_grad ? static_cast<const T*>(args.addend_grad) + out : nullptr, T(args.weight),
+                              plan.share[block.row + r] * (scale / double(args.B)), args.D);
             }
         });
     });

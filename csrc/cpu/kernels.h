@@ -52,11 +52,12 @@ struct LossKernels {
     // out[r, j] = ||f[i + r] - f[from + j]|| for r < rows <= block, j < count; f has rows of `stride` values, `n` of them used.
     void (*distances)(const T* f, int64_t stride, int64_t n, int64_t i, int64_t rows, int64_t from, int64_t count, T* out, int64_t ld);
     double (*sum)(const T* values, int64_t n);
-    // weights[r, j] = (share[i + r] + share[from + j]) / distance, 0 at distance 0; then grad[r] += sum_j weights[r, j] (f[i + r] - f[from + j]).
-    void (*pull)(const T* f, int64_t stride, const T* share, int64_t i, int64_t rows, int64_t from, int64_t count, T* weights, int64_t ld,
+    // weights[r, j] = (1 + share[from + j] / share[i + r]) / distance, 0 at a distance below the smallest normal number; then
+    // grad[r] += sum_j weights[r, j] (f[i + r] - f[from + j]). (A share alone may be too small for T, and so may its part per distance.)
+    void (*pull)(const T* f, int64_t stride, const double* share, int64_t i, int64_t rows, int64_t from, int64_t count, T* weights, int64_t ld,
                  T* grad);
-    // out = addend + weight * values; addend may be null, or out.
-    void (*finish)(T* out, const T* values, const T* addend, T weight, int64_t n);
+    // out = addend + weight * (share * values); addend may be null, or out.
+    void (*finish)(T* out, const T* values, const T* addend, T weight, double share, int64_t n);
 
     // Mean of panel p of class k, and its rows less that mean.
     void (*centre)(const CovarianceJob<T>&, int64_t k, int64_t p);

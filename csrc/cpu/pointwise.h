@@ -5,14 +5,16 @@ constexpr int64_t SLOT = CHUNK + 64;
 
 template <class T>
 MIUE_INLINE V<T> stepped(V<T> delta, V<T> grad, V<T> image, T alpha, T eps) {
-    const V<T> zero = {}, one = all(T(1)), low = all(-eps), high = all(eps);
+    const V<T> zero = {}, one = all(T(1)), low = all(T(0) - eps), high = all(eps);
     V<T> d = delta - (grad > zero ? all(alpha) : grad < zero ? all(-alpha) : zero);
     d = low > d ? low : d;
     d = high < d ? high : d;
     V<T> x = image + d;
     x = zero > x ? zero : x;
     x = one < x ? one : x;
-    return x - image;
+    d = x - image;  // an image outside [0, 1], or the rounding of the sum, must not cost the budget; NaN stays
+    d = low > d ? low : d;
+    return high < d ? high : d;
 }
 
 // `out` may be `delta`.

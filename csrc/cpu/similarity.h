@@ -44,15 +44,26 @@ template <class T>
 static bool pack(const NtXentJob<T>& job, int64_t p) {
     const int64_t d_panels = job.width_padded / NR<T>;
     bool all_unit = true;
-    for (int64_t i = p * NR<T>; i < (p + 1) * NR<T>; i++) {
+    T shrink[NR<T>], divisors[NR<T>];  // of a row whose norm is no T: times a power of two
+    const auto norm_of = [&](int64_t i, T factor) {
         Products<T> squares;
         T x[NR<T>];
         for (int64_t q = 0; q < d_panels; q++) {
             read(job, i, q, x);
-            for (int v = 0; v < NV; v++) squares.add(x + v * LANES<T>, x + v * LANES<T>);
+            for (int v = 0; v < NV; v++) {
+                store(x + v * LANES<T>, load(x + v * LANES<T>) * factor);
+                squares.add(x + v * LANES<T>, x + v * LANES<T>);
+            }
         }
-        const double norm = __builtin_sqrt(squares.total()), divisor = norm < 1e-8 ? 1e-8 : norm;
-        job.norm[i] = T(divisor);
+        return __builtin_sqrt(squares.total());
+    };
+    for (int64_t i = p * NR<T>; i < (p + 1) * NR<T>; i++) {
+        T& factor = shrink[i - p * NR<T>] = 1;
+        double norm = norm_of(i, factor);
+        if (!__builtin_isfinite(T(norm))) norm = norm_of(i, factor = sizeof(T) == sizeof(float) ? T(0x1p-64) : T(0x1p-520));
+        const double divisor = norm < 1e-8 ? 1e-8 : norm;
+        divisors[i - p * NR<T>] = T(divisor);
+        job.norm[i] = T(divisor / double(factor));
         job.own[i] = T(norm / divisor);
         all_unit &= i >= job.B || norm >= 1e-8;
     }
@@ -62,7 +73,7 @@ static bool pack(const NtXentJob<T>& job, int64_t p) {
             read(job, p * NR<T> + i, q, z + i * NR<T>);
             for (int v = 0; v < NV; v++) {
                 T* at = z + i * NR<T> + v * LANES<T>;
-                store(at, load(at) / job.norm[p * NR<T> + i]);
+                store(at, load(at) * shrink[i] / divisors[i]);
             }
         }
         transpose(job.columns + (p * job.width_padded + q * NR<T>) * NR<T>, z);

@@ -79,6 +79,17 @@ __device__ __forceinline__ void load_centred(const Classes& c, int64_t k, int64_
     }
 }
 
+// One covariance whose sum of products is too large, where their mean may not be.
+__device__ __attribute__((noinline)) float covariance(const Classes& c, int64_t k, int64_t i, int64_t j) {
+    const int64_t count = c.counts[k], *members = c.order + c.starts[k];
+    const auto centred = [&](int64_t row, int64_t d) {
+        return static_cast<double>(load(c.features, c.dtype, row * c.stride + d) - c.means[k * c.D + d] - c.rests[k * c.D + d]);
+    };
+    double total = 0;
+    for (int64_t m = 0; m < count; ++m) total += centred(members[m], i) * centred(members[m], j);
+    return static_cast<float>(total / static_cast<double>(count));
+}
+
 // One tile of the upper triangle, written to both places. Block: tile row and class in x, tile column in y.
 __global__ void class_products(Classes c, int64_t tiles, float* covariances) {
     __shared__ float a[DEPTH][TILE], b[DEPTH][TILE];
@@ -106,7 +117,8 @@ __global__ void class_products(Classes c, int64_t tiles, float* covariances) {
         for (int s = 0; s < COLUMNS; ++s) {
             const int64_t i = p * TILE + row + r, j = q * TILE + column + s;
             if (i > j || j >= c.D) continue;
-            matrix[i * c.D + j] = matrix[j * c.D + i] = sum[r][s] / divisor;
+            const float value = fabsf(sum[r][s]) <= FLOAT_MAX ? sum[r][s] / divisor : covariance(c, k, i, j);
+            matrix[i * c.D + j] = matrix[j * c.D + i] = value;
         }
     }
 }

@@ -144,7 +144,7 @@ struct Carver {
     }
 };
 
-constexpr float FLOAT_MAX = 3.4028235e38f;
+constexpr float FLOAT_MAX = 3.4028235e38f, FLOAT_LEAST = 0x1p-126f;  // the largest number and the smallest normal one
 
 inline void require_dtype(const char* op, const char* argument, DType got, bool ok) {
     require(ok, op, argument, "a dtype the CUDA kernels take (see ops.h)", "code " + std::to_string(static_cast<int>(got)));

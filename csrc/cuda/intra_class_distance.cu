@@ -20,14 +20,35 @@ struct Features {
     const int64_t* labels;
 };
 
+__device__ __forceinline__ float difference(const Features& f, int64_t i, int64_t j, int64_t d) {
+    return load(f.data, f.dtype, i * f.stride + d) - load(f.data, f.dtype, j * f.stride + d);
+}
+
+// ||f_i - f_j|| where the plain sum of squares may have lost something to overflow or underflow: once more, times a power of two.
+__device__ __attribute__((noinline)) float rescaled(const Features& f, int64_t i, int64_t j, float plain) {
+    float largest = 0, squares = 0;
+    for (int64_t d = threadIdx.x % 32; d < f.D; d += 32) largest = fmaxf(largest, fabsf(difference(f, i, j, d)));
+    largest = warp_max(largest);
+    if (largest == 0 || plain != plain || !(largest <= FLOAT_MAX)) return sqrtf(plain);
+    const int exponent = max(-126, min(126, ilogbf(largest)));
+    const float scale = ldexpf(1.f, -exponent);
+    for (int64_t d = threadIdx.x % 32; d < f.D; d += 32) {
+        const float scaled = difference(f, i, j, d) * scale;
+        squares += scaled * scaled;
+    }
+    return ldexpf(sqrtf(warp_sum(squares)), exponent);
+}
+
 // ||f_i - f_j|| in every lane of the warp.
 __device__ __forceinline__ float distance(const Features& f, int64_t i, int64_t j) {
     float squares = 0;
     for (int64_t d = threadIdx.x % 32; d < f.D; d += 32) {
-        const float difference = load(f.data, f.dtype, i * f.stride + d) - load(f.data, f.dtype, j * f.stride + d);
-        squares += difference * difference;
+        const float x = difference(f, i, j, d);
+        squares += x * x;
     }
-    return sqrtf(warp_sum(squares));
+    squares = warp_sum(squares);
+    const bool sure = (squares >= 0x1p-100f && squares <= FLOAT_MAX) || (i == j && squares == 0);
+    return sure ? sqrtf(squares) : rescaled(f, i, j, squares);
 }
 
 // The warp's 32 rows from j0 that are of row i's class, as a bit mask.
@@ -45,7 +66,7 @@ __global__ void sum_distances(Features f, float scale, float* sums) {
         }
     }
     total = block_sum(threadIdx.x % 32 ? 0 : total);
-    if (threadIdx.x == 0) sums[i] = scale * static_cast<float>(total);
+    if (threadIdx.x == 0) sums[i] = static_cast<float>(scale * total);
 }
 
 __global__ void finish_loss(const float* sums, int64_t B, double weight, const float* addend, float* loss) {
@@ -63,7 +84,7 @@ __global__ void distance_gradient(Features f, float scale, const float* sums, fl
     __shared__ int found[WARPS];
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const int64_t i = blockIdx.x, label = f.labels[i];
-    const float inverse_count = static_cast<float>(1.0 / f.B), share = scale * inverse_count / (1 + sums[i]);
+    const float own = 1 + sums[i], share = scale * static_cast<float>(1.0 / f.B);  // own: a quotient by it alone may be too small
     int count = 0;
     bool first = true;
     for (int64_t window = 0; window < f.B; window += THREADS) {
@@ -79,7 +100,7 @@ __global__ void distance_gradient(Features f, float scale, const float* sums, fl
             const float d = distance(f, i, j);
             if (lane == 0) {
                 member[slot] = j;
-                pull[slot] = d == 0 ? 0.f : (share + scale * inverse_count / (1 + sums[j])) / d;
+                pull[slot] = d < FLOAT_LEAST ? 0.f : (1 + own / (1 + sums[j])) / d;
             }
         }
         __syncthreads();
@@ -90,7 +111,7 @@ __global__ void distance_gradient(Features f, float scale, const float* sums, fl
             float sum = first ? 0.f : partial[i * f.D + d];
             for (int k = 0; k < count; ++k) sum += pull[k] * (mine - load(f.data, f.dtype, member[k] * f.stride + d));
             if (last) {
-                grad[i * f.D + d] = (addend ? addend[i * f.D + d] : 0.f) + weight * sum;
+                grad[i * f.D + d] = (addend ? addend[i * f.D + d] : 0.f) + weight * (sum * share / own);
             } else {
                 partial[i * f.D + d] = sum;
             }

@@ -24,7 +24,7 @@ constexpr int TOP_BIT = 10;        // operands are scaled to magnitudes below 2^
 // A row's features, as far as one warp has read them, and then what follows from all of them.
 struct Norm {
     double squares = 0;
-    float largest = 0, poison = 0;  // poison: NaN if the row has an infinite or NaN feature, else 0
+    float largest = 0, poison = 0;  // poison: NaN if the row has an infinite or NaN feature or such a norm, else 0
     float base, scale, own;         // clamped norm, power of two of the operand, ||z||
     double inverse;                 // 1 / (norm * scale)
 
@@ -42,6 +42,7 @@ struct Norm {
         const bool finite = base <= FLOAT_MAX;
         scale = finite ? ldexpf(1.f, TOP_BIT - ilogbf(fmaxf(largest, MIN_NORM))) : 0.f;
         inverse = finite ? 1 / (clamped * scale) : 1.0;
+        if (!finite) poison = NAN;  // also where all features are numbers and their norm is none
         own = !finite ? poison : norm < MIN_NORM ? static_cast<float>(norm / MIN_NORM) : 1.f;
     }
 };

@@ -7,7 +7,7 @@ namespace {
 __device__ __forceinline__ float step(float delta, float grad, float image, float alpha, float eps) {
     const float sign = grad > 0 ? 1.f : grad < 0 ? -1.f : 0.f;  // NaN: 0
     const float moved = clamp(delta - alpha * sign, -eps, eps);
-    return clamp(image + moved, 0.f, 1.f) - image;
+    return clamp(clamp(image + moved, 0.f, 1.f) - image, 0.f - eps, eps);  // the budget, whatever the image and the sum's rounding
 }
 
 template <int V>

@@ -10,17 +10,41 @@ TILES = [  # 16 values per thread
     {"BM": 4, "BD": 512, "STAGES": 3, "num_warps": 4},
     {"BM": 2, "BD": 2048, "STAGES": 3, "num_warps": 8},
 ]
+SURE = tl.constexpr(2.0**-100)  # from here on, squares that count are normal numbers
+LEAST, LARGEST = tl.constexpr(2.0**-126), tl.constexpr(3.4028235e38)  # the smallest normal number and the largest
+
+
+@triton.jit
+def _rescaled(features, rows, j, known, D, BM: tl.constexpr, BD: tl.constexpr):
+    """||f_i - f_j|| of the rows, times a power of two each while it is squared, so that nothing overflows or underflows."""
+    largest = tl.zeros((BM,), tl.float32)
+    for first in range(0, D, BD):
+        largest = tl.maximum(largest, tl.max(tl.abs(_difference(features, rows, j, known, first, D, BD)), 1))
+    field = tl.minimum(tl.maximum((largest.to(tl.int32, bitcast=True) >> 23) & 255, 1), 253)
+    scale = ((254 - field) << 23).to(tl.float32, bitcast=True)
+    squares = tl.zeros((BM, BD), tl.float32)
+    for first in range(0, D, BD):
+        a = _difference(features, rows, j, known, first, D, BD) * scale[:, None]
+        squares += a * a
+    return tl.sqrt_rn(tl.sum(squares, 1)) * (field << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _difference(features, rows, j, known, first, D, BD: tl.constexpr):
+    e = first + tl.arange(0, BD)
+    a = tl.load(features + rows[:, None] * D + e[None, :], mask=known[:, None] & (e < D)[None, :], other=0).to(tl.float32)
+    return a - tl.load(features + j * D + e, mask=e < D, other=0).to(tl.float32)[None, :]
 
 
 @triton.jit
 def _pairs_kernel(
-    features, starts, ends, order, sums, shares, addend, grad, B, D, scale, weight,
+    features, starts, ends, order, sums, addend, grad, B, D, scale, weight,
     GRAD: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """BM sorted rows against the members of their classes, one member at a time. Without GRAD: sums = scale * sum_j ||f_i - f_j||.
 
-    With GRAD: columns [BD] of sum_j (share_i + share_j) / d_ij * (f_i - f_j), times `weight`, added to `addend` and written in
-    the caller's row order.
+    With GRAD: columns [BD] of sum_j (1 + own_i / own_j) / d_ij * (f_i - f_j), own = 1 + sums, times `weight` / own_i, added to `addend`
+    and written in the caller's row order (weight / own_i / d_ij alone may be too small). A d_ij that is no normal number counts as 0.
     """
     rows = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
     known = rows < B
@@ -29,7 +53,7 @@ def _pairs_kernel(
     row_start = tl.load(starts + rows, mask=known, other=B)
     row_end = tl.load(ends + rows, mask=known, other=0)
     if GRAD:
-        share = tl.load(shares + rows, mask=known, other=0)
+        own = 1 + tl.load(sums + rows, mask=known, other=0)
         total = tl.zeros((BM, BD), tl.float32)
     else:
         distances = tl.zeros((BM,), tl.float32)
@@ -41,23 +65,24 @@ def _pairs_kernel(
         else:
             squares = tl.zeros((BM, BD), tl.float32)
             for first in range(0, D, BD):
-                e = first + tl.arange(0, BD)
-                a = tl.load(features + rows[:, None] * D + e[None, :], mask=known[:, None] & (e < D)[None, :], other=0).to(tl.float32)
-                a -= tl.load(features + j * D + e, mask=e < D, other=0).to(tl.float32)[None, :]
+                a = _difference(features, rows, j, known, first, D, BD)
                 squares += a * a
             squared = tl.sum(squares, 1)
         distance = tl.sqrt_rn(squared)
         member = (row_start <= j) & (j < row_end)
+        unsure = member & (rows != j) & ~((squared >= SURE) & (squared <= LARGEST))
+        if tl.max(unsure.to(tl.int32)) > 0:
+            distance = tl.where(unsure, _rescaled(features, rows, j, known, D, BM, BD), distance)
         if GRAD:
-            pair = share + tl.load(shares + j)
-            pair = tl.where(member & (distance != 0), pair / distance, 0.0)
+            pair = (1 + own / (1 + tl.load(sums + j))) / distance
+            pair = tl.where(member & ~(distance < LEAST), pair, 0.0)
             total += pair[:, None] * difference
         else:
             distances += tl.where(member, distance, 0.0)
     if GRAD:
         target = tl.load(order + rows, mask=known, other=0)[:, None] * D + d[None, :]
         inside = known[:, None] & (d < D)[None, :]
-        total *= weight
+        total = total * weight / own[:, None]
         if addend is not None:
             total += tl.load(addend + target, mask=inside, other=0)
         tl.store(grad + target, total, mask=inside)
@@ -66,14 +91,13 @@ def _pairs_kernel(
 
 
 @triton.jit
-def _loss_kernel(sums, addend, shares, loss, B, scale, per_row, BLOCK: tl.constexpr):
-    """loss = addend + per_row * sum_i log1p(sums_i), shares = scale / (1 + sums): one program, fixed order."""
+def _loss_kernel(sums, addend, loss, B, per_row, BLOCK: tl.constexpr):
+    """loss = addend + per_row * sum_i log1p(sums_i): one program, fixed order."""
     total = tl.zeros((BLOCK,), tl.float32)
     for first in range(0, B, BLOCK):
         rows = first + tl.arange(0, BLOCK).to(tl.int64)
         sum_of_row = tl.load(sums + rows, mask=rows < B, other=0)
         total += log1p(sum_of_row)
-        tl.store(shares + rows, tl.div_rn(scale, 1 + sum_of_row), mask=rows < B)
     value = tl.sum(total) * per_row
     if addend is not None:
         value += tl.load(addend)
@@ -92,14 +116,14 @@ def weighted(features, labels, normalize_dim, want_grad, weight=1.0, addend=(Non
     classes, order = torch.sort(labels, stable=True)
     starts, ends = torch.searchsorted(classes, classes), torch.searchsorted(classes, classes, right=True)
     features = features[order]
-    sums, shares = torch.empty((2, b), dtype=torch.float32, device=features.device)
+    sums = torch.empty(b, dtype=torch.float32, device=features.device)
     scale = 1 / d if normalize_dim and d else 1.0
     tile = next((tile for tile in TILES if tile["BD"] >= d), TILES[-1])
     row_tiles = triton.cdiv(b, tile["BM"])
     with on_device_of(features):
-        arguments = features, starts, ends, order, sums, shares, addend[1], grad, b, d, scale, weight
+        arguments = features, starts, ends, order, sums, addend[1], grad, b, d, scale, weight * scale / b
         _pairs_kernel[(row_tiles, 1)](*arguments, GRAD=False, **tile)
-        _loss_kernel[(1,)](sums, addend[0], shares, loss, b, scale / b, weight / b, BLOCK=1024, num_warps=8)
+        _loss_kernel[(1,)](sums, addend[0], loss, b, weight / b, BLOCK=1024, num_warps=8)
         if grad.numel():
             _pairs_kernel[(row_tiles, triton.cdiv(d, tile["BD"]))](*arguments, GRAD=True, **tile)
     return loss, grad

@@ -22,7 +22,8 @@ def _clamp(x, low, high):
 def _step(delta, grad, image, alpha, eps):
     """All fp32; a gradient of 0 or NaN moves nothing."""
     moved = tl.where(grad > 0, delta - alpha, tl.where(grad < 0, delta + alpha, delta))
-    return _clamp(image + _clamp(moved, -eps, eps), 0.0, 1.0) - image
+    step = _clamp(image + _clamp(moved, -eps, eps), 0.0, 1.0) - image
+    return tl.where(step < 0.0 - eps, 0.0 - eps, tl.where(step > eps, eps, step))  # the budget, whatever the image and the sum's rounding
 
 
 @triton.jit

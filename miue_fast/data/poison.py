@@ -91,7 +91,7 @@ def random_noise(dataset, eps, seed, kind="uniform"):
     budget(eps)
     generator = torch.Generator().manual_seed(seed)
     if kind == "uniform":
-        return torch.rand(dataset.images.shape, generator=generator).mul_(2 * eps).sub_(eps).clamp_(-eps, eps)
+        return torch.rand(dataset.images.shape, generator=generator, dtype=torch.float32).mul_(2 * eps).sub_(eps).clamp_(-eps, eps)
     if kind == "sign":
         return torch.randint(0, 2, dataset.images.shape, generator=generator).float().mul_(2).sub_(1).mul_(eps)
     fail("random_noise", "kind", "'uniform' or 'sign'", repr(kind))

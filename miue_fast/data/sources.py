@@ -201,6 +201,8 @@ def from_arrays(images, labels, *, classes=None, names=None):
     images, labels = _tensor(images, "images"), _tensor(labels, "labels")
     if images.dim() != 4 or not (images.shape[1] in (1, 3) or images.shape[3] in (1, 3)):
         fail("data", "images", "[N, C, H, W] or [N, H, W, C] with C = 1 or 3", describe(images))
+    if labels.dtype in (torch.uint16, torch.uint32, torch.uint64):  # PyTorch has little for them
+        labels = labels.to(torch.int64)
     if labels.shape != images.shape[:1] or labels.dtype not in INTEGERS:
         fail("data", "labels", f"integers [{len(images)}]", describe(labels))
     if images.shape[1] not in (1, 3):
@@ -221,8 +223,7 @@ def _tensor(value, name, copy=True):
     if isinstance(value, torch.Tensor):
         return value.detach().cpu()
     try:
-        value = np.array(value, copy=copy or None)
-        return torch.from_numpy(value.astype(np.int64) if value.dtype.kind == "u" and value.dtype != np.uint8 else value)
+        return torch.from_numpy(np.array(value, copy=copy or None))
     except (TypeError, ValueError) as error:
         raise ValueError(f"data: {name}: expected an array of numbers, got {type(value).__name__} ({one_line(error)})") from error
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from .. import _native
+from .. import _checks, _native
 from .._measured import faster_loss
 from .._registry import LIB
 
@@ -40,6 +40,7 @@ def differentiable_in_features(name):
     """The op returns its gradient beside its value; backward only scales it. Second derivatives are refused.
 
     Half-precision features get theirs rounded after the scale, so that loss scaling lifts it out of their underflow.
+    Returns the differentiable loss, a function of the op's arguments without `want_grad`.
     """
 
     def setup(ctx, inputs, output):
@@ -54,10 +55,71 @@ def differentiable_in_features(name):
         return torch.ops.miue_fast.scaled_gradient(grad, grad_loss, features), *([None] * ctx.unused)
 
     torch.library.register_autograd(f"miue_fast::{name}", backward, setup_context=setup, lib=LIB)
+    op = getattr(torch.ops.miue_fast, name)
+    transformed = torch.compiler.disable(_transformed(op).apply, reason=f"{name} under torch.func runs in eager mode only")
+
+    def scalar(features, *args):
+        if _checks.transformed():
+            return transformed(features, *args)[0]
+        *args, backend = args
+        return op(features, *args, features.requires_grad and torch.is_grad_enabled(), backend)[0]
+
+    return scalar
 
 
-def _no_second_derivative(ctx, _):
+def _transformed(op):
+    """`op` for torch.func and forward-mode derivatives, which its own autograd rule does not reach. Arguments: without `want_grad`."""
+
+    def call(features, *args):
+        *args, backend = args
+        return op(features, *args, True, backend)
+
+    class Transformed(torch.autograd.Function):
+        forward = staticmethod(call)
+
+        @staticmethod
+        def setup_context(ctx, inputs, output):
+            ctx.mark_non_differentiable(output[1])
+            ctx.save_for_backward(inputs[0], output[1])
+            ctx.save_for_forward(inputs[0], output[1])
+            ctx.unused = len(inputs) - 1
+
+        @staticmethod
+        def backward(ctx, grad_loss, _):
+            features, grad = ctx.saved_tensors
+            return _Once.apply(grad, grad_loss, features), *([None] * ctx.unused)
+
+        @staticmethod
+        def jvp(ctx, tangent, *_):
+            features, grad = ctx.saved_tensors
+            return (_Once.apply(grad, grad.new_ones(()), features.to(grad.dtype)) * tangent).sum(), None
+
+        @staticmethod
+        def vmap(info, in_dims, *args):
+            rows = [[a if d is None else a.select(d, k) for a, d in zip(args, in_dims)] for k in range(info.batch_size)]
+            return tuple(torch.stack(parts) for parts in zip(*(call(*row) for row in rows))), (0, 0)
+
+    return Transformed
+
+
+def _no_second_derivative(ctx, *_):
     raise RuntimeError("miue_fast: nt_xent and intra_class_distance can be differentiated once only")
+
+
+class _Once(torch.autograd.Function):
+    """A gradient times a number, in the features' dtype; it has no derivative."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(grad, scale, features):
+        return (grad * scale).to(features.dtype)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    backward = jvp = staticmethod(_no_second_derivative)
 
 
 LIB.define("scaled_gradient(Tensor grad, Tensor scale, Tensor features) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))

@@ -85,10 +85,9 @@ def class_covariance(features, labels, num_classes=None, *, backend="auto"):
     Errors: ValueError (shape, dtype, device, values of the labels), BackendError (the backend cannot serve this here).
     """
     labels = _checks.features_and_labels(OP, features, labels)
-    if features.requires_grad and torch.is_grad_enabled():  # an autograd rule that says so costs every call 9 us
-        _checks.fail(OP, "features", "no gradient required (detach them)", "a tensor that requires one")
+    _checks.no_gradient(OP, features=features)  # an autograd rule that says so costs every call 9 us
     if num_classes is None:
         num_classes = int(labels.max()) + 1 if len(labels) else 0
     if isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 0:
-        _checks.fail(OP, "num_classes", "a whole number from 0, or None", repr(num_classes))
+        _checks.fail(OP, "num_classes", "a whole number from 0, or None", f"{type(num_classes).__name__} {num_classes!r}")
     return torch.ops.miue_fast.class_covariance(features, labels, num_classes, backend)

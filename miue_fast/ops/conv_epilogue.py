@@ -143,6 +143,7 @@ def conv_epilogue_(y, bias=None, residual=None, *, relu=True, mask=None, backend
         check_bias(op, bias, y.shape[1], y)
     if residual is not None:
         dense(op, "residual", residual, y)
+    _checks.no_gradient(op, y=y, bias=bias, residual=residual)
     if mask is not None:
         check_mask(op, mask, y.numel(), y.device)
     torch.ops.miue_fast.conv_epilogue_(y, bias, residual, relu, mask, backend)
@@ -158,6 +159,7 @@ def conv_grad_epilogue_(grad, addend=None, mask=None, *, backend="auto"):
     dense(op, "grad", grad)
     if addend is not None:
         dense(op, "addend", addend, grad)
+    _checks.no_gradient(op, grad=grad, addend=addend)
     if mask is not None:
         check_mask(op, mask, grad.numel(), grad.device)
     torch.ops.miue_fast.conv_grad_epilogue_(grad, addend, mask, backend)

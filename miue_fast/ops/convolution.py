@@ -256,7 +256,13 @@ def _conv(op, weight, size, stride, padding, dilation, groups):
     if not isinstance(weight, torch.Tensor) or weight.dim() != 4:
         _checks.fail(op, "weight", "a tensor [K, C / groups, R, S]", _checks.describe(weight))
     conv = _pair(op, "stride", stride, 1), _pair(op, "padding", padding, 0), _pair(op, "dilation", dilation, 1)
-    if not isinstance(groups, int) or groups < 1 or weight.shape[0] % groups or weight.shape[1] * groups != size[1]:
+    if (
+        not isinstance(groups, int)
+        or isinstance(groups, bool)
+        or groups < 1
+        or weight.shape[0] % groups
+        or weight.shape[1] * groups != size[1]
+    ):
         _checks.fail(op, "weight", f"[K, {size[1]} / groups, R, S] with K a multiple of groups", f"{list(weight.shape)}, groups {groups}")
     out = out_size(size, weight, *conv)
     if min(out[2:]) < 1:
@@ -309,6 +315,7 @@ def conv_forward(x, weight, bias=None, residual=None, *, stride=1, padding=0, di
         _alike(op, "residual", residual, x, result_dtype(x))
         if list(residual.shape) != out:
             _checks.fail(op, "residual", out, list(residual.shape))
+    _checks.no_gradient(op, x=x, weight=weight, bias=bias, residual=residual)
     if want_mask and not relu:
         _checks.fail(op, "want_mask", "False without relu", True)
     return torch.ops.miue_fast.conv_forward(x, weight, bias, residual, *conv, relu, want_mask, scale, backend)
@@ -336,6 +343,7 @@ def conv_input_grad(grad, weight, size, addend=None, mask=None, *, stride=1, pad
         _alike(op, "addend", addend, grad, result_dtype(grad))
         if list(addend.shape) != list(size):
             _checks.fail(op, "addend", list(size), list(addend.shape))
+    _checks.no_gradient(op, grad=grad, weight=weight, addend=addend)
     if mask is not None:
         check_mask(op, mask, size[0] * size[1] * size[2] * size[3], grad.device)
     return torch.ops.miue_fast.conv_input_grad(grad, weight, addend, mask, list(size), *conv, scale, backend)
@@ -352,10 +360,11 @@ def conv_input_grad_step_(delta, index, grad, weight, images, flip=None, *, alph
     """
     op = "conv_input_grad_step_"
     dense(op, "grad", grad)
-    flip = check_step(op, delta, index, images, flip, alpha, eps, nonfinite)
+    flip, alpha, eps = check_step(op, delta, index, images, flip, alpha, eps, nonfinite)
     size = [len(delta) if index is None else len(index), *images.shape[1:]]
     conv, out = _conv(op, weight, size, stride, padding, dilation, groups)
     _alike(op, "weight", weight, grad)
     if list(grad.shape) != out or grad.dtype not in FLOATS or grad.device != delta.device:
         _checks.fail(op, "grad", f"a float32, float16 or bfloat16 tensor {out} on {delta.device}", _checks.describe(grad))
+    _checks.no_gradient(op, grad=grad, weight=weight)
     torch.ops.miue_fast.conv_input_grad_step_(delta, index, grad, weight, images, flip, *conv, alpha, eps, nonfinite, backend)

@@ -1,7 +1,5 @@
 """The within-class distance term of MI-UE ("l2sim" in existing scripts)."""
 
-import torch
-
 from .. import _checks, _native, _triton
 from .._registry import DOUBLES, FLOATS, Impl, define
 from ..reference.intra_class_distance import formula
@@ -29,27 +27,28 @@ define(
         Impl("cpu", _native.intra_class_distance, frozenset({"cpu"}), DOUBLES, _native.cpu_missing),
     ],
 )
-_loss.differentiable_in_features("intra_class_distance")
+_scalar = _loss.differentiable_in_features("intra_class_distance")
 
 
 def intra_class_distance(features, labels, *, normalize_dim=True, backend="auto"):
     """Within-class distance of a batch, differentiable in `features`.
 
     mean_i log(1 + s * sum_{j: y_j = y_i} ||f_i - f_j||_2), s = 1/D with `normalize_dim`, else 1 (MI-UE, ICLR 2026).
-    Differences are taken directly in fp32, inside a class only; a pair at distance 0 has gradient 0.
+    Differences are taken directly in fp32, inside a class only; a pair at distance 0, or below the smallest normal number (1.2e-38 in
+    float32), has gradient 0. Right for distances of any other size whose sum over a class is a number of the result's dtype.
 
     Args:
         features: [B, D] float32, float16, bfloat16 (float64 on the CPU), not normalised. Gradients as in `nt_xent`.
         labels: [B], any integer dtype, any values.
         backend: "auto", "triton", "cuda", "cpu" or "reference".
 
+    Derivatives: as in `nt_xent`.
     Returns: a scalar, float32 (float64 for float64). An empty batch gives NaN, NaN features give NaN.
     Memory: O(B * D). Deterministic on one machine and thread count.
     Errors: ValueError (shape, dtype, device), BackendError (the backend cannot serve this here).
     """
     labels = _checks.features_and_labels("intra_class_distance", features, labels)
-    want_grad = features.requires_grad and torch.is_grad_enabled()
-    return torch.ops.miue_fast.intra_class_distance(features, labels, bool(normalize_dim), want_grad, backend)[0]
+    return _scalar(features, labels, bool(normalize_dim), backend)
 
 
 def l2sim(features, labels):

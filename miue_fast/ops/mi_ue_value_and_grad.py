@@ -48,8 +48,15 @@ def mi_ue_value_and_grad(features, labels, temperature=0.1, zeta=0.1, *, denomin
     float16, or the smallest values are lost.
     Deterministic on one machine and thread count. Errors: ValueError, BackendError as in `nt_xent`.
     """
-    labels = _checks.features_and_labels("mi_ue_value_and_grad", features, labels)
-    _checks.temperature("mi_ue_value_and_grad", temperature)
-    _checks.denominator("mi_ue_value_and_grad", denominator)
+    op, limit = "mi_ue_value_and_grad", torch.finfo(torch.float64).max
+    temperature = _checks.temperature(op, temperature)
+    zeta = _checks.number(op, "zeta", zeta, "a finite number", -limit, limit)
+    _checks.denominator(op, denominator)
+    labels = _checks.features_and_labels(op, features, labels)
+    if _checks.transformed() and _checks.differentiated(features):
+        _checks.fail(op, "features", "no derivative (the gradient is returned; use nt_xent and intra_class_distance under torch.func, "
+                     "or detach them)", "features that one is taken of")  # fmt: skip
     with torch.no_grad():
-        return torch.ops.miue_fast.mi_ue_value_and_grad(features.detach(), labels, temperature, zeta, denominator, normalize_dim, backend)
+        return torch.ops.miue_fast.mi_ue_value_and_grad(
+            features.detach(), labels, temperature, zeta, denominator, bool(normalize_dim), backend
+        )

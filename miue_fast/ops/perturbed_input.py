@@ -40,12 +40,20 @@ define(
 )
 
 
+def _constants(op, values):
+    """Mean or std as a list of floats; None is an empty one."""
+    expected, limit = "finite numbers, one per channel", torch.finfo(torch.float32).max
+    if isinstance(values, str):
+        _checks.fail(op, "mean and std", expected, f"str {values!r}")
+    return [_checks.number(op, "mean and std", value, expected, -limit, limit) for value in (() if values is None else values)]
+
+
 def perturbed_input(images, delta=None, index=None, flip=None, mean=None, std=None, *, eps=None, dtype=torch.float32,
                     channels_last=True, backend="auto"):  # fmt: skip
     """(flip(images[index]) + delta[index] - mean) / std as a new network input [B, C, H, W].
 
     Args:
-        images: [N, C, H, W] uint8 (value / 255) or float32, contiguous.
+        images: [N, C, H, W] uint8 (value / 255) or float32, contiguous; of any range: nothing is clamped here.
         delta: the poison store [N, C, H, W], float32, float16 or int8 levels (value = level * eps / 127; needs `eps`), or None.
         index: int64 [B] in [0, N) (out of range: ValueError on the CPU, undefined on a GPU), or None for all rows.
         flip: bool [B] or None: rows whose image is mirrored along W; delta is not (algorithm.md 2).
@@ -61,14 +69,17 @@ def perturbed_input(images, delta=None, index=None, flip=None, mean=None, std=No
     _checks.images(op, images)
     if delta is not None:
         _checks.same_store(op, delta, images)
-        if delta.dtype is torch.int8 and not eps:
-            _checks.fail(op, "eps", "the budget of the int8 store, > 0", eps)
-    if (images.requires_grad or (delta is not None and delta.requires_grad)) and torch.is_grad_enabled():
-        _checks.fail(op, "images and delta", "no gradient required (detach them)", "a tensor that requires one")
+        if delta.dtype is torch.int8 and eps is None:
+            _checks.fail(op, "eps", "the budget of the int8 store, > 0", "None")
+    eps = 0.0 if eps is None else _checks.number(op, "eps", eps, "a number from 0 to 1 ([0, 1] image scale)", 0, 1)
+    if delta is not None and delta.dtype is torch.int8 and not eps:
+        _checks.fail(op, "eps", "the budget of the int8 store, > 0", eps)
+    if how := _checks.differentiated(images) or _checks.differentiated(delta):
+        _checks.fail(op, "images and delta", "no gradient required (detach them)", how)
     flip = _checks.selection(op, index, flip, images.shape[0], images.device)
-    mean, std = list(mean or ()), list(std or ())
+    mean, std = _constants(op, mean), _constants(op, std)
     if ((mean or std) and not len(mean) == len(std) == images.shape[1]) or 0 in std:
         _checks.fail(op, "mean and std", f"{images.shape[1]} numbers each, no std of 0", f"{mean} and {std}")
     if dtype not in FLOATS:
         _checks.fail(op, "dtype", "float32, float16 or bfloat16", dtype)
-    return torch.ops.miue_fast.perturbed_input(images, delta, index, flip, mean, std, eps or 0.0, dtype, channels_last, backend)
+    return torch.ops.miue_fast.perturbed_input(images, delta, index, flip, mean, std, eps, dtype, channels_last, backend)

@@ -97,34 +97,41 @@ define(
 
 
 def check_step(op, delta, index, images, flip, alpha, eps, nonfinite):
-    """Everything but the gradient; returns the flip mask, contiguous."""
+    """Everything but the gradient; returns the flip mask, contiguous, and both numbers as floats."""
     _checks.images(op, images)
     _checks.same_store(op, delta, images)
     flip = _checks.selection(op, index, flip, len(delta), delta.device)
-    _checks.step_sizes(op, alpha, eps)
+    alpha, eps = _checks.step_sizes(op, alpha, eps)
+    _checks.no_gradient(op, delta=delta, images=images)
     if delta.requires_grad or (delta.dtype is torch.int8 and eps == 0):
         _checks.fail(op, "delta", "no gradient required, and eps > 0 for int8 levels", _checks.describe(delta))
     if nonfinite is not None and (nonfinite.dtype != torch.int64 or nonfinite.shape != (1,) or nonfinite.device != delta.device):
         _checks.fail(op, "nonfinite", f"an int64 tensor [1] on {delta.device}", _checks.describe(nonfinite))
-    return flip
+    return flip, alpha, eps
 
 
 def projected_step(delta, grad, image, alpha, eps, *, backend="auto"):
-    """One projected sign-gradient step: clamp(image + clamp(delta - alpha * sign(grad), -eps, eps), 0, 1) - image.
+    """One projected sign-gradient step: clamp(clamp(image + clamp(delta - alpha * sign(grad), -eps, eps), 0, 1) - image, -eps, eps).
 
     Args:
-        delta, grad, image: one shape, one float dtype, one device; image on the [0, 1] scale. sign(0) = sign(NaN) = 0.
+        delta, grad, image: one shape, one float dtype, one device; image on the [0, 1] scale. sign(0) = sign(NaN) = 0. The budget goes
+            first: no finite or infinite value ends further than eps (rounded to delta's dtype) from 0. An image value outside [0, 1],
+            which no step can bring there within eps, gets the eps that is nearest; a NaN in image or delta stays NaN.
         alpha: step size, >= 0. eps: L-inf budget, 0 to 1; both on the [0, 1] scale (8/255, not 8).
 
     Returns: the new delta, contiguous. float16 and bfloat16 compute in fp32 and round once, so all backends agree bit for bit.
-    Not differentiable (PGD descends, it is not differentiated through); ValueError if delta requires a gradient.
+    Not differentiable (PGD descends, it is not differentiated through); ValueError if delta requires a gradient, or one is taken with
+    respect to grad or image.
     """
+    op = "projected_step"
+    if not isinstance(delta, torch.Tensor) or delta.dtype not in DOUBLES or delta.requires_grad:
+        _checks.fail(op, "delta", "a float tensor that does not require a gradient", _checks.describe(delta))
     for name, tensor in (("grad", grad), ("image", image)):
-        if tensor.shape != delta.shape or tensor.dtype != delta.dtype or tensor.device != delta.device:
-            _checks.fail("projected_step", name, _checks.describe(delta), _checks.describe(tensor))
-    if delta.dtype not in DOUBLES or delta.requires_grad:
-        _checks.fail("projected_step", "delta", "a float tensor that does not require a gradient", _checks.describe(delta))
-    _checks.step_sizes("projected_step", alpha, eps)
+        if (not isinstance(tensor, torch.Tensor) or tensor.shape != delta.shape or tensor.dtype != delta.dtype
+                or tensor.device != delta.device):  # fmt: skip
+            _checks.fail(op, name, _checks.describe(delta), _checks.describe(tensor))
+    _checks.no_gradient(op, delta=delta, grad=grad, image=image)
+    alpha, eps = _checks.step_sizes(op, alpha, eps)
     return torch.ops.miue_fast.projected_step(delta, grad, image, alpha, eps, backend)
 
 
@@ -133,10 +140,11 @@ def projected_step_(delta, index, grad, images, flip=None, *, alpha, eps, nonfin
 
     Args:
         delta: the store [N, C, H, W], contiguous: float32, float16, or int8 levels (value = level * eps / 127, rounded to
-            the nearest level, so the projection on the image range then holds to half a level).
+            the nearest level, so the projection on the image range then holds to half a level). The budget holds as in `projected_step`;
+            a NaN becomes level 0.
         index: int64 [B], unique, in [0, N) (out of range: ValueError on the CPU, undefined on a GPU), or None for all rows.
         grad: [B, C, H, W] float32, float16 or bfloat16, any strides: the gradient with respect to the network's input.
-        images: [N, C, H, W] uint8 (value / 255) or float32, contiguous.
+        images: [N, C, H, W] uint8 (value / 255) or float32 on the [0, 1] scale (outside it: as in `projected_step`), contiguous.
         flip: bool [B] or None: rows whose image was mirrored along W. delta is not mirrored (algorithm.md 2).
         alpha, eps: step size and L-inf budget on the [0, 1] scale; eps > 0 for int8.
         nonfinite: int64 [1] or None: incremented by the number of NaN and Inf in grad (they count as sign 0, or +-1 for Inf).
@@ -144,6 +152,6 @@ def projected_step_(delta, index, grad, images, flip=None, *, alpha, eps, nonfin
     Bitwise the same on every backend. Errors: ValueError, BackendError.
     """
     op = "projected_step_"
-    flip = check_step(op, delta, index, images, flip, alpha, eps, nonfinite)
+    flip, alpha, eps = check_step(op, delta, index, images, flip, alpha, eps, nonfinite)
     _checks.gradient(op, grad, (len(delta) if index is None else len(index), *delta.shape[1:]), delta.device)
     torch.ops.miue_fast.projected_step_(delta, index, grad, images, flip, alpha, eps, nonfinite, backend)

@@ -14,6 +14,9 @@ def class_covariance(features, labels, num_classes):
         mean = (rows - origin).sum(0) / len(rows) + origin
         centred = (rows - mean).to(wide)
         product = centred.T @ centred / len(rows)
+        if not product.isfinite().all():  # a sum may be too large where its mean is not
+            small = centred.double() * 2.0**-300
+            product = torch.where(product.isfinite(), product, (small.T @ small / len(rows) * 2.0**300 * 2.0**300).to(wide))
         counts[number], means[number] = len(rows), mean
         covariances[number] = product.triu() + product.triu(1).T
     return counts, means, covariances

@@ -9,6 +9,22 @@ def formula(features, labels, normalize_dim):
     return torch.log1p(scale * (distances * same).sum(1)).mean()
 
 
+def lengths_and_directions(difference):
+    """||d|| and d / ||d|| of the rows, which are multiplied by a power of two each: no square overflows or underflows.
+
+    A row shorter than the smallest normal number has direction 0.
+    """
+    if not difference.numel():
+        return difference.new_zeros(len(difference)), difference
+    most = 1022 if difference.dtype == torch.float64 else 126
+    exponent = torch.frexp(difference.abs().amax(1)).exponent.clamp(-most, most)
+    ones = torch.ones(len(difference), dtype=difference.dtype, device=difference.device)
+    scaled = difference * torch.ldexp(ones, -exponent)[:, None]
+    norm = torch.linalg.vector_norm(scaled, dim=1)
+    length = norm * torch.ldexp(ones, exponent)
+    return length, torch.where((length < torch.finfo(length.dtype).tiny)[:, None], 0, scaled / norm[:, None])
+
+
 def intra_class_distance(features, labels, normalize_dim, want_grad):
     """Direct differences row by row, inside each class only (the Gram trick cancels on collapsed classes)."""
     f = features if features.dtype == torch.float64 else features.float()
@@ -18,16 +34,14 @@ def intra_class_distance(features, labels, normalize_dim, want_grad):
     sums = f.new_zeros(count)
     for rows in members:
         for i in rows.tolist():
-            sums[i] = scale * torch.linalg.vector_norm(f[i] - f[rows], dim=1).sum()
+            sums[i] = scale * lengths_and_directions(f[i] - f[rows])[0].sum()
     loss = torch.log1p(sums).mean()
     if not want_grad:
         return loss, f.new_empty(0)
-    share = scale / (count * (1 + sums))
     grad = torch.empty_like(f, memory_format=torch.contiguous_format)
     for rows in members:
         for i in rows.tolist():
-            difference = f[i] - f[rows]
-            distance = torch.linalg.vector_norm(difference, dim=1)
-            weight = torch.where(distance == 0, 0, (share[i] + share[rows]) / distance)
-            grad[i] = (weight[:, None] * difference).sum(0)
+            _, directions = lengths_and_directions(f[i] - f[rows])
+            pull = 1 + (1 + sums[i]) / (1 + sums[rows])  # a share alone may be too small: s_i may be as large as a number can be
+            grad[i] = (pull[:, None] * directions).sum(0) * (scale / count) / (1 + sums[i])
     return loss, grad

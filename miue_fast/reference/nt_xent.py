@@ -6,8 +6,14 @@ WORKSPACE = 32 << 20  # bytes for the row chunks
 def unit_rows(features):
     """f / max(||f||, 1e-8) in the accumulation dtype, and the clamped norms [B, 1]."""
     f = features if features.dtype == torch.float64 else features.float()
-    norm = torch.linalg.vector_norm(f, dim=1, keepdim=True).clamp_min(1e-8)
-    return f / norm, norm
+    norm = torch.linalg.vector_norm(f, dim=1, keepdim=True)
+    if norm.isfinite().all():
+        norm = norm.clamp_min(1e-8)
+        return f / norm, norm
+    small = torch.tensor(2.0**-520 if f.dtype == torch.float64 else 2.0**-80, dtype=f.dtype, device=f.device)
+    factor = torch.where(norm.isfinite(), 1, small)  # where squares overflow
+    norm = torch.linalg.vector_norm(f * factor, dim=1, keepdim=True).clamp_min(1e-8)
+    return f * factor / norm, norm / factor
 
 
 def formula(features, labels, temperature, denominator):

@@ -31,7 +31,8 @@ def projected_step(delta, grad, image, alpha, eps):
         delta, grad, image = delta.float(), grad.float(), image.float()
     sign = torch.where(grad.isnan(), 0, grad).sign()
     step = (delta - alpha * sign).clamp(-eps, eps)
-    return ((image + step).clamp(0, 1) - image).to(dtype).contiguous()
+    step = ((image + step).clamp(0, 1) - image).clamp(0.0 - eps, eps)  # the budget, whatever the image and the sum's rounding
+    return step.to(dtype).contiguous()
 
 
 def projected_step_(delta, index, grad, images, flip, alpha, eps, nonfinite):
