@@ -80,7 +80,7 @@ __device__ __forceinline__ void load_centred(const Classes& c, int64_t k, int64_
 }
 
 // One covariance whose sum of products is too large, where their mean may not be.
-__device__ __attribute__((noinline)) float covariance(const Classes& c, int64_t k, int64_t i, int64_t j) {
+__device__ __forceinline__ float covariance(const Classes& c, int64_t k, int64_t i, int64_t j) {
     const int64_t count = c.counts[k], *members = c.order + c.starts[k];
     const auto centred = [&](int64_t row, int64_t d) {
         return static_cast<double>(load(c.features, c.dtype, row * c.stride + d) - c.means[k * c.D + d] - c.rests[k * c.D + d]);
@@ -113,13 +113,21 @@ __global__ void class_products(Classes c, int64_t tiles, float* covariances) {
     }
     const float divisor = count ? static_cast<float>(count) : 1.f;
     float* matrix = covariances + k * c.D * c.D;
+    bool large = false;
     for (int r = 0; r < ROWS; ++r) {
         for (int s = 0; s < COLUMNS; ++s) {
             const int64_t i = p * TILE + row + r, j = q * TILE + column + s;
             if (i > j || j >= c.D) continue;
-            const float value = fabsf(sum[r][s]) <= FLOAT_MAX ? sum[r][s] / divisor : covariance(c, k, i, j);
-            matrix[i * c.D + j] = matrix[j * c.D + i] = value;
+            matrix[i * c.D + j] = matrix[j * c.D + i] = sum[r][s] / divisor;
+            large |= !(fabsf(sum[r][s]) <= FLOAT_MAX);
         }
+    }
+    if (!large) return;
+#pragma unroll 1
+    for (int n = 0; n < ROWS * COLUMNS; ++n) {
+        const int64_t i = p * TILE + row + n / COLUMNS, j = q * TILE + column + n % COLUMNS;
+        if (i > j || j >= c.D || fabsf(matrix[i * c.D + j]) <= FLOAT_MAX) continue;
+        matrix[i * c.D + j] = matrix[j * c.D + i] = covariance(c, k, i, j);
     }
 }
 

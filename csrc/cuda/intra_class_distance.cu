@@ -25,7 +25,7 @@ __device__ __forceinline__ float difference(const Features& f, int64_t i, int64_
 }
 
 // ||f_i - f_j|| where the plain sum of squares may have lost something to overflow or underflow: once more, times a power of two.
-__device__ __attribute__((noinline)) float rescaled(const Features& f, int64_t i, int64_t j, float plain) {
+__device__ __forceinline__ float rescaled(const Features& f, int64_t i, int64_t j, float plain) {
     float largest = 0, squares = 0;
     for (int64_t d = threadIdx.x % 32; d < f.D; d += 32) largest = fmaxf(largest, fabsf(difference(f, i, j, d)));
     largest = warp_max(largest);
