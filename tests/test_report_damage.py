@@ -198,7 +198,7 @@ def test_files_that_are_no_report(tmp_path, monkeypatch):
         assert told.startswith("report: ") and "expected a" in told, told
     monkeypatch.setattr(kept, "LARGEST", 10)
     (tmp_path / "large").write_text("{" + " " * 20 + "}")
-    assert "at most 10 bytes, got one of 22" in outcome(lambda: report.load(tmp_path / "large"))
+    assert "a file of 22 bytes, where 10 are the most" in outcome(lambda: report.load(tmp_path / "large"))
     with pytest.raises(OSError):
         report.load(tmp_path / "nothing")
 

@@ -198,7 +198,7 @@ def _read_note(report, files):
         report.add(f"{NOTE}: missing or changed: the export was not finished")
         return None
     try:
-        note = json.loads((files.folder / NOTE).read_file())
+        note = json.loads((files.folder / NOTE).read_bytes())
         sides = note["size"]
         whole = note["format"] == NOTE_FORMAT and len(sides) == 2 and all(type(side) is int and side > 0 for side in sides)
         whole = whole and isinstance(note["pixels_sha256"], str)
