@@ -320,6 +320,5 @@ def test_any_magnitude(dtype):
 @WAYS
 def test_similarities_of_any_magnitude(way):
     op, dtype = OPS["nt_xent"], torch.bfloat16 if way is _native.nt_xent_large else torch.float32
-    ranges.test_similarities_do_not_depend_on_the_magnitude(op, replace(cuda_impl(op), fn=way), "cpu", dtype,
-                                                               90 if way is _native.nt_xent_large else 110)  # fmt: skip
+    ranges.test_similarities_do_not_depend_on_the_magnitude(op, replace(cuda_impl(op), fn=way), "cpu", dtype)
     ranges.test_a_norm_beyond_float32_is_right_or_nan(op, replace(cuda_impl(op), fn=way), "cpu", dtype)

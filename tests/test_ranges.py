@@ -73,12 +73,12 @@ def test_large_and_small_pairs_in_one_batch(op, impl, device, dtype):
 
 
 @pytest.mark.parametrize("op, impl, device, dtype", cases_of("nt_xent"))
-def test_similarities_do_not_depend_on_the_magnitude(op, impl, device, dtype, largest=110):
+def test_similarities_do_not_depend_on_the_magnitude(op, impl, device, dtype):
     features, labels = batch(dtype, device)
     tolerance = 2**-9 if dtype.itemsize == 2 else 200 * torch.finfo(dtype).eps
     for denominator in ("all", "negatives"):
         plain = impl.fn(features, labels, 0.2, denominator, True)
-        for k in {torch.float16: (10,), torch.float64: (520, 900)}.get(dtype, (-10, 64, 90, largest)):
+        for k in {torch.float16: (10,), torch.float64: (520, 900)}.get(dtype, (-10, 64, 90, 110)):
             loss, grad = impl.fn(features * 2.0**k, labels, 0.2, denominator, True)
             assert_relative(loss, plain[0].double(), tolerance, f"loss at 2^{k}")
             assert_relative(grad * 2.0 ** (k // 2) * 2.0 ** (k - k // 2), plain[1].double(), tolerance, f"gradient at 2^{k}")

@@ -323,7 +323,7 @@ __global__ void project_tiles(Large a) {
     float along = 0;
     for (int k = 0; k < a.spans; ++k) along += a.along[k * a.Bp + row];
     along *= inverse * inverse;
-    const float factor = a.inv_t / (static_cast<float>(a.B) * a.base[row] * *a.scale);
+    const float factor = a.inv_t / (static_cast<float>(a.B) * *a.scale), shrink = 1 / a.base[row];  // their product may be no number
     for (int d = threadIdx.x % 32 * 8; d < a.D; d += 256) {
         float g[8] = {}, z[8];
         for (int k = 0; k < a.spans; ++k) {
@@ -334,7 +334,7 @@ __global__ void project_tiles(Large a) {
         }
         load(a.z, DType::f16, place(row, d / 8, a.width), z);
 #pragma unroll
-        for (int c = 0; c < 8; ++c) g[c] = (g[c] - along * z[c]) * factor;
+        for (int c = 0; c < 8; ++c) g[c] = (g[c] - along * z[c]) * factor * shrink;
         if (a.D % 4 == 0 && d + 8 <= a.D) {
             store(grad, DType::f32, row * a.D + d, g);
         } else {

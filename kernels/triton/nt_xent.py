@@ -326,7 +326,8 @@ def _project_kernel(
         source += B * width  # several parts are of at most 8,192 rows
     row_inverse = tl.load(inverse + rows)
     z = tl.load(hi + at, mask=inside, other=0).to(tl.float32) * row_inverse[:, None]
-    out = (g - (dot * row_inverse)[:, None] * z) * tl.div_rn(factor, tl.load(norms + rows) * (tl.load(power) * 4096))[:, None]
+    out = (g - (dot * row_inverse)[:, None] * z) * tl.div_rn(factor, tl.load(power) * 4096)  # divided twice: the product may be inf
+    out *= tl.div_rn(1.0, tl.load(norms + rows))[:, None]
     tl.store(grad + rows[:, None] * D + d[None, :], out, mask=inside)
 
 
