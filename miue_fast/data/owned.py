@@ -79,7 +79,7 @@ class Owned:
         try:
             write_files({self.folder / name: writer for name, writer in writers.items()}, durable=durable, before=before)
         except BaseException:
-            if recorded:
+            if recorded and tidy:
                 with contextlib.suppress(OSError):  # what caused this is raised; a line too many does no harm
                     self.tidy()
             raise
