@@ -49,7 +49,8 @@ def nt_xent(features, labels, temperature=None, *, denominator="all", backend="a
     Args:
         features: [B, D] float32, float16, bfloat16 (float64 on the CPU). Norms are clamped at 1e-8 (the gradient of a row below that is
             projected like any other row's, which the clamped formula would not do), and may be as large as the dtype's numbers (of rows
-            whose norm is none, the loss is right or, in CUDA C++, NaN). Gradients are float32 (float64 for float64) until they have been multiplied by the loss's own: with loss scaling those of float16 features do not underflow.
+            whose norm is none, the loss is right or, in CUDA C++, NaN). Gradients are float32 (float64 for float64) until they have been
+            multiplied by the loss's own: with loss scaling those of float16 features do not underflow.
             On a Hopper the pairs' weights are rounded to float16 (2^-11 each), and a cosine is one sum of tensor cores (at most 2^-18 of
             it is lost), for half-precision rows of at most 512 columns: Triton above 2,048 rows, CUDA C++ above 512.
         labels: [B], any integer dtype, any values.
