@@ -153,9 +153,11 @@ def test_a_fault_of_the_program_keeps_its_traceback(monkeypatch, bug):
 @pytest.mark.parametrize("text", ["", "  "])
 def test_an_empty_path_is_not_the_current_folder(tmp_path, monkeypatch, capsys, text):
     monkeypatch.chdir(tmp_path)
-    for words in (["generate", "--data", text, "--out", "x"], ["generate", "--data", "x", "--out", text], ["export", text, "--data", "x", "--to", "y"],
-                  ["evaluate", "--data", "x", "--poisoned", "x", "--test", "x", "--figure", text], ["report", text, "--out", "x"],
-                  ["demo", "--out", text], ["verify", "x", text]):  # fmt: skip
+    for words in (
+        ["generate", "--data", text, "--out", "x"], ["generate", "--data", "x", "--out", text], ["export", text, "--data", "x", "--to", "y"],
+        ["evaluate", "--data", "x", "--poisoned", "x", "--test", "x", "--figure", text], ["report", text, "--out", "x"],
+        ["demo", "--out", text], ["verify", "x", text],
+    ):  # fmt: skip
         assert cli.main(words) == 2
         told = capsys.readouterr().err
         assert told.count("\n") == 1 and "expected a path, got an empty text; the current folder is ." in told
