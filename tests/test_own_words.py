@@ -154,9 +154,9 @@ def test_a_fault_of_the_program_keeps_its_traceback(monkeypatch, bug):
 def test_an_empty_path_is_not_the_current_folder(tmp_path, monkeypatch, capsys, text):
     monkeypatch.chdir(tmp_path)
     for words in (
-        ["generate", "--data", text, "--out", "x"], ["generate", "--data", "x", "--out", text], ["export", text, "--data", "x", "--to", "y"],
-        ["evaluate", "--data", "x", "--poisoned", "x", "--test", "x", "--figure", text], ["report", text, "--out", "x"],
-        ["demo", "--out", text], ["verify", "x", text],
+        ["generate", "--data", text, "--out", "x"], ["generate", "--data", "x", "--out", text], ["verify", "x", text],
+        ["export", text, "--data", "x", "--to", "y"], ["demo", "--out", text], ["report", text, "--out", "x"],
+        ["evaluate", "--data", "x", "--poisoned", "x", "--test", "x", "--figure", text],
     ):  # fmt: skip
         assert cli.main(words) == 2
         told = capsys.readouterr().err
