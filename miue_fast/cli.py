@@ -13,7 +13,7 @@ from ._arguments import given, parse
 from ._checks import LONGEST, fail, printable
 from ._output import say, start_log
 from ._registry import BackendError
-from ._written import written_as
+from ._written import option, written_as
 from .data.export import FORMATS, LOSSY
 from .evaluate import check_options, evaluate, figure, poisoned_images
 from .evaluate.figure import check_suffix
@@ -184,9 +184,9 @@ def _export_command(args):
     """The command line that exports a finished poison to a new place."""
     new = args.out.with_name(f"{args.out.name}-export") / EXPORTS.get(args.export, "")
     words = ["miue-fast", "export", args.out, "--data", args.data, "--to", new, "--format", args.export]
-    for option in ("size", "split", "per_class"):
-        if getattr(args, option) is not None:
-            words += [f"--{option.replace('_', '-')}", getattr(args, option)]
+    for name in ("size", "split", "per_class"):
+        if getattr(args, name) is not None:
+            words += [f"--{name.replace('_', '-')}", getattr(args, name)]
     return shlex.join(map(str, [*words, *(["--allow-lossy"] if args.allow_lossy else [])]))
 
 
@@ -215,6 +215,10 @@ def _write(dataset, delta, target, form, eps, allow_lossy, rounding, overwrite):
 
 
 def _export(args):
+    if args.format not in FORMATS:  # before the images are read, which takes long; a folder of images is checked with them
+        data.check_file(args.to, args.format, eps=getattr(args, "eps", 0), overwrite=args.overwrite)
+    elif args.to.is_dir() and any(args.to.iterdir()) and not args.overwrite:
+        fail("export", "out", f"a new or empty folder (or {option('overwrite', True)})", f"{args.to}, which is not empty")
     dataset = _load(args)
     delta, manifest = data.load_poison(args.poison, dataset)
     eps = getattr(args, "eps", manifest["eps"] if manifest else 1.0)
@@ -233,7 +237,8 @@ def _verify(args):
     if report.problem_count > len(report.problems):
         say(f"... and {report.problem_count - len(report.problems)} more")
     say(f"{'ok' if report.ok else 'FAILED'}: {report.count} images compared, {report.problem_count} problems, largest change "
-          f"{report.max_linf:g}/255, budget {255 * args.eps:.3g}/255")  # fmt: skip
+          f"{report.max_linf:g}/255, budget {255 * args.eps:.3g}/255"
+          f"{f'; no {data.LIST}: whether files were changed since is not known' if report.listed is False else ''}")  # fmt: skip
     if report.unchanged:
         say(f"miue-fast: unchanged: {report.unchanged} of {report.count} images are their clean originals", error=True)
     code = _unreadable(report)

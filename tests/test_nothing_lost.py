@@ -310,3 +310,24 @@ def test_the_progress_bar_of_a_run_survives_a_broken_stderr(photos, tmp_path):
         child.stderr.close()
         assert child.wait() == 0
     assert (tmp_path / "out/poison.safetensors").exists()
+
+
+def test_an_export_that_cannot_be_written_is_told_before_the_images_are_read(start, root, tmp_path, capsys, monkeypatch):  # noqa: F811
+    assert start(*RANDOM) == 0
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/mine.txt").write_text("mine")
+    (tmp_path / "x.npz").write_text("mine")
+    monkeypatch.setattr(data, "load", lambda *a, **k: pytest.fail("the images were read"))
+    capsys.readouterr()
+    for to, form, words in (("full", "png", "not empty"), ("x.npz", "npz", "a new file"), ("x.txt", "pt", "ending in .pt")):
+        assert run("export", tmp_path / "out", "--data", root / "train", "--to", tmp_path / to, "--format", form) == 2
+        assert words in complaint(capsys)
+
+
+def test_verify_says_when_there_is_no_list_of_checksums(start, root, tmp_path, capsys):  # noqa: F811
+    assert start(*RANDOM, "--export", "png") == 0
+    for gone in (False, True):
+        capsys.readouterr()
+        assert run("verify", root / "train", tmp_path / "out/images") == 0
+        assert ("no miue-files.sha256" in capsys.readouterr().out) == gone
+        (tmp_path / "out/images" / data.LIST).unlink(missing_ok=True)

@@ -28,7 +28,7 @@ LISTED = 20
 class Report:
     """What `verify` found. count: images compared, `unchanged` of them equal to their clean originals. max_linf: largest difference in
     levels of 1/255. problems: the first 20. unreadable: (name, reason) of clean files that cannot be read, so nobody could poison them.
-    listed: whether the folder has a list of checksums.
+    listed: whether an exported folder has a list of checksums; None: it was no folder of images.
     """
 
     count: int = 0
@@ -36,7 +36,7 @@ class Report:
     max_linf: float = 0
     problems: list[str] = field(default_factory=list)
     problem_count: int = 0
-    listed: bool = False
+    listed: bool | None = None
     unreadable: list[tuple[str, str]] = field(default_factory=list)
 
     @property
