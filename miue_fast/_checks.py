@@ -64,6 +64,8 @@ def seed(op, value, name="seed"):
 
 def number(op, name, value, expected, low, high):
     """A real number from low to high, as a float. Tensors are none: the op would not know of their derivatives."""
+    if type(value) is float and low <= value <= high:  # isinstance(value, torch.Tensor) costs more than all of this
+        return value
     if isinstance(value, torch.Tensor):
         fail(op, name, expected, f"a tensor, {describe(value)}; give tensor.item(), which has no gradient")
     if type(value) is not float and (isinstance(value, bool) or not isinstance(value, numbers.Real)):
@@ -98,8 +100,9 @@ def differentiated(tensor):
 
 def no_gradient(op, **tensors):
     """For ops without a derivative: nobody takes one with respect to these tensors (or None)."""
+    forward = forward_ad._current_level >= 0
     for name, tensor in tensors.items():
-        if tensor is not None and (tensor.requires_grad or forward_ad._current_level >= 0) and (how := differentiated(tensor)):
+        if tensor is not None and (forward or tensor.requires_grad) and (how := differentiated(tensor)):
             fail(op, name, "no gradient required (detach them)", how)
 
 

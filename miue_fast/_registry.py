@@ -109,7 +109,7 @@ def define(schema, *, reference, fake, samples, impls=(), truth=None, dtype_of=N
 
     def kernel(*args):
         device = args[0].device.type
-        if torch.is_autocast_enabled(device):  # reference implementations and library convolutions: the operands' own precision
+        if torch.is_autocast_enabled(device):  # what an implementation takes from PyTorch keeps the operands' own precision
             with torch.autocast(device, enabled=False):
                 return kernel(*args)
         *args, backend = args
@@ -117,12 +117,7 @@ def define(schema, *, reference, fake, samples, impls=(), truth=None, dtype_of=N
             check(*args)
         if route and backend == "auto" and device == "cuda":
             backend = route(*args)
-        fn = op.choose(backend, device, op.dtype_of(*args)).fn
-        if torch.is_autocast_enabled(device):  # what an implementation takes from PyTorch keeps the op's own precision
-            with torch.autocast(device, enabled=False):
-                result = fn(*args)
-        else:
-            result = fn(*args)
+        result = op.choose(backend, device, op.dtype_of(*args)).fn(*args)
         for position in op.mutates:  # else autograd would use what it has saved of them as if nothing had happened
             if args[position] is not None and not args[position].is_inference():
                 increment_version(args[position])
