@@ -26,7 +26,6 @@ from .generate.checkpoint import unfinished
 from .generate.options import choose
 
 NO_MEMORY = ("can't allocate memory", "not enough memory", "Storage size calculation overflowed")  # in torch's RuntimeErrors
-EXPORTS = {"pt": "poison.pt", "npz": "poisoned.npz", "pickle": "poison.pkl"}  # in the folder of `generate`; images go to "images"
 
 
 def main(argv=None):
@@ -155,7 +154,7 @@ def _unreadable(*datasets):
 
 
 def _generate(args):
-    target = args.out / EXPORTS.get(args.export, data.IMAGES)
+    target = args.out / data.EXPORTS.get(args.export, data.IMAGES)
     replace = args.overwrite or (args.resume and any((args.out / name).exists() for name in (CHECKPOINT, *data.POISON_FILES)))
     if data.is_tree(args.data):
         data.check_outside(args.out, args.data)
@@ -182,7 +181,7 @@ def _generate(args):
 
 def _export_command(args):
     """The command line that exports a finished poison to a new place."""
-    new = args.out.with_name(f"{args.out.name}-export") / EXPORTS.get(args.export, "")
+    new = args.out.with_name(f"{args.out.name}-export") / data.EXPORTS.get(args.export, "")
     words = ["miue-fast", "export", args.out, "--data", args.data, "--to", new, "--format", args.export]
     for name in ("size", "split", "per_class"):
         if getattr(args, name) is not None:

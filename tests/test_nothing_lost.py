@@ -93,6 +93,25 @@ def test_export_and_the_single_files_keep_what_others_wrote(start, root, tmp_pat
         assert run(*command) == run(*command, "--overwrite") == 0
 
 
+def test_an_overwriting_run_removes_the_run_it_replaces_and_nothing_else(start, root, tmp_path, monkeypatch):  # noqa: F811
+    """Evaluations and exports under names of their own are on the same list, and are not the replaced run's."""
+    longer, out = [*TINY, "--epochs", "3"], tmp_path / "out"
+    assert start(*longer, "--export", "npz") == 0
+    assert run("export", out, "--data", root / "train", "--to", out / "mine.npz", "--format", "npz") == 0
+    assert run("export", out, "--data", root / "train", "--to", out / "copy") == 0
+    words = ["--test", root / "test", "--victim", "linear", "--epochs", "1", "--quiet"]
+    assert run("evaluate", "--data", root / "train", "--poisoned", out, *words, "--json", out / "result.json") == 0
+    kept = {name: (out / name).read_bytes() for name in ("mine.npz", "result.json", "copy/miue-files.sha256")}
+    with monkeypatch.context() as patch:
+        stop_at(patch, 2)
+        assert start(*longer, "--seed", "9", "--overwrite") == 130
+    assert not (out / "poisoned.npz").exists() and not (out / "poison.safetensors").exists()
+    assert start(*longer, "--seed", "9") == 0
+    assert start(*RANDOM, "--overwrite") == 0
+    assert {name: (out / name).read_bytes() for name in kept} == kept
+    assert run("verify", root / "train", out / "copy") == 0
+
+
 # an image that changes while a run works
 
 

@@ -4,7 +4,7 @@ from .align import align, poison_from_images
 from .atomic import check_outside, check_system, check_writable, only_writer, sweep, write_file, write_files
 from .dataset import Dataset
 from .export import IMAGES, check_folder, export_folder, other_files
-from .export_file import check_file, check_pickle, export_npz, export_pickle, export_pt
+from .export_file import EXPORTS, check_file, check_pickle, export_npz, export_pickle, export_pt
 from .interop import read_pickle
 from .owned import LIST, Owned, check_owned, write_owned
 from .poison import POISON_FILES, apply_poison, budget, is_poison, load_poison, quantise, random_noise, save_poison
@@ -14,6 +14,7 @@ from .sources import check_selection, from_arrays, is_tree, load, load_test
 from .verify import Report, verify
 
 __all__ = [
+    "EXPORTS",
     "IMAGES",
     "LIST",
     "POISON_FILES",

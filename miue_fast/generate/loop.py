@@ -295,11 +295,14 @@ def _random(dataset, options, keep, overwrite):
 
 
 def _remove_run(folder, but=()):
-    """Removes what an earlier run left in `folder` and what was exported there, but for the files of the names `but`."""
+    """Removes what an earlier run left in `folder` and what it exported there, but for the files of the names `but`.
+
+    What else this package wrote into the folder (an evaluation, an export of another name) is no part of that run, and stays.
+    """
     exported = datasets.Owned(folder / datasets.IMAGES)
     exported.remove(exported.names())
-    files = datasets.Owned(folder)
-    files.remove(name for name in files.names() if name not in but)
+    mine = checkpoint.NAME, METRICS, *datasets.POISON_FILES, *datasets.EXPORTS.values()
+    datasets.Owned(folder).remove(name for name in mine if name not in but)
 
 
 def _open_folder(folder, resume, overwrite, options):
