@@ -100,14 +100,17 @@ def test_an_overwriting_run_removes_the_run_it_replaces_and_nothing_else(start, 
     assert run("export", out, "--data", root / "train", "--to", out / "mine.npz", "--format", "npz") == 0
     assert run("export", out, "--data", root / "train", "--to", out / "copy") == 0
     words = ["--test", root / "test", "--victim", "linear", "--epochs", "1", "--quiet"]
-    assert run("evaluate", "--data", root / "train", "--poisoned", out, *words, "--json", out / "result.json") == 0
-    kept = {name: (out / name).read_bytes() for name in ("mine.npz", "result.json", "copy/miue-files.sha256")}
+    assert start(*longer, "--export", "png") == 0
+    for place in ("result.json", "images/result.json"):
+        assert run("evaluate", "--data", root / "train", "--poisoned", out, *words, "--json", out / place) == 0
+    assert run("verify", root / "train", out / "images") == 0
+    kept = {name: (out / name).read_bytes() for name in ("mine.npz", "result.json", "images/result.json", "copy/miue-files.sha256")}
     with monkeypatch.context() as patch:
         stop_at(patch, 2)
         assert start(*longer, "--seed", "9", "--overwrite") == 130
     assert not (out / "poisoned.npz").exists() and not (out / "poison.safetensors").exists()
     assert start(*longer, "--seed", "9") == 0
-    assert start(*RANDOM, "--overwrite") == 0
+    assert start(*RANDOM, "--overwrite", "--export", "png") == 0
     assert {name: (out / name).read_bytes() for name in kept} == kept
     assert run("verify", root / "train", out / "copy") == 0
 
@@ -350,3 +353,12 @@ def test_verify_says_when_there_is_no_list_of_checksums(start, root, tmp_path, c
         assert run("verify", root / "train", tmp_path / "out/images") == 0
         assert ("no miue-files.sha256" in capsys.readouterr().out) == gone
         (tmp_path / "out/images" / data.LIST).unlink(missing_ok=True)
+
+
+def test_a_list_of_something_else_is_no_list_of_an_export(tmp_path):
+    clean = data.shapes(6, seed=0, size=8, classes=2, difficulty=0)
+    data.export_folder(clean, data.random_noise(clean, 8 / 255, 0), tmp_path, eps=8 / 255)
+    (tmp_path / data.LIST).unlink()  # as another program's folder
+    data.write_owned({tmp_path / "result.json": lambda file: file.write(b"{}")})
+    report = data.verify(clean, tmp_path, eps=8 / 255)
+    assert report.ok and report.listed is False

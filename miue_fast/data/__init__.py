@@ -3,7 +3,7 @@
 from .align import align, poison_from_images
 from .atomic import check_outside, check_system, check_writable, only_writer, sweep, write_file, write_files
 from .dataset import Dataset
-from .export import IMAGES, check_folder, export_folder, other_files
+from .export import IMAGES, check_folder, export_folder, exported_files, other_files
 from .export_file import EXPORTS, check_file, check_pickle, export_npz, export_pickle, export_pt
 from .interop import read_pickle
 from .owned import LIST, Owned, check_owned, write_owned
@@ -37,6 +37,7 @@ __all__ = [
     "export_npz",
     "export_pickle",
     "export_pt",
+    "exported_files",
     "from_arrays",
     "is_poison",
     "is_tree",

@@ -17,7 +17,7 @@ from .._written import option
 from .atomic import check_writable, only_writer, sweep
 from .export_file import check_content
 from .images import UnreadableError, quiet_decoding, read_file, read_image, read_look
-from .owned import LIST, Owned
+from .owned import Owned
 from .poison import CHUNK, apply_poison, budget, random_noise
 from .preflight import check_names, check_room, check_sizes, file_bytes
 from .tree import list_tree, target_names
@@ -182,7 +182,7 @@ def pixels_digest(dataset):
 
 def files_digest(files):
     """sha256 (hex) of what the list says about the images: an export that was cut short, over another one or not, has another."""
-    lines = [f"{digest}  {name}\n" for name in files.names() if name != NOTE for digest in files.checksums(name)]
+    lines = [f"{digest}  {name}\n" for name in files.names() if "/" in name for digest in files.checksums(name)]
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
@@ -198,8 +198,13 @@ def combined_digest(digests):
 
 def other_files(dataset, out, image_format):
     """Names of the files in `out` that an earlier export wrote and one of `dataset` in this format would not."""
-    mine = {LIST, NOTE, *target_paths(dataset, FORMATS[image_format][0]).values()}
-    return [name for name in Owned(out).names() if name not in mine and os.path.lexists(Path(out) / name)]
+    mine = {NOTE, *target_paths(dataset, FORMATS[image_format][0]).values()}
+    return [name for name in exported_files(out) if name not in mine and os.path.lexists(Path(out) / name)]
+
+
+def exported_files(out):
+    """Names on the list of a folder that are an export's: its images, all of them in class folders, and its note."""
+    return [name for name in Owned(out).names() if "/" in name or name == NOTE]
 
 
 def _in_memory(dataset, row):

@@ -14,7 +14,7 @@ import torch
 from .._checks import LONGEST, printable
 from . import cifar
 from .dataset import Dataset
-from .export import NOTE, NOTE_FORMAT, combined_digest, files_digest, image_digest, pixels_digest, tree_paths
+from .export import NOTE, NOTE_FORMAT, combined_digest, exported_files, files_digest, image_digest, pixels_digest, tree_paths
 from .images import UnreadableError, quiet_decoding, read_file, read_image
 from .owned import LIST, Owned
 from .poison import apply_poison, budget, is_poison, load_poison
@@ -134,7 +134,7 @@ def _verify_folder(report, clean, out, levels, per_class):
     gray = root is None and clean.images.shape[1] == 1
     _, found, strange, others = list_tree(out)
     files, note = Owned(out), None
-    report.listed = bool(files.names())
+    report.listed = bool(exported_files(out))
     if report.listed:
         note = _read_note(report, files)
     for name, reason in strange:

@@ -299,8 +299,8 @@ def _remove_run(folder, but=()):
 
     What else this package wrote into the folder (an evaluation, an export of another name) is no part of that run, and stays.
     """
-    exported = datasets.Owned(folder / datasets.IMAGES)
-    exported.remove(exported.names())
+    images = folder / datasets.IMAGES
+    datasets.Owned(images).remove(datasets.exported_files(images))
     mine = checkpoint.NAME, METRICS, *datasets.POISON_FILES, *datasets.EXPORTS.values()
     datasets.Owned(folder).remove(name for name in mine if name not in but)
 
