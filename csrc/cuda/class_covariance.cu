@@ -79,17 +79,6 @@ __device__ __forceinline__ void load_centred(const Classes& c, int64_t k, int64_
     }
 }
 
-// One covariance whose sum of products is too large, where their mean may not be.
-__device__ __forceinline__ float covariance(const Classes& c, int64_t k, int64_t i, int64_t j) {
-    const int64_t count = c.counts[k], *members = c.order + c.starts[k];
-    const auto centred = [&](int64_t row, int64_t d) {
-        return static_cast<double>(load(c.features, c.dtype, row * c.stride + d) - c.means[k * c.D + d] - c.rests[k * c.D + d]);
-    };
-    double total = 0;
-    for (int64_t m = 0; m < count; ++m) total += centred(members[m], i) * centred(members[m], j);
-    return static_cast<float>(total / static_cast<double>(count));
-}
-
 // One tile of the upper triangle, written to both places. Block: tile row and class in x, tile column in y.
 __global__ void class_products(Classes c, int64_t tiles, float* covariances) {
     __shared__ float a[DEPTH][TILE], b[DEPTH][TILE];
@@ -113,21 +102,12 @@ __global__ void class_products(Classes c, int64_t tiles, float* covariances) {
     }
     const float divisor = count ? static_cast<float>(count) : 1.f;
     float* matrix = covariances + k * c.D * c.D;
-    bool large = false;
     for (int r = 0; r < ROWS; ++r) {
         for (int s = 0; s < COLUMNS; ++s) {
             const int64_t i = p * TILE + row + r, j = q * TILE + column + s;
             if (i > j || j >= c.D) continue;
             matrix[i * c.D + j] = matrix[j * c.D + i] = sum[r][s] / divisor;
-            large |= !(fabsf(sum[r][s]) <= FLOAT_MAX);
         }
-    }
-    if (!large) return;
-#pragma unroll 1
-    for (int n = 0; n < ROWS * COLUMNS; ++n) {
-        const int64_t i = p * TILE + row + n / COLUMNS, j = q * TILE + column + n % COLUMNS;
-        if (i > j || j >= c.D || fabsf(matrix[i * c.D + j]) <= FLOAT_MAX) continue;
-        matrix[i * c.D + j] = matrix[j * c.D + i] = covariance(c, k, i, j);
     }
 }
 

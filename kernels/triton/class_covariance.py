@@ -28,20 +28,6 @@ def _mean_kernel(features, offsets, means, rests, D, BM: tl.constexpr, BD: tl.co
 
 
 @triton.jit
-def _products(features, begin, end, D, i, j, high_i, low_i, high_j, low_j, scale, BN: tl.constexpr, BK: tl.constexpr):
-    """Sums of products of centred columns [BN] and [BN], both times `scale`."""
-    total = tl.zeros((BN, BN), tl.float32)
-    for first in range(begin, end, BK):
-        rows = first + tl.arange(0, BK)
-        live = (rows < end)[:, None]
-        a = tl.load(features + rows[:, None] * D + i[None, :], mask=live & (i < D)[None, :], other=0).to(tl.float32)
-        b = tl.load(features + rows[:, None] * D + j[None, :], mask=live & (j < D)[None, :], other=0).to(tl.float32)
-        b = tl.where(live, (b - high_j - low_j) * scale, 0.0)  # 0 past the end, whatever `a` is there
-        total = tl.dot(((a - high_i - low_i) * scale).T, b, total, input_precision="ieee")
-    return total
-
-
-@triton.jit
 def _covariance_kernel(features, offsets, means, rests, covariances, D, BN: tl.constexpr, BK: tl.constexpr):
     """One tile [BN, BN] of the upper triangle of one class, written to both places of the symmetric matrix."""
     k = tl.program_id(0).to(tl.int64)
@@ -58,13 +44,15 @@ def _covariance_kernel(features, offsets, means, rests, covariances, D, BN: tl.c
         low_j = tl.load(rests + k * D + j, mask=known_j, other=0)[None, :]
         begin = tl.load(offsets + k)
         end = tl.load(offsets + k + 1)
-        count = tl.zeros((BN, BN), tl.float32) + tl.maximum(end - begin, 1).to(tl.float32)
-        total = _products(features, begin, end, D, i, j, high_i, low_i, high_j, low_j, 1.0, BN, BK)
-        finite = tl.abs(total) <= 3.4028235e38
-        total = tl.div_rn(total, count)
-        if tl.min(finite.to(tl.int32)) == 0:  # a sum may be too large where its mean is not
-            smaller = _products(features, begin, end, D, i, j, high_i, low_i, high_j, low_j, 2.0**-32, BN, BK)
-            total = tl.where(finite, total, tl.div_rn(smaller, count) * 2.0**64)
+        total = tl.zeros((BN, BN), tl.float32)
+        for first in range(begin, end, BK):
+            rows = first + tl.arange(0, BK)
+            live = (rows < end)[:, None]
+            a = tl.load(features + rows[:, None] * D + i[None, :], mask=live & known_i[None, :], other=0).to(tl.float32)
+            b = tl.load(features + rows[:, None] * D + j[None, :], mask=live & known_j[None, :], other=0).to(tl.float32)
+            b = tl.where(live, b - high_j - low_j, 0.0)  # 0 past the end, whatever `a` is there
+            total = tl.dot((a - high_i - low_i).T, b, total, input_precision="ieee")
+        total = tl.div_rn(total, tl.zeros((BN, BN), tl.float32) + tl.maximum(end - begin, 1).to(tl.float32))
         upper = (i[:, None] <= j[None, :]) & known_j[None, :]
         matrix = covariances + k * D * D
         tl.store(matrix + i[:, None].to(tl.int64) * D + j[None, :], total, mask=upper)

@@ -79,7 +79,8 @@ def class_covariance(features, labels, num_classes=None, *, backend="auto"):
         backend: "auto", "triton", "cuda", "cpu" or "reference".
 
     Returns: counts int64 [K], means [K, D] and covariances [K, D, D], float32 (float64 for float64). An empty class has 0 everywhere; NaN
-    features give NaN in their class. A covariance is symmetric to the bit, and 0 where all rows of a class are equal.
+    features give NaN in their class. Triton and CUDA C++ give inf where a class's sum of products is beyond float32 (values above about
+    1e19); the others do so only where the covariance is. A covariance is symmetric to the bit, and 0 where all rows of a class are equal.
     Memory: K * D^2 values of result; on the CPU O(B * D) besides. Deterministic: the same bits on one machine for any thread count.
     Not differentiable: features that require a gradient are refused. On a GPU the check of the labels waits for the device.
     Errors: ValueError (shape, dtype, device, values of the labels), BackendError (the backend cannot serve this here).
