@@ -56,6 +56,12 @@ def _number(text):
         raise argparse.ArgumentTypeError(f"expected a number or a fraction such as 8/255, got {short(text)}") from None
 
 
+def _path(text):
+    if not text:  # of an unset variable of the shell; as a Path it would be the current folder
+        raise argparse.ArgumentTypeError("expected a path, got ''")
+    return Path(text)
+
+
 def _whole(text):
     try:
         return int(text)
@@ -110,8 +116,8 @@ def _parser():
     _generate_options(command("generate", "compute one small perturbation per image, and export the poisoned copy"))
 
     sub = command("export", "write the poisoned images of a poison")
-    sub.add_argument("poison", type=Path, metavar="POISON", help="folder of generate, or a .safetensors, .pt, .npz or .pkl file")
-    sub.add_argument("--to", type=Path, required=True, metavar="OUT", help="new folder, or file ending in .pt, .npz or .pkl")
+    sub.add_argument("poison", type=_path, metavar="POISON", help="folder of generate, or a .safetensors, .pt, .npz or .pkl file")
+    sub.add_argument("--to", type=_path, required=True, metavar="OUT", help="new folder, or file ending in .pt, .npz or .pkl")
     _data_options(sub)
     _export_options(sub, "--format", default="png")
     sub.add_argument("--eps", type=_number, help="clamp the perturbation to this budget; default: its own, a bare one as it is")
@@ -120,15 +126,15 @@ def _parser():
     sub.add_argument("--overwrite", action="store_true", default=False, help="replace files of the same names")
 
     sub = command("verify", "re-read a poisoned copy and prove count, names, sizes and budget; exit code 1 if it fails")
-    sub.add_argument("data", type=Path, metavar="CLEAN", help="the clean images")
-    sub.add_argument("out", type=Path, metavar="OUT", help="exported folder or .npz, or a poison")
+    sub.add_argument("data", type=_path, metavar="CLEAN", help="the clean images")
+    sub.add_argument("out", type=_path, metavar="OUT", help="exported folder or .npz, or a poison")
     sub.add_argument("--eps", type=_number, default=8 / 255, help="budget on the [0, 1] scale; default 8/255")
     _selection_options(sub)
 
     sub = command("evaluate", "train a victim on clean, poisoned and random-noise images and compare clean-test accuracy")
     _data_options(sub)
-    sub.add_argument("--poisoned", type=Path, required=True, metavar="OUT", help="exported folder or .npz, or a poison")
-    sub.add_argument("--test", type=Path, required=True, metavar="DIR", help="clean test images of the same classes")
+    sub.add_argument("--poisoned", type=_path, required=True, metavar="OUT", help="exported folder or .npz, or a poison")
+    sub.add_argument("--test", type=_path, required=True, metavar="DIR", help="clean test images of the same classes")
     sub.add_argument("--test-split", default=None, choices=["train", "test"], help="of the --test folder")
     sub.add_argument("--victim", default="small_resnet", choices=list(RECIPES), metavar="NAME",
                      help=f"{', '.join(RECIPES)}; default: small_resnet")  # fmt: skip
@@ -143,19 +149,19 @@ def _parser():
     sub.add_argument("--defence", default="none", metavar="SPEC", help=text)
     sub.add_argument("--poison-ratio", type=_number, default=1.0, metavar="R", help="share of each class that is poisoned; default 1")
     sub.add_argument("--unseen", nargs="+", default=None, metavar="CLASS", help="classes that stay clean; test accuracy is given apart")
-    sub.add_argument("--init", type=Path, default=None, metavar="FILE", help="pretrained weights (.safetensors or .pt) to start from")
+    sub.add_argument("--init", type=_path, default=None, metavar="FILE", help="pretrained weights (.safetensors or .pt) to start from")
     sub.add_argument("--device", default=None, help=HELP["device"])
-    sub.add_argument("--json", type=Path, default=None, metavar="FILE", help="write the table with all seeds, options and versions")
-    sub.add_argument("--figure", type=Path, default=None, metavar="FILE", help="draw images, perturbations and curves (needs matplotlib)")
+    sub.add_argument("--json", type=_path, default=None, metavar="FILE", help="write the table with all seeds, options and versions")
+    sub.add_argument("--figure", type=_path, default=None, metavar="FILE", help="draw images, perturbations and curves (needs matplotlib)")
     sub.add_argument("--quiet", action="store_true", default=False, help="no progress bar")
 
     sub = command("report", "run what a configuration misses (poisons, victims, defences, analysis) and write one report")
-    sub.add_argument("config", type=Path, metavar="CONFIG", help="JSON, see docs/report.md; or a report.json, which is only written anew")
+    sub.add_argument("config", type=_path, metavar="CONFIG", help="JSON, see docs/report.md; or a report.json, which is only written anew")
     sub.add_argument(
-        "--out", type=Path, required=True, metavar="OUT", help="folder for cells, poisons, report.json, report.md, report.html"
+        "--out", type=_path, required=True, metavar="OUT", help="folder for cells, poisons, report.json, report.md, report.html"
     )
-    sub.add_argument("--data", type=Path, default=None, metavar="DIR", help="clean images, instead of the configuration's")
-    sub.add_argument("--test", type=Path, default=None, metavar="DIR", help="clean test images, instead of the configuration's")
+    sub.add_argument("--data", type=_path, default=None, metavar="DIR", help="clean images, instead of the configuration's")
+    sub.add_argument("--test", type=_path, default=None, metavar="DIR", help="clean test images, instead of the configuration's")
     sub.add_argument("--jobs", type=_whole, default=1, metavar="N", help="processes at once, each with its share of the threads; default 1")
     sub.add_argument("--no-run", action="store_true", default=False, help="train nothing: the report of what is finished")
     sub.add_argument("--quiet", action="store_true", default=False, help="no progress bar")
@@ -163,7 +169,7 @@ def _parser():
     sub = command("demo", "the whole story on drawn shapes, in a few minutes on a CPU, without a download")
     sub.add_argument(
         "--out",
-        type=Path,
+        type=_path,
         default=Path("demo-output"),
         metavar="DIR",
         help="default: demo-output; an interrupted demo there goes on, a finished one starts again",
@@ -184,7 +190,7 @@ def _selection_options(sub):
 
 
 def _data_options(sub):
-    sub.add_argument("--data", type=Path, required=True, metavar="DIR", help="clean images: DIR/CLASS/*, CIFAR python files, or .npz")
+    sub.add_argument("--data", type=_path, required=True, metavar="DIR", help="clean images: DIR/CLASS/*, CIFAR python files, or .npz")
     _selection_options(sub)
 
 
@@ -195,7 +201,9 @@ def _export_options(sub, flag, default):
 
 def _generate_options(sub):
     _data_options(sub)
-    sub.add_argument("--out", type=Path, required=True, metavar="OUT", help="folder for the poison, its log and checkpoint, and the export")
+    sub.add_argument(
+        "--out", type=_path, required=True, metavar="OUT", help="folder for the poison, its log and checkpoint, and the export"
+    )
     sub.add_argument("--preset", default="paper", choices=list(PRESETS), help="default: paper")
     sub.add_argument("--model", default="resnet18", choices=list(NAMES), help="source model; default: resnet18")
     sub.add_argument("--feature", default=None, metavar="LAYER", help="its feature layer; default: the one its classifier reads")

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -23,10 +24,11 @@ from .frozen import find_layer
 from .generate import Interrupted, generate
 from .generate.checkpoint import NAME as CHECKPOINT
 from .generate.checkpoint import unfinished
+from .generate.loop import METRICS
 from .generate.options import choose
 
+RESERVED = {*data.POISON_FILES, CHECKPOINT, METRICS, data.LIST, data.NOTE, "report.json"}  # no place for an evaluation
 NO_MEMORY = ("can't allocate memory", "not enough memory", "Storage size calculation overflowed")  # in torch's RuntimeErrors
-EXPORTS = {"pt": "poison.pt", "npz": "poisoned.npz", "pickle": "poison.pkl"}  # in the folder of `generate`; images go to "images"
 
 
 def main(argv=None):
@@ -155,7 +157,7 @@ def _unreadable(*datasets):
 
 
 def _generate(args):
-    target = args.out / EXPORTS.get(args.export, data.IMAGES)
+    target = args.out / data.EXPORTS.get(args.export, data.IMAGES)
     replace = args.overwrite or (args.resume and any((args.out / name).exists() for name in (CHECKPOINT, *data.POISON_FILES)))
     if data.is_tree(args.data):
         data.check_outside(args.out, args.data)
@@ -166,7 +168,7 @@ def _generate(args):
     _check_export(dataset, target, args, choose(args.preset, options).eps, replace)
     result = generate(dataset, args.out, preset=args.preset, model=args.model, feature=args.feature, resume=args.resume,
                       overwrite=args.overwrite, progress=not args.quiet, tensorboard=args.tensorboard, **options)  # fmt: skip
-    say(f"poison of {len(dataset)} images, budget {255 * result.options.eps:.3g}/255: {args.out}")
+    say(printable(f"poison of {len(dataset)} images, budget {255 * result.options.eps:.3g}/255: {args.out}", most=None))
     if args.export:
         try:
             _write(dataset, result.delta, target, args.export, result.options.eps, args.allow_lossy, "nearest", overwrite=replace)
@@ -182,7 +184,7 @@ def _generate(args):
 
 def _export_command(args):
     """The command line that exports a finished poison to a new place."""
-    new = args.out.with_name(f"{args.out.name}-export") / EXPORTS.get(args.export, "")
+    new = args.out.with_name(f"{args.out.name}-export") / data.EXPORTS.get(args.export, "")
     words = ["miue-fast", "export", args.out, "--data", args.data, "--to", new, "--format", args.export]
     for option in ("size", "split", "per_class"):
         if getattr(args, option) is not None:
@@ -211,7 +213,7 @@ def _write(dataset, delta, target, form, eps, allow_lossy, rounding, overwrite):
     else:
         data.export_folder(dataset, delta, target, eps=eps, image_format=form, allow_lossy=allow_lossy, rounding=rounding,
                            overwrite=overwrite)  # fmt: skip
-    say(f"exported {len(dataset)} as {form}: {target}")
+    say(printable(f"exported {len(dataset)} as {form}: {target}", most=None))
 
 
 def _export(args):
@@ -246,6 +248,10 @@ def _evaluate(args):
         data.check_writable(target.parent)
         if target.is_dir():
             fail("evaluate", "output", "a file", f"the folder {target}")
+        if target.name in RESERVED:
+            fail("evaluate", "output", "a name that no other file of this package has", str(target))
+    if len({os.path.realpath(target) for target in targets}) < len(targets):
+        fail("evaluate", "figure", "another file than --json", str(args.figure))
     data.check_owned("evaluate", targets)
     if args.figure and figure_missing():
         raise BackendError(figure_missing())

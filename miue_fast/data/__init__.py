@@ -3,19 +3,21 @@
 from .align import align, poison_from_images
 from .atomic import check_outside, check_system, check_writable, only_writer, sweep, write_file, write_files
 from .dataset import Dataset
-from .export import IMAGES, check_folder, export_folder, other_files
-from .export_file import check_file, check_pickle, export_npz, export_pickle, export_pt
+from .export import IMAGES, NOTE, check_folder, export_folder, other_files
+from .export_file import EXPORTS, check_file, check_pickle, export_npz, export_pickle, export_pt
 from .interop import read_pickle
 from .owned import LIST, Owned, check_owned, write_owned
-from .poison import POISON_FILES, apply_poison, budget, is_poison, load_poison, quantise, random_noise, save_poison
+from .poison import POISON_FILES, apply_poison, budget, is_poison, load_poison, quantise, random_noise, read_manifest, save_poison
 from .preflight import check_room
 from .shapes import shapes
 from .sources import check_selection, from_arrays, is_tree, load, load_test
 from .verify import Report, verify
 
 __all__ = [
+    "EXPORTS",
     "IMAGES",
     "LIST",
+    "NOTE",
     "POISON_FILES",
     "Dataset",
     "Owned",
@@ -47,6 +49,7 @@ __all__ = [
     "poison_from_images",
     "quantise",
     "random_noise",
+    "read_manifest",
     "read_pickle",
     "save_poison",
     "shapes",

@@ -14,6 +14,7 @@ from .interop import PICKLES
 from .owned import check_owned, write_owned
 from .poison import ROUNDINGS, apply_poison, budget, check_delta, quantise
 
+EXPORTS = {"pt": "poison.pt", "npz": "poisoned.npz", "pickle": "poison.pkl"}  # in the folder of a run
 SUFFIXES = {"pt": (".pt",), "npz": (".npz",), "pickle": PICKLES}
 
 

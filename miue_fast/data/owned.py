@@ -1,6 +1,7 @@
 """Which files are this package's own: a list of checksums beside them, and the rule that nothing else is ever replaced or removed."""
 
 import contextlib
+import errno
 import logging
 import os
 import threading
@@ -58,6 +59,12 @@ class Owned:
                 reason = "was changed since" if name in self._known else "miue_fast did not write"
                 fail(op, "output", "a new name, or a file that miue_fast wrote and nobody changed",
                      f"{path}, which {reason}; move it away or choose another place")  # fmt: skip
+
+    def check_access(self, op: str) -> None:
+        """ValueError if this process may not change the list, or a folder with files on it: for before the work, as `check`."""
+        for path in [self.folder / LIST, *sorted({self.folder / os.path.dirname(name) for name in self._known})]:
+            if os.path.exists(path) and not os.access(path, os.W_OK):
+                fail(op, "output", "files and folders that may be changed", f"{path}: {os.strerror(errno.EACCES)}; choose another place")
 
     def adopt(self, name: str) -> None:
         """Puts a file on the list that proved to be this package's by a checksum of its own."""
@@ -206,7 +213,9 @@ def write_owned(writers: dict[Path, Callable[[BinaryIO], object]], *, durable: b
 def check_owned(op: str, paths: Iterable[Path]) -> None:
     """ValueError if one of `paths` exists and is somebody else's, or the list beside it: for before the work that ends in writing it."""
     for path in paths:
-        Owned(path.parent).check(op, [path.name])
+        files = Owned(path.parent)
+        files.check(op, [path.name])
+        files.check_access(op)
 
 
 def _state(path):
