@@ -64,7 +64,7 @@ def _whole(text):
 
 
 def _path(text):
-    """A path; an empty text would be the current folder."""
+    """A path; an empty text, as of an unset variable of the shell, would be the current folder."""
     if not text.strip():
         raise argparse.ArgumentTypeError("expected a path, got an empty text; the current folder is .")
     return Path(text)

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -23,8 +24,10 @@ from .frozen import find_layer
 from .generate import Interrupted, generate
 from .generate.checkpoint import NAME as CHECKPOINT
 from .generate.checkpoint import unfinished
+from .generate.loop import METRICS
 from .generate.options import choose
 
+RESERVED = {*data.POISON_FILES, CHECKPOINT, METRICS, data.LIST, data.NOTE, "report.json"}  # no place for an evaluation
 NO_MEMORY = ("can't allocate memory", "not enough memory", "Storage size calculation overflowed")  # in torch's RuntimeErrors
 
 
@@ -165,7 +168,7 @@ def _generate(args):
     _check_export(dataset, target, args, choose(args.preset, options).eps, replace)
     result = generate(dataset, args.out, preset=args.preset, model=args.model, feature=args.feature, resume=args.resume,
                       overwrite=args.overwrite, progress=not args.quiet, tensorboard=args.tensorboard, **options)  # fmt: skip
-    say(f"poison of {len(dataset)} images, budget {255 * result.options.eps:.3g}/255: {args.out}")
+    say(printable(f"poison of {len(dataset)} images, budget {255 * result.options.eps:.3g}/255: {args.out}", most=None))
     if args.export:
         try:
             _write(dataset, result.delta, target, args.export, result.options.eps, args.allow_lossy, "nearest", overwrite=replace)
@@ -210,7 +213,7 @@ def _write(dataset, delta, target, form, eps, allow_lossy, rounding, overwrite):
     else:
         data.export_folder(dataset, delta, target, eps=eps, image_format=form, allow_lossy=allow_lossy, rounding=rounding,
                            overwrite=overwrite)  # fmt: skip
-    say(f"exported {len(dataset)} as {form}: {target}")
+    say(printable(f"exported {len(dataset)} as {form}: {target}", most=None))
 
 
 def _export(args):
@@ -250,6 +253,10 @@ def _evaluate(args):
         data.check_writable(target.parent)
         if target.is_dir():
             fail("evaluate", "output", "a file", f"the folder {target}")
+        if target.name in RESERVED:
+            fail("evaluate", "output", "a name that no other file of this package has", str(target))
+    if len({os.path.realpath(target) for target in targets}) < len(targets):
+        fail("evaluate", "figure", "another file than --json", str(args.figure))
     data.check_owned("evaluate", targets)
     if args.figure and figure_missing():
         raise BackendError(figure_missing())

@@ -10,7 +10,7 @@ import time
 import torch
 
 from . import __version__, data
-from ._checks import fail
+from ._checks import fail, printable
 from ._output import say
 from .data.kept import pack, read_part
 from .evaluate import evaluate, figure, poisoned_images
@@ -70,7 +70,7 @@ def _run(out, seed):
         say(f"5. {figure_missing()}")
     else:
         _, poisoned = poisoned_images(clean, out / "poisoned")
-        say(f"5. Figure: {timed('figure', figure, table, clean, poisoned, out / 'figure.png')}")
+        say(f"5. Figure: {printable(timed('figure', figure, table, clean, poisoned, out / 'figure.png'), most=None)}")
     seconds["total"] = round(time.perf_counter() - started, 1)
     told = summary(table, report, seconds, seed)
     text = json.dumps(told)
@@ -89,7 +89,7 @@ def _prepare(out, seed):
     own.check("demo", [MARK, *RESULTS])
     key = {"version": __version__, "seed": seed, "images": [TRAIN, TEST, DIFFICULTY], "eps": EPS, "source": SOURCE, "victim": VICTIM}
     if own.owns(MARK) and read_part(out / MARK, key) and not (out / "result.json").exists():
-        say(f"Going on with the interrupted demo in {out}.")
+        say(f"Going on with the interrupted demo in {printable(out, most=None)}.")
         return
     for part in (data.Owned(out / name) for name in PARTS):
         part.remove(part.names())

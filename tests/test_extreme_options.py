@@ -9,7 +9,6 @@ import math
 import re
 import time
 from dataclasses import fields
-from pathlib import Path
 
 import pytest
 import torch
@@ -109,7 +108,7 @@ def test_every_other_option_names_itself(command, tmp_path, capsys):
     """Choices, texts and switches; a path that cannot be followed."""
     for action in (action for name, action in OPTIONS if name == command and action.type not in NUMERIC):
         flag = action.option_strings[0]
-        if action.type is Path:
+        if action.type is _arguments._path:
             given = [action for action in ("x" * 5000, "\0", str(tmp_path / "loop"), str(tmp_path / "file" / "below"))]
             (tmp_path / "file").touch()
             if not (tmp_path / "loop").is_symlink():

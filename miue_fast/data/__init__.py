@@ -3,11 +3,11 @@
 from .align import align, poison_from_images
 from .atomic import check_outside, check_system, check_writable, only_writer, sweep, write_file, write_files
 from .dataset import Dataset
-from .export import IMAGES, check_folder, export_folder, exported_files, other_files
+from .export import IMAGES, NOTE, check_folder, export_folder, exported_files, other_files
 from .export_file import EXPORTS, check_file, check_pickle, export_npz, export_pickle, export_pt
 from .interop import read_pickle
 from .owned import LIST, Owned, check_owned, write_owned
-from .poison import POISON_FILES, apply_poison, budget, is_poison, load_poison, quantise, random_noise, save_poison
+from .poison import POISON_FILES, apply_poison, budget, is_poison, load_poison, quantise, random_noise, read_manifest, save_poison
 from .preflight import check_room
 from .shapes import shapes
 from .sources import check_selection, from_arrays, is_tree, load, load_test
@@ -17,6 +17,7 @@ __all__ = [
     "EXPORTS",
     "IMAGES",
     "LIST",
+    "NOTE",
     "POISON_FILES",
     "Dataset",
     "Owned",
@@ -49,6 +50,7 @@ __all__ = [
     "poison_from_images",
     "quantise",
     "random_noise",
+    "read_manifest",
     "read_pickle",
     "save_poison",
     "shapes",

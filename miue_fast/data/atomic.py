@@ -147,15 +147,29 @@ def only_writer(folder):
     check_system()
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            fail("output", "folder", "one that no other run is writing to", f"{folder}, where one is at work")
-        except OSError as error:  # network file systems
-            logging.getLogger("miue_fast").warning("%s cannot be locked (%s): let no other run write there", folder, error.strerror)
-        yield
+        with contextlib.ExitStack() as held:
+            try:
+                held.enter_context(locked(descriptor, fcntl.LOCK_NB))
+            except BlockingIOError:
+                fail("output", "folder", "one that no other run is writing to", f"{folder}, where one is at work")
+            except OSError as error:  # network file systems
+                logging.getLogger("miue_fast").warning("%s cannot be locked (%s): let no other run write there", folder, error.strerror)
+            yield
     finally:
         os.close(descriptor)
+
+
+@contextlib.contextmanager
+def locked(descriptor, flags=0):
+    """Holds an open file or folder against everybody else who asks. Errors: OSError.
+
+    It is let go by name: a process that was forked meanwhile has the same open file, and would hold it as long as it lives.
+    """
+    fcntl.flock(descriptor, fcntl.LOCK_EX | flags)
+    try:
+        yield
+    finally:
+        fcntl.flock(descriptor, fcntl.LOCK_UN)
 
 
 def check_outside(folder, images):

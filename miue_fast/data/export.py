@@ -113,6 +113,7 @@ def check_folder(dataset, out, *, eps, image_format="png", allow_lossy=False, ov
     check_writable(out)
     files = Owned(out)
     files.check("export", [NOTE, *targets, *list_tree(out)[1]])
+    files.check_access("export")
     for folder in {parent for target in targets for parent in (out / target).parents if parent.is_relative_to(out)}:
         if os.path.lexists(folder) and not (folder.is_dir() and folder.resolve().is_relative_to(out.resolve())):
             fail("export", "out", "folders inside it for the classes", f"{folder}, a file or a link out of it")

@@ -1,6 +1,7 @@
 """Which files are this package's own: a list of checksums beside them, and the rule that nothing else is ever replaced or removed."""
 
 import contextlib
+import errno
 import logging
 import os
 import threading
@@ -9,8 +10,8 @@ from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
 from .._checks import fail
-from .atomic import sha256_of, write_file, write_files
-from .files import read_bytes
+from .atomic import check_system, locked, sha256_of, write_file, write_files
+from .files import open_regular
 
 LIST = "miue-files.sha256"  # as sha256sum writes it: `sha256sum -c miue-files.sha256` checks what a folder holds
 HEADER = "# What miue_fast wrote here. It replaces or removes nothing that is not on this list with its checksum."
@@ -29,7 +30,7 @@ class Owned:
     def __init__(self, folder: str | os.PathLike):
         self.folder = Path(folder)
         self._lock = threading.Lock()
-        self._known = _read(self.folder / LIST)  # name -> checksums, the newest last
+        self._known, self._read = _read(self.folder / LIST)  # name -> checksums, the newest last; how much of which file that was
         self._seen = {}  # name -> (state, checksum) of files that were hashed here
 
     def names(self) -> list[str]:
@@ -59,10 +60,17 @@ class Owned:
                 fail(op, "output", "a new name, or a file that miue_fast wrote and nobody changed",
                      f"{path}, which {reason}; move it away or choose another place")  # fmt: skip
 
+    def check_access(self, op: str) -> None:
+        """ValueError if this process may not change the list, or a folder with files on it: for before the work, as `check`."""
+        for path in [self.folder / LIST, *sorted({self.folder / os.path.dirname(name) for name in self._known})]:
+            if os.path.exists(path) and not os.access(path, os.W_OK):
+                fail(op, "output", "files and folders that may be changed", f"{path}: {os.strerror(errno.EACCES)}; choose another place")
+
     def adopt(self, name: str) -> None:
         """Puts a file on the list that proved to be this package's by a checksum of its own."""
         if not self.owns(name):
-            self._record({name: sha256_of(self.folder / name)}, durable=True, adopts=True)
+            with self._list() as file:
+                self._record(file, {name: sha256_of(self.folder / name)}, durable=True, adopts=True)
 
     def write(self, writers: dict[str, Callable[[BinaryIO], object]], *, durable: bool = True, tidy: bool = True) -> None:
         """`atomic.write_files` of {name: function of one binary stream}, for new names and owned files alone.
@@ -72,12 +80,14 @@ class Owned:
         """
         recorded = []
 
-        def before(digests):
-            self._record(dict(zip(writers, digests.values())), durable)
-            recorded.extend(writers)
-
         try:
-            write_files({self.folder / name: writer for name, writer in writers.items()}, durable=durable, before=before)
+            with contextlib.ExitStack() as held:  # until the files have their names: nobody tidies away what is on the list before
+
+                def before(digests):
+                    self._record(held.enter_context(self._list()), dict(zip(writers, digests.values())), durable)
+                    recorded.extend(writers)
+
+                write_files({self.folder / name: writer for name, writer in writers.items()}, durable=durable, before=before)
         except BaseException:
             if recorded and tidy:
                 with contextlib.suppress(OSError):  # what caused this is raised; a line too many does no harm
@@ -115,50 +125,80 @@ class Owned:
     def tidy(self) -> None:
         """Writes the list anew, sorted, with one line for each file that is there; an empty one is removed."""
         path = self.folder / LIST
-        with self._lock:
-            self._known = _read(path)  # another process may have added to it
-        lines = []
-        for name in self.names():
-            there = self.folder / name
-            if os.path.lexists(there):
-                digests = self._known[name] if len(self._known[name]) == 1 or not self.owns(name) else [self._seen[name][1]]
-                lines += [_line(digest, name) for digest in digests]
-                self._known[name] = digests
+        if not os.path.lexists(path):
+            return
+        with self._list() as file:
+            self._refresh(file)
+            lines = []
+            for name in self.names():
+                there = self.folder / name
+                if os.path.lexists(there):
+                    digests = self._known[name] if len(self._known[name]) == 1 or not self.owns(name) else [self._seen[name][1]]
+                    lines += [_line(digest, name) for digest in digests]
+                    self._known[name] = digests
+                else:
+                    del self._known[name]
+            if lines:
+                write_file(path, lambda file: file.write("".join([f"{HEADER}\n", *lines]).encode()), durable=False)
             else:
-                del self._known[name]
-        if lines:
-            write_file(path, lambda file: file.write("".join([f"{HEADER}\n", *lines]).encode()), durable=False)
-        else:
-            path.unlink(missing_ok=True)
+                path.unlink(missing_ok=True)
 
-    def _record(self, digests, durable, adopts=False):
-        with self._lock:
-            if not adopts:
-                self.check("output", digests)
-            path = self.folder / LIST
-            text = "".join(_line(digest, name) for name, digest in digests.items())
-            new = not path.exists()
+    @contextlib.contextmanager
+    def _list(self):
+        """The open list, made where there is none, held against whoever else writes it: another process, or another thread of this one."""
+        check_system()
+        path = self.folder / LIST
+        flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+        while True:
             try:
-                with open(path, "a+b", buffering=0) as file:  # one write: several processes may add lines
-                    if not (size := file.seek(0, os.SEEK_END)):
-                        text = f"{HEADER}\n{text}"
-                    elif file.seek(size - 1) >= 0 and file.read(1) != b"\n":
-                        text = f"\n{text}"  # a process died in the middle of a line
-                    left = memoryview(text.encode())
-                    try:
-                        while left:
-                            left = left[file.write(left) :]
-                        if durable:
-                            os.fsync(file.fileno())
-                    except OSError:
-                        file.truncate(size)
-                        raise
+                file = os.fdopen(os.open(path, flags, 0o666), "r+b", buffering=0)
             except OSError as error:
-                if new:
-                    path.unlink(missing_ok=True)
-                raise OSError(error.errno, f"cannot write {path}: {error.strerror}; what was there before is unchanged") from error
+                raise self._unwritten(error) from error
+            with file, contextlib.ExitStack() as held:
+                with contextlib.suppress(OSError):  # network file systems: as without a lock
+                    held.enter_context(locked(file.fileno()))
+                if os.path.lexists(path) and os.path.samestat(os.fstat(file.fileno()), os.lstat(path)):  # nobody tidied meanwhile
+                    try:
+                        yield file
+                    finally:
+                        if os.fstat(file.fileno()).st_size <= len(HEADER) + 1:  # nothing came of it
+                            path.unlink(missing_ok=True)
+                    return
+
+    def _refresh(self, file):
+        """Reads what others wrote to the list since."""
+        if _amount(file) != self._read:
+            with self._lock:
+                self._known, self._read = _read(self.folder / LIST)
+
+    def _record(self, file, digests, durable, adopts=False):
+        if not os.fstat(file.fileno()).st_size:  # at once: an empty list would be somebody else's
+            self._append(file, f"{HEADER}\n", durable=False)
+        self._refresh(file)
+        if not adopts:
+            self.check("output", digests)
+        text = "".join(_line(digest, name) for name, digest in digests.items())
+        torn = file.seek(-1, os.SEEK_END) >= 0 and file.read(1) != b"\n"  # a process died in the middle of a line
+        self._append(file, f"{chr(10) * torn}{text}", durable)
+        with self._lock:
             for name, digest in digests.items():
                 self._known[name] = [*(known for known in self._known.get(name, []) if known != digest), digest]
+            self._read = _amount(file)
+
+    def _append(self, file, text, durable):
+        size = file.seek(0, os.SEEK_END)
+        left = memoryview(text.encode())
+        try:
+            while left:
+                left = left[file.write(left) :]
+            if durable:
+                os.fsync(file.fileno())
+        except OSError as error:
+            file.truncate(size)
+            raise self._unwritten(error) from error
+
+    def _unwritten(self, error):
+        return OSError(error.errno, f"cannot write {self.folder / LIST}: {error.strerror}; what was there before is unchanged")
 
     def _inside(self, path):
         return path.parent.resolve().is_relative_to(self.folder.resolve())
@@ -171,10 +211,11 @@ def write_owned(writers: dict[Path, Callable[[BinaryIO], object]], *, durable: b
 
 
 def check_owned(op: str, paths: Iterable[Path]) -> None:
-    """ValueError if one of `paths` exists and is somebody else's: for before the work that ends in writing it."""
+    """ValueError if one of `paths` exists and is somebody else's, or the list beside it: for before the work that ends in writing it."""
     for path in paths:
-        if os.path.lexists(path):
-            Owned(path.parent).check(op, [path.name])
+        files = Owned(path.parent)
+        files.check(op, [path.name])
+        files.check_access(op)
 
 
 def _state(path):
@@ -188,16 +229,29 @@ def _line(digest, name):
     return f"{chr(92) if plain != name else ''}{digest}  {plain}\n"
 
 
+def _amount(file):
+    """Which file, how many bytes of it, and of when: lists are only added to, or replaced."""
+    found = os.fstat(file.fileno())
+    return found.st_ino, found.st_size, found.st_mtime_ns
+
+
 def _read(path):
-    """{name: [checksum, ...]} of a list; {} without one. A line that is not whole says nothing."""
+    """({name: [checksum, ...]}, `_amount` of what was read) of a list; ({}, None) without one. A line that is not whole says nothing."""
     if not os.path.lexists(path):
-        return {}
+        return {}, None
     if path.is_symlink():  # it would be written through
         fail("output", LIST, "the list of checksums that miue_fast writes", f"{path}, a link; move it away")
     try:
-        lines = read_bytes(path, MOST).split(b"\n")
+        with open_regular(path) as file:
+            amount = _amount(file)
+            content = file.read(min(amount[1], MOST + 1))  # another process may add to it now
+    except FileNotFoundError:  # another process emptied it
+        return {}, None
     except OSError as error:
         fail("output", LIST, "the list of checksums that miue_fast writes", f"{path}: {error.strerror}; move it away")
+    if len(content) > MOST:
+        fail("output", LIST, f"a list of at most {MOST} bytes", f"{path}, which is larger; move it away")
+    lines = content.split(b"\n")
     if lines[0] != HEADER.encode():
         fail("output", LIST, "the list of checksums that miue_fast writes", f"somebody else's file: {path}; move it away")
     known = {}
@@ -206,7 +260,7 @@ def _read(path):
         if entry is not None:
             digest, name = entry
             known[name] = [*(seen for seen in known.get(name, []) if seen != digest), digest]
-    return known
+    return known, amount
 
 
 def _parse(line):

@@ -144,7 +144,8 @@ def _manifest_text(manifest):
     return (json.dumps({**body, "manifest_sha256": digest}, indent=1, default=str, allow_nan=False) + "\n").encode()
 
 
-def _read_manifest(path):
+def read_manifest(path):
+    """The content of a manifest.json, as it was written. ValueError: one line."""
     try:
         text = read_bytes(path, MAX_MANIFEST)
         manifest = parse_json(text)
@@ -218,7 +219,7 @@ def is_poison(path):
 
 
 def _load_store(path, dataset):
-    manifest = _read_manifest(path.with_name(MANIFEST_FILE))
+    manifest = read_manifest(path.with_name(MANIFEST_FILE))
     most = ROOM + 4 * math.prod(manifest["shape"]) if dataset is None else room_for(dataset)
     try:
         content = read_bytes(path, most)

@@ -134,7 +134,8 @@ def _verify_folder(report, clean, out, levels, per_class):
     gray = root is None and clean.images.shape[1] == 1
     _, found, strange, others = list_tree(out)
     files, note = Owned(out), None
-    report.listed = bool(exported_files(out))
+    # A list of other files (an evaluation's, in a folder that another program exported) says nothing about these.
+    report.listed = os.path.lexists(out / NOTE) or bool(exported_files(out))
     if report.listed:
         note = _read_note(report, files)
     for name, reason in strange:

@@ -150,7 +150,7 @@ class _Run:
         checkpoint.restore(self.keep, tensors, self.network, self.trainer.optimizer, self.delta)
         self.files.adopt(checkpoint.NAME)
         self.history = header["history"]
-        if len(self.history) < self.options.epochs:  # killed while it took the place of another run
+        if len(self.history) < self.options.epochs or _of_another_run(self.keep.parent, header):  # killed while it took that one's place
             _remove_run(self.keep.parent, but=(checkpoint.NAME, METRICS))
         if header.get("network", now["network"]) != now["network"]:
             log.warning("resumed with a model that prints differently: options of its layers (dropout, ...) may have changed")
@@ -297,12 +297,13 @@ def _random(dataset, options, keep, overwrite):
 def _remove_run(folder, but=()):
     """Removes what an earlier run left in `folder` and what it exported there, but for the files of the names `but`.
 
-    What else this package wrote into the folder (an evaluation, an export of another name) is no part of that run, and stays.
+    What other commands wrote into the same folder (reports and their cells, evaluations, exports under names of the user's own) stays.
+    The manifest goes last: it tells a run that was killed here whose files are left.
     """
     images = folder / datasets.IMAGES
     datasets.Owned(images).remove(datasets.exported_files(images))
-    mine = checkpoint.NAME, METRICS, *datasets.POISON_FILES, *datasets.EXPORTS.values()
-    datasets.Owned(folder).remove(name for name in mine if name not in but)
+    run = (checkpoint.NAME, METRICS, *datasets.EXPORTS.values(), *datasets.POISON_FILES)
+    datasets.Owned(folder).remove(name for name in run if name not in but)
 
 
 def _open_folder(folder, resume, overwrite, options):
@@ -315,7 +316,10 @@ def _open_folder(folder, resume, overwrite, options):
     if path.is_dir():
         _checks.fail("generate", "out", "no folder under the name of the checkpoint", str(path))
     mine = [checkpoint.NAME] if overwrite else []  # one that a run goes on from proves itself when it is read
-    datasets.Owned(folder).check("generate", [*mine, *datasets.POISON_FILES, METRICS])
+    files = datasets.Owned(folder)
+    files.check("generate", [*mine, *datasets.POISON_FILES, METRICS])
+    for part in [files, datasets.Owned(folder / datasets.IMAGES)] if overwrite else [files]:
+        part.check_access("generate")
     if overwrite or (resume and options.objective != "random" and path.exists()):
         return path
     if resume and options.objective == "random" and not path.exists() and _made_with(folder, options):
@@ -333,6 +337,17 @@ def _made_with(folder, options):
         return datasets.load_poison(folder)[1]["options"] == options.as_dict()
     except ValueError:  # none, or someone else's
         return False
+
+
+def _of_another_run(folder, header):
+    """Whether the manifest in `folder` is that of other options or images than a checkpoint's."""
+    if not (folder / datasets.POISON_FILES[1]).exists():
+        return False
+    try:
+        found = datasets.read_manifest(folder / datasets.POISON_FILES[1])
+    except ValueError:  # not ours to remove
+        return False
+    return (found["options"], found["fingerprint"]) != (header["options"], header["fingerprint"])
 
 
 def _network(model, dataset, options, draws):

@@ -13,9 +13,10 @@ from .. import __version__, data, models
 from .._checks import fail
 from .._environment import cpu_level
 from ..analyse import analyse_layers, layer_features, linear_separability
+from ..data.files import read_bytes
 from ..data.kept import digest, pack
 from ..evaluate import poisoned_images, pretrain, run_cell
-from ..evaluate.start import poisoned_rows
+from ..evaluate.start import MAX_STATE, poisoned_rows
 from ..evaluate.victims import recipe
 from ..generate import generate
 from .config import RECIPE, split
@@ -80,7 +81,10 @@ class Sources:
     def start(self, victim):
         """The pretrained weights, as they were written. Errors: ValueError."""
         path = self.start_path(victim)
-        content = path.read_bytes()
+        try:
+            content = read_bytes(path, MAX_STATE)
+        except OSError as error:
+            fail("report", str(path), "pretrained weights", f"{error.strerror}; remove it and run again")
         name = path.relative_to(self.folder).as_posix()
         if hashlib.sha256(content).hexdigest() not in data.Owned(self.folder).checksums(name):
             fail("report", str(path), f"the weights whose sha256 is in {data.LIST}", "a damaged file; remove it and run again")
