@@ -352,13 +352,15 @@ def test_verify_says_when_there_is_no_list_of_checksums(start, root, tmp_path, c
         capsys.readouterr()
         assert run("verify", root / "train", tmp_path / "out/images") == 0
         assert ("no miue-files.sha256" in capsys.readouterr().out) == gone
-        (tmp_path / "out/images" / data.LIST).unlink(missing_ok=True)
+        for name in (data.LIST, data.NOTE):  # as another program's folder
+            (tmp_path / "out/images" / name).unlink(missing_ok=True)
 
 
 def test_a_list_of_something_else_is_no_list_of_an_export(tmp_path):
     clean = data.shapes(6, seed=0, size=8, classes=2, difficulty=0)
     data.export_folder(clean, data.random_noise(clean, 8 / 255, 0), tmp_path, eps=8 / 255)
-    (tmp_path / data.LIST).unlink()  # as another program's folder
+    for name in (data.LIST, data.NOTE):  # as another program's folder
+        (tmp_path / name).unlink()
     data.write_owned({tmp_path / "result.json": lambda file: file.write(b"{}")})
     report = data.verify(clean, tmp_path, eps=8 / 255)
     assert report.ok and report.listed is False
