@@ -103,6 +103,7 @@ def _check_generate(args):
             network = models.build(args.model, 2, width=options.width, size=args.size or 32)
         if args.feature is not None:
             find_layer("generate", network, args.feature)
+        args.weights = sum(tensor.nbytes for tensor in network.state_dict().values())
 
 
 def _check_export_options(args):
@@ -195,7 +196,9 @@ def _export_command(args):
 def _check_export(dataset, target, args, eps, replace):
     """What would stop the export is said now, not after hours of work."""
     if args.export in FORMATS:
-        data.check_folder(dataset, target, eps=eps, image_format=args.export, allow_lossy=args.allow_lossy, overwrite=replace)
+        run = 3 * 4 * dataset.images.numel() + 4 * getattr(args, "weights", 0)  # the poison, and two checkpoints with momentum
+        data.check_folder(dataset, target, eps=eps, image_format=args.export, allow_lossy=args.allow_lossy, overwrite=replace,
+                          beside=0 if replace else run)  # fmt: skip
         others = [] if args.overwrite or unfinished(args.out / CHECKPOINT) else data.other_files(dataset, target, args.export)
         if others:
             fail("generate", "export", f"only images of this export in {target} (or --overwrite, which removes others)", others[0])

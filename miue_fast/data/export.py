@@ -91,11 +91,12 @@ def export_folder(dataset, delta, out, *, eps, image_format="png", allow_lossy=F
     return count
 
 
-def check_folder(dataset, out, *, eps, image_format="png", allow_lossy=False, overwrite=False):
+def check_folder(dataset, out, *, eps, image_format="png", allow_lossy=False, overwrite=False, beside=0):
     """Everything that would stop `export_folder`, before there is a perturbation; the images' paths in `out`, in the data set's order.
 
     The format, the budget, files that somebody else put there, names and sizes that the file system or the format cannot hold, and room
-    on the disk, which a few images with noise are encoded for. Makes `out`. Errors: ValueError, OSError.
+    on the disk, which a few images with noise are encoded for; `beside`: bytes that other files will take of it first. Makes `out`.
+    Errors: ValueError, OSError.
     """
     if image_format not in FORMATS:
         fail("export", "image_format", " or ".join(FORMATS), repr(image_format))
@@ -120,7 +121,7 @@ def check_folder(dataset, out, *, eps, image_format="png", allow_lossy=False, ov
     check_names(out, targets)
     check_sizes(dataset.sizes or [_size(dataset)] * bool(len(dataset)), image_format, options)
     freed = sum(file_bytes((out / name).stat().st_size) for name in {*targets} & {*files.names()} if (out / name).is_file())
-    check_room("export", out, _needed(dataset, eps, options) - freed, f"{len(dataset)} {image_format} images")
+    check_room("export", out, _needed(dataset, eps, options) + beside - freed, f"{len(dataset)} {image_format} images")
     return targets
 
 
