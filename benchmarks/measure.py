@@ -22,6 +22,7 @@ COMPILE_LIMIT = 120  # seconds for one torch.compile
 SAMPLE = 1e-3  # seconds: faster calls are timed several at once
 GPU = "cuda"  # where the stages of device.py put their tensors; tests run them on "cpu"
 LATE = "left out: the time of its stage was over"
+STEPS = ("projected_step", "projected_step_", "conv_input_grad_step_")
 ORACLE_ROWS = 128  # op.truth is B x B x D for some ops; larger batches use the float64 reference, itself checked on so many rows
 
 
@@ -136,6 +137,8 @@ def gate(op, args, want, plain, fn, *, exact):
             continue
         rounding = torch.finfo(ref.dtype if kind.itemsize == 1 else kind).eps  # e4m3 operands give bfloat16
         allowed = 2 * (ref.double() - true.double()).abs().max() + 4 * rounding * true.double().abs().max()
+        if op.name in STEPS:
+            allowed = allowed + 2**-25  # the published step leaves the budget by the rounding of image + step
         error = (got.double() - true.double()).abs().max()
         if not error <= allowed:
             raise WrongResult(f"error {error.item():.2e} where {allowed.item():.2e} is allowed")

@@ -79,13 +79,17 @@ def temperature(op, value):
     return number(op, "temperature", value, "a number from 1e-3 to 10", 1e-3, 10)
 
 
-@torch.compiler.assume_constant_result  # torch.compile guards on both states, and cannot trace the second
 def transformed():
     """Whether a transformation of torch.func other than functionalize, or a level of forward-mode derivatives, is active."""
     if forward_ad._current_level >= 0:
         return True
     top = _functorch.peek_interpreter_stack()
     return top is not None and top.key() != _functorch.TransformType.Functionalize
+
+
+# torch.compile guards on both states, and cannot trace the second. This is torch.compiler.assume_constant_result without its import of
+# sympy, which changes the caller's warnings.
+transformed._dynamo_marked_constant = True
 
 
 def differentiated(tensor):

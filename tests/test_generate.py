@@ -90,7 +90,7 @@ def loop_by_hand(images, labels, epochs, steps, batch, train_batch, seed, alpha_
                 f = model.body((point - 0.5) * 4)
                 _, g = mi_ue_value_and_grad(f.detach(), labels[i], 0.1, zeta, "all", True)
                 d = (d - alpha * torch.autograd.grad(f, point, g)[0].sign()).clamp(-eps, eps)
-                d = (image + d).clamp(0, 1) - image
+                d = ((image + d).clamp(0, 1) - image).clamp(-eps, eps)  # the difference may round to more
             delta[i] = d
     return delta.clamp(-eps, eps)
 

@@ -56,11 +56,17 @@ def differentiable_in_features(name):
 
     torch.library.register_autograd(f"miue_fast::{name}", backward, setup_context=setup, lib=LIB)
     op = getattr(torch.ops.miue_fast, name)
-    transformed = torch.compiler.disable(_transformed(op).apply, reason=f"{name} under torch.func runs in eager mode only")
+
+    made = []  # when it is wanted: torch.compiler.disable loads sympy, which changes the caller's warnings
+
+    def transformed():
+        if not made:
+            made.append(torch.compiler.disable(_transformed(op).apply, reason=f"{name} under torch.func runs in eager mode only"))
+        return made[0]
 
     def scalar(features, *args):
         if _checks.transformed():
-            return transformed(features, *args)[0]
+            return transformed()(features, *args)[0]
         *args, backend = args
         return op(features, *args, features.requires_grad and torch.is_grad_enabled(), backend)[0]
 
