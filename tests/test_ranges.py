@@ -94,12 +94,14 @@ def test_a_norm_beyond_float32_is_right_or_nan(op, impl, device, dtype=torch.flo
     assert impl.backend == "cuda" or not loss.isnan()
 
 
-@pytest.mark.parametrize("op, impl, device, dtype", cases_of("class_covariance"))
+# On a GPU a second sum would cost the kernel registers: the docstring names the range there.
+COVARIANCES = [case for case in cases_of("class_covariance") if case.id.split("-")[1] not in ("triton", "cuda")]
+
+
+@pytest.mark.parametrize("op, impl, device, dtype", COVARIANCES)
 def test_a_covariance_that_fits_is_given(op, impl, device, dtype):
     if dtype == torch.float16:
         pytest.skip("its squares fit into float32")
-    if impl.backend in ("triton", "cuda"):
-        pytest.skip("a second sum costs the kernel registers; the docstring names the range")
     exponent = 510 if dtype == torch.float64 else 62
     gen = torch.Generator().manual_seed(5)
     features = torch.randint(-3, 4, (400, 5), generator=gen).to(dtype).to(device)

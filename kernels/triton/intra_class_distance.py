@@ -15,18 +15,18 @@ LEAST, LARGEST = tl.constexpr(2.0**-126), tl.constexpr(3.4028235e38)  # the smal
 
 
 @triton.jit
-def _rescaled(features, rows, j, known, D, BM: tl.constexpr, BD: tl.constexpr):
-    """||f_i - f_j|| of the rows, times a power of two each while it is squared, so that nothing overflows or underflows."""
-    largest = tl.zeros((BM,), tl.float32)
-    for first in range(0, D, BD):
-        largest = tl.maximum(largest, tl.max(tl.abs(_difference(features, rows, j, known, first, D, BD)), 1))
+def _rescaled(difference):
+    """The norms of the rows, times a power of two each while they are squared, so that nothing overflows or underflows."""
+    scale, back = _powers(tl.max(tl.abs(difference), 1))
+    a = difference * scale[:, None]
+    return tl.sqrt_rn(tl.sum(a * a, 1)) * back
+
+
+@triton.jit
+def _powers(largest):
+    """The power of two that brings these numbers to about 1, and the one that takes them back."""
     field = tl.minimum(tl.maximum((largest.to(tl.int32, bitcast=True) >> 23) & 255, 1), 253)
-    scale = ((254 - field) << 23).to(tl.float32, bitcast=True)
-    squares = tl.zeros((BM, BD), tl.float32)
-    for first in range(0, D, BD):
-        a = _difference(features, rows, j, known, first, D, BD) * scale[:, None]
-        squares += a * a
-    return tl.sqrt_rn(tl.sum(squares, 1)) * (field << 23).to(tl.float32, bitcast=True)
+    return ((254 - field) << 23).to(tl.float32, bitcast=True), (field << 23).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -39,9 +39,11 @@ def _difference(features, rows, j, known, first, D, BD: tl.constexpr):
 @triton.jit
 def _pairs_kernel(
     features, starts, ends, order, sums, addend, grad, B, D, scale, weight,
-    GRAD: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, STAGES: tl.constexpr,
+    GRAD: tl.constexpr, WHOLE: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """BM sorted rows against the members of their classes, one member at a time. Without GRAD: sums = scale * sum_j ||f_i - f_j||.
+    """BM sorted rows against the members of their classes, one member at a time. WHOLE: D <= BD.
+
+    Without GRAD: sums = scale * sum_j ||f_i - f_j||.
 
     With GRAD: columns [BD] of sum_j (1 + own_i / own_j) / d_ij * (f_i - f_j), own = 1 + sums, times `weight` / own_i, added to `addend`
     and written in the caller's row order (weight / own_i / d_ij alone may be too small). A d_ij that is no normal number counts as 0.
@@ -60,7 +62,7 @@ def _pairs_kernel(
     for j in tl.range(tl.min(row_start), tl.max(row_end), num_stages=STAGES):
         other = tl.load(features + j * D + d, mask=d < D, other=0).to(tl.float32)
         difference = mine - other[None, :]
-        if BD >= D:
+        if WHOLE:
             squared = tl.sum(difference * difference, 1)
         else:
             squares = tl.zeros((BM, BD), tl.float32)
@@ -70,9 +72,10 @@ def _pairs_kernel(
             squared = tl.sum(squares, 1)
         distance = tl.sqrt_rn(squared)
         member = (row_start <= j) & (j < row_end)
-        unsure = member & (rows != j) & ~((squared >= SURE) & (squared <= LARGEST))
-        if tl.max(unsure.to(tl.int32)) > 0:
-            distance = tl.where(unsure, _rescaled(features, rows, j, known, D, BM, BD), distance)
+        if WHOLE:  # of wider rows the code for pairs that are next to never there would spill
+            unsure = member & (rows != j) & ~((squared >= SURE) & (squared <= LARGEST))
+            if tl.max(unsure.to(tl.int32)) > 0:
+                distance = tl.where(unsure, _rescaled(difference), distance)
         if GRAD:
             pair = (1 + own / (1 + tl.load(sums + j))) / distance
             pair = tl.where(member & ~(distance < LEAST), pair, 0.0)
@@ -122,10 +125,10 @@ def weighted(features, labels, normalize_dim, want_grad, weight=1.0, addend=(Non
     row_tiles = triton.cdiv(b, tile["BM"])
     with on_device_of(features):
         arguments = features, starts, ends, order, sums, addend[1], grad, b, d, scale, weight * scale / b
-        _pairs_kernel[(row_tiles, 1)](*arguments, GRAD=False, **tile)
+        _pairs_kernel[(row_tiles, 1)](*arguments, GRAD=False, WHOLE=tile["BD"] >= d, **tile)
         _loss_kernel[(1,)](sums, addend[0], loss, b, weight / b, BLOCK=1024, num_warps=8)
         if grad.numel():
-            _pairs_kernel[(row_tiles, triton.cdiv(d, tile["BD"]))](*arguments, GRAD=True, **tile)
+            _pairs_kernel[(row_tiles, triton.cdiv(d, tile["BD"]))](*arguments, GRAD=True, WHOLE=tile["BD"] >= d, **tile)
     return loss, grad
 
 

@@ -35,7 +35,8 @@ def intra_class_distance(features, labels, *, normalize_dim=True, backend="auto"
 
     mean_i log(1 + s * sum_{j: y_j = y_i} ||f_i - f_j||_2), s = 1/D with `normalize_dim`, else 1 (MI-UE, ICLR 2026).
     Differences are taken directly in fp32, inside a class only; a pair at distance 0, or below the smallest normal number (1.2e-38 in
-    float32), has gradient 0. Right for distances of any other size whose sum over a class is a number of the result's dtype.
+    float32), has gradient 0. Right for distances of any other size whose sum over a class is a number of the result's dtype
+    (Triton: with more than 2,048 columns for distances from 1e-18 to 1e19).
 
     Args:
         features: [B, D] float32, float16, bfloat16 (float64 on the CPU), not normalised. Gradients as in `nt_xent`.
