@@ -131,7 +131,8 @@ def test_baselines_agree_with_the_float64_reference(workload, half, monkeypatch)
     chosen = [c for c in measure.candidates(workload, "cpu", args, False) if c.role in ("eager", "strong")]
     assert {c.name for c in chosen if not c.reason} == {"eager", *strong.PATHS[op.name]}
     for candidate in chosen:
-        assert measure.gate(op, args, want, plain, candidate.fn, exact=False) <= 1, candidate.name
+        more = measure.PUBLISHED.get(op.name, 0.0)
+        assert measure.gate(op, args, want, plain, candidate.fn, exact=False, more=more) <= 1, candidate.name
 
 
 def test_the_loss_of_another_package_has_an_oracle_of_its_own(monkeypatch):
