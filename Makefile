@@ -29,7 +29,7 @@ bench: setup
 	$(PY) benchmarks/bench.py --out benchmarks/results/cpu.json
 	$(PY) benchmarks/report.py --readme
 
-# Three minutes on a machine that does nothing else.
+# Eight minutes on a machine that does nothing else.
 busy: setup
 	$(PY) benchmarks/busy.py --out benchmarks/results/busy.json
 

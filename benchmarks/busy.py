@@ -1,6 +1,6 @@
 """The command line beside one busy process per core: wall time against the idle machine, with passive and other waiting.
 
-python benchmarks/busy.py --out benchmarks/results/busy.json     # three minutes at most, on a machine that does nothing else
+python benchmarks/busy.py --out benchmarks/results/busy.json     # eight minutes, on a machine that does nothing else
 
 Each run is `miue-fast generate` on drawn shapes with two threads, as a user starts it; other ways of waiting are asked for in its
 environment. Idle and busy runs take turns. Spinning beside busy processes may take minutes: it is stopped after --limit seconds, and its
@@ -87,7 +87,7 @@ def markdown(record):
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a tiny run: whether it runs")
-    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--limit", type=float, default=60, help="seconds of one run")
     parser.add_argument("--out", type=Path, help="JSON file")
     args = parser.parse_args(argv)
