@@ -15,7 +15,7 @@ $(VENV)/.ready: requirements-dev.txt pyproject.toml setup.py $(wildcard csrc/*.*
 	touch $@
 
 demo: setup
-	$(PY) -m miue_fast.demo
+	$(PY) -m miue_fast demo
 
 # A worker per core up to two; whole files, so that what a file builds is built once.
 test: setup
@@ -26,17 +26,17 @@ lint: setup
 	$(PY) -m ruff format --check .
 
 bench: setup
-	$(PY) benchmarks/bench.py --out benchmarks/results/cpu.json
-	$(PY) benchmarks/report.py --readme
+	$(PY) -m benchmarks.bench --out benchmarks/results/cpu.json
+	$(PY) -m benchmarks.pages.readme --readme
 
 # Eight minutes on a machine that does nothing else.
 busy: setup
-	$(PY) benchmarks/busy.py --out benchmarks/results/busy.json
+	$(PY) -m benchmarks.studies.busy --out benchmarks/results/busy.json
 
 # Heavier checks, run by hand: 100,000 cases per op, 50 kills; sanitizers; numel > 2^31; isolated installs from the package index.
 fuzz: setup
-	MIUE_FUZZ=100000 MIUE_KILLS=50 $(PY) -m pytest -n 2 tests/test_fuzz.py tests/test_resume.py
-	MIUE_HUGE=1 $(PY) -m pytest tests/test_huge.py
+	MIUE_FUZZ=100000 MIUE_KILLS=50 $(PY) -m pytest -n 2 tests/ops/test_fuzz.py tests/generation/test_resume.py
+	MIUE_HUGE=1 $(PY) -m pytest tests/ops/test_huge.py
 
 asan: setup
 	bash tests/asan.sh

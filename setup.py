@@ -1,7 +1,7 @@
 """Package map and the two extension modules. Metadata and tool settings are in pyproject.toml.
 
-MIUE_BUILD=auto (default) builds what this machine can; cpu, cuda and none ask for exactly that and fail if it is impossible.
-"""
+MIUE_BUILD=auto (default) builds what this machine can; cpu, cuda and none ask for exactly that and
+fail if it is impossible."""
 
 import os
 import shutil
@@ -34,7 +34,14 @@ def extensions():
     for m in modules:
         kernels = sorted(str(p) for p in Path("csrc", m).iterdir() if p.suffix in (".cpp", ".cu"))
         headers = [str(p) for p in Path("csrc").rglob("*.*")]
-        found.append(Extension(f"miue_fast._{m}", [f"csrc/bindings_{m}.cpp", *kernels], depends=headers, optional=WANT == "auto"))
+        found.append(
+            Extension(
+                f"miue_fast._{m}",
+                [f"csrc/bindings_{m}.cpp", *kernels],
+                depends=headers,
+                optional=WANT == "auto",
+            )
+        )
     return found
 
 
@@ -49,10 +56,17 @@ class NinjaBuild(build_ext):
         folder = (ROOT / self.build_temp / ext.name).resolve()
         folder.mkdir(parents=True, exist_ok=True)
         output = Path(self.get_ext_fullpath(ext.name)).resolve()
-        flags = "-O3 -ffp-contract=off -fno-math-errno -fPIC -fvisibility=hidden" + ("" if cuda else " -fopenmp")
+        flags = "-O3 -ffp-contract=off -fno-math-errno -fPIC -fvisibility=hidden" + (
+            "" if cuda else " -fopenmp"
+        )
         gencode = " ".join(f"-gencode=arch=compute_{g}" for g in GENCODE)
-        include = f"-I{ROOT / 'csrc'} -I{pybind11.get_include()} -I{sysconfig.get_paths()['include']}"
-        nvcc_flags = "-std=c++17 -O3 -fmad=false --threads 2 -cudart static -Xcompiler -fPIC,-fvisibility=hidden"
+        include = (
+            f"-I{ROOT / 'csrc'} -I{pybind11.get_include()} -I{sysconfig.get_paths()['include']}"
+        )
+        nvcc_flags = (
+            "-std=c++17 -O3 -fmad=false --threads 2 -cudart static -Xcompiler "
+            "-fPIC,-fvisibility=hidden"
+        )
         define = f"-DMIUE_BUILD_FLAGS='\"{flags}{' ' + gencode if cuda else ''}\"'"
         text = f"""
 rule cxx
@@ -62,12 +76,16 @@ rule nvcc
   command = {NVCC} {nvcc_flags} {gencode} -I{ROOT / "csrc"} -MMD -MF $out.d -c $in -o $out
   depfile = $out.d
 rule link
-  command = {NVCC + " -cudart static -Xcompiler" if cuda else CXX} {"-fPIC" if cuda else "-fopenmp"} -shared $in -o $out
+  command = {NVCC + " -cudart static -Xcompiler" if cuda else CXX} \
+{"-fPIC" if cuda else "-fopenmp"} -shared $in -o $out
 """
         objects = []
         for source in ext.sources:
             objects.append(f"{folder / source.replace('/', '_')}.o")
-            text += f"build {objects[-1]}: {'nvcc' if source.endswith('.cu') else 'cxx'} {ROOT.resolve() / source}\n"
+            text += (
+                f"build {objects[-1]}: "
+                f"{'nvcc' if source.endswith('.cu') else 'cxx'} {ROOT.resolve() / source}\n"
+            )
         text += f"build {output}: link {' '.join(objects)}\n"
         (folder / "build.ninja").write_text(text)
         output.parent.mkdir(parents=True, exist_ok=True)
@@ -75,7 +93,9 @@ rule link
         if result.returncode:
             from setuptools.errors import CompileError
 
-            raise CompileError(f"{ext.name}: ninja failed in {folder}; the compiler's message is above")
+            raise CompileError(
+                f"{ext.name}: ninja failed in {folder}; the compiler's message is above"
+            )
 
 
 setup(ext_modules=extensions(), cmdclass={"build_ext": NinjaBuild})

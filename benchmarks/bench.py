@@ -1,7 +1,8 @@
-"""Times every op of the registry on the CPU beside the published path and the best of plain PyTorch: `make bench`.
+"""Times every op of the registry on the CPU beside the published path and the best of plain
+PyTorch: `make bench`.
 
-Each implementation is checked against float64 first; a wrong one is not timed. A run of all ops writes results/cpu.json.
-"""
+Each implementation is checked against float64 first; a wrong one is not timed. A run of all ops
+writes results/cpu.json."""
 
 import argparse
 import functools
@@ -11,30 +12,39 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import machine
-import measure
-import pgd_step
-import report
 import torch
-import workloads
 
-from miue_fast._registry import OPS
+from benchmarks.harness import machine, measure, pgd_step, tables, workloads
+from miue_fast.dispatch.registry import OPS
 
 RESULTS = Path(__file__).parent / "results"
 METHOD = {
-    "time": "implementations interleaved in one process on the same random data, each sample after an untimed call of the same "
-    "implementation (none for calls of seconds); median, 10th and 90th percentile; times_ours, and so every ratio: the median over the "
-    "rounds of one sample over the other",
-    "extra_bytes": "growth of the peak resident memory (VmHWM, reset before) over one call in a fresh process after a tiny first call; "
-    "the results count, the inputs do not",
-    "overhead": "public call less `Impl.fn` of the implementation it chooses, on tiny inputs, in alternating blocks of calls",
-    "error_of_allowed": "largest error against float64 as a fraction of: twice the reference's error plus four roundings",
+    "time": (
+        "implementations interleaved in one process on the same random data, "
+        "each sample after an untimed call of the same implementation (none for calls of seconds); "
+        "median, 10th and 90th percentile; times_ours, and so every ratio: "
+        "the median over the rounds of one sample over the other"
+    ),
+    "extra_bytes": (
+        "growth of the peak resident memory (VmHWM, reset before) over one call in a fresh process "
+        "after a tiny first call; the results count, the inputs do not"
+    ),
+    "overhead": (
+        "public call less `Impl.fn` of the implementation it chooses, on tiny inputs, "
+        "in alternating blocks of calls"
+    ),
+    "error_of_allowed": (
+        "largest error against float64 as a fraction of: "
+        "twice the reference's error plus four roundings"
+    ),
 }
 
 
 @dataclass(frozen=True)
 class Target:
-    """`speed`: times faster than `against`; `memory`: bytes; `smaller`: times less memory than `against`; `overhead`: seconds."""
+    """`speed`: times faster than `against`; `memory`: bytes; `smaller`: times less memory than
+    `against`; `overhead`: seconds.
+    """
 
     kind: str
     workload: str
@@ -42,7 +52,14 @@ class Target:
     against: str | None = None
 
 
-MAIN = ("nt_xent", "intra_class_distance", "mi_ue_value_and_grad", "projected_step", "projected_step_", "perturbed_input")
+MAIN = (
+    "nt_xent",
+    "intra_class_distance",
+    "mi_ue_value_and_grad",
+    "projected_step",
+    "projected_step_",
+    "perturbed_input",
+)
 TARGETS = (
     Target("speed", "nt_xent B=512 D=512", 300, "eager"),
     Target("speed", "nt_xent B=512 D=512", 1.3, "strong"),
@@ -64,20 +81,32 @@ def judged(rows, overhead):
     """Every target with what was measured and whether it is met (None: nothing was measured)."""
     for target in TARGETS:
         if target.kind == "overhead":
-            counted = [o for o in overhead if target.workload.startswith("every") or o["op"] in MAIN]
-            measured = max((o["overhead_s"] for o in counted if o["overhead_s"] is not None), default=None)
+            counted = [
+                o for o in overhead if target.workload.startswith("every") or o["op"] in MAIN
+            ]
+            measured = max(
+                (o["overhead_s"] for o in counted if o["overhead_s"] is not None), default=None
+            )
         else:
             mine = [r for r in rows if r["workload"] == target.workload]
-            ours, other = report.fastest(mine, "ours"), report.fastest(mine, target.against)
+            ours, other = tables.fastest(mine, "ours"), tables.fastest(mine, target.against)
             if target.kind == "memory":
                 measured = ours and ours["extra_bytes"]
             elif target.kind == "smaller":
                 measured = (
-                    other["extra_bytes"] / ours["extra_bytes"] if ours and other and ours["extra_bytes"] and other["extra_bytes"] else None
+                    other["extra_bytes"] / ours["extra_bytes"]
+                    if ours and other and ours["extra_bytes"] and other["extra_bytes"]
+                    else None
                 )
             else:
-                measured = report.times(other, ours) if ours and other else None
-        met = None if measured is None else measured >= target.needed if target.kind in ("speed", "smaller") else measured < target.needed
+                measured = tables.times(other, ours) if ours and other else None
+        met = (
+            None
+            if measured is None
+            else measured >= target.needed
+            if target.kind in ("speed", "smaller")
+            else measured < target.needed
+        )
         yield {**vars(target), "measured": measured, "met": met}
 
 
@@ -85,21 +114,38 @@ def overhead(op, *, quick):
     """Median extra time of the public call, from alternating blocks."""
     args = workloads.tiny(op.name)
     chosen = next(i for i in op.impls if op.why_not(i, "cpu", op.dtype_of(*args)) is None)
-    row = {"op": op.name, "implementation": chosen.backend, "reason": None, "public_s": None, "kernel_s": None,
-           "overhead_s": None, "p10_s": None, "p90_s": None}  # fmt: skip
+    row = {
+        "op": op.name,
+        "implementation": chosen.backend,
+        "reason": None,
+        "public_s": None,
+        "kernel_s": None,
+        "overhead_s": None,
+        "p10_s": None,
+        "p90_s": None,
+    }
     if chosen is op.reference:
         return row | {"reason": "served by the reference: no kernel here"}
     public, kernel = (functools.partial(fn, *args) for fn in (workloads.PUBLIC[op.name], chosen.fn))
     blocks, calls = (20, 20) if quick else (300, 200)
-    pairs = [(measure.cpu_clock(public, calls), measure.cpu_clock(kernel, calls)) for _ in range(blocks)]
+    pairs = [
+        (measure.cpu_clock(public, calls), measure.cpu_clock(kernel, calls)) for _ in range(blocks)
+    ]
     difference = measure.spread([a - b for a, b in pairs])
     middle = [measure.spread(side)["median_s"] for side in zip(*pairs)]
-    return row | {"public_s": middle[0], "kernel_s": middle[1], "overhead_s": difference["median_s"],
-                  "p10_s": difference["p10_s"], "p90_s": difference["p90_s"]}  # fmt: skip
+    return row | {
+        "public_s": middle[0],
+        "kernel_s": middle[1],
+        "overhead_s": difference["median_s"],
+        "p10_s": difference["p10_s"],
+        "p90_s": difference["p90_s"],
+    }
 
 
 def add_memory(rows, options):
-    """Extra memory of every timed row, each in its own process with malloc returning freed blocks at once."""
+    """Extra memory of every timed row, each in its own process with malloc returning freed blocks
+    at once.
+    """
     for row in rows:
         large = row["workload"] == pgd_step.names(pgd_step.LARGE)[0]
         if row["workload"].startswith("PGD"):
@@ -114,11 +160,29 @@ def add_memory(rows, options):
         elif "compiled" in row["implementation"]:
             row["extra_bytes_reason"] = "the compiler's own memory would be counted"
         else:
-            command = [sys.executable, __file__, "--memory", row["workload"], row["implementation"], "--threads", str(options.threads)]
+            command = [
+                sys.executable,
+                "-m",
+                "benchmarks.bench",
+                "--memory",
+                row["workload"],
+                row["implementation"],
+                "--threads",
+                str(options.threads),
+            ]
             limits = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-            done = subprocess.run([*command, *["--quick"] * options.quick], env=os.environ | limits, capture_output=True, text=True)
+            done = subprocess.run(
+                [*command, *["--quick"] * options.quick],
+                cwd=tables.ROOT,
+                env=os.environ | limits,
+                capture_output=True,
+                text=True,
+            )
             if done.returncode:
-                row["extra_bytes_reason"] = f"failed: {(done.stderr.strip().splitlines() or [f'exit code {done.returncode}'])[-1]}"
+                row["extra_bytes_reason"] = (
+                    "failed: "
+                    f"{(done.stderr.strip().splitlines() or [f'exit code {done.returncode}'])[-1]}"
+                )
             else:
                 taken, *once = done.stdout.split()
                 row["extra_bytes"] = int(taken)
@@ -127,20 +191,45 @@ def add_memory(rows, options):
 
 
 def parse(argv):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="tiny sizes, no torch.compile, seconds: shows that it runs, not how fast")
-    parser.add_argument("--ops", nargs="+", choices=sorted(OPS), default=sorted(OPS), metavar="OP", help="only these ops")
-    parser.add_argument("--out", type=Path, help="the JSON file (default: results/cpu.json for a full run, else none)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="tiny sizes, no torch.compile, seconds: shows that it runs, not how fast",
+    )
+    parser.add_argument(
+        "--ops",
+        nargs="+",
+        choices=sorted(OPS),
+        default=sorted(OPS),
+        metavar="OP",
+        help="only these ops",
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        help="the JSON file (default: results/cpu.json for a full run, else none)",
+    )
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--no-step", action="store_true", help="leave out the PGD step of ResNet-18 (some minutes)")
-    parser.add_argument("--memory", nargs=2, metavar=("WORKLOAD", "IMPLEMENTATION"), help="print the extra bytes of one call and stop")
+    parser.add_argument(
+        "--no-step", action="store_true", help="leave out the PGD step of ResNet-18 (some minutes)"
+    )
+    parser.add_argument(
+        "--memory",
+        nargs=2,
+        metavar=("WORKLOAD", "IMPLEMENTATION"),
+        help="print the extra bytes of one call and stop",
+    )
     return parser.parse_args(argv)
 
 
 def main(argv=None):
     options = parse(argv)
     torch.set_num_threads(options.threads)
-    # Inductor's pool of compiler processes starts with the first workload and works beside its timing.
+    # Inductor's pool of compiler processes starts with the first workload and works beside its
+    # timing.
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
     some = set(options.ops) != set(OPS)
     chosen = [w for w in workloads.cpu(options.quick) if w.op in options.ops]
@@ -149,13 +238,23 @@ def main(argv=None):
         if name.startswith("network"):
             print(*pgd_step.memory(implementation, int(name.split("=")[1])))
         else:
-            print(measure.cpu_extra_bytes(next(w for w in chosen if w.name == name), implementation))
+            print(
+                measure.cpu_extra_bytes(next(w for w in chosen if w.name == name), implementation)
+            )
         return 0
-    record = {"format": report.FORMAT, "kind": "cpu", "quick": options.quick, "environment": machine.environment(), "method": METHOD}
+    record = {
+        "format": tables.FORMAT,
+        "kind": "cpu",
+        "quick": options.quick,
+        "environment": machine.environment(),
+        "method": METHOD,
+    }
     rows = []
     for workload in chosen:
         print(f"{workload.name} ...", file=sys.stderr, flush=True)
-        rows += measure.run(workload, "cpu", quick=options.quick, budget=0.05 if options.quick else 3.0)
+        rows += measure.run(
+            workload, "cpu", quick=options.quick, budget=0.05 if options.quick else 3.0
+        )
     step = {"rows": []}
     if not options.no_step and not some:
         step = pgd_step.run(quick=options.quick, budget=0.05 if options.quick else 20.0)
@@ -170,11 +269,15 @@ def main(argv=None):
         "targets": [] if options.quick else list(judged(rows + step["rows"], extra)),
     }
     if some:
-        record["targets"] = [target for target in record["targets"] if target["workload"] in {workload.name for workload in chosen}]
+        record["targets"] = [
+            target
+            for target in record["targets"]
+            if target["workload"] in {workload.name for workload in chosen}
+        ]
     out = options.out or (RESULTS / "cpu.json" if not some and not options.quick else None)
     if out:
-        report.save(record, out)
-    print(report.markdown(record))
+        tables.save(record, out)
+    print(tables.markdown(record))
     for row in measure.broken(rows + step["rows"]):
         print(f"{row['workload']}: {row['implementation']}: {row['reason']}", file=sys.stderr)
     return 1 if measure.broken(rows + step["rows"]) else 0

@@ -1,19 +1,14 @@
-"""MI-UE unlearnable examples, fast: fused ops in four backends and resumable generation. See README.md."""
+"""MI-UE unlearnable examples, fast: fused ops in four backends and resumable generation. See
+README.md.
+"""
 
-from importlib.metadata import PackageNotFoundError, version
-
-from . import _waiting  # noqa: F401  (before torch)
-
-try:
-    __version__ = version("miue_fast")
-except PackageNotFoundError:
-    raise ImportError("miue_fast is imported from a checkout that is not installed: run `pip install -e .` in it") from None
-
-from . import analyse
-from ._registry import BackendError
-from .evaluate import evaluate
+from . import _waiting  # noqa: F401, I001  (before torch)
+from . import analysis
+from .dispatch.registry import BackendError
+from .evaluation import evaluate
 from .frozen import freeze
-from .generate import generate, perturb
+from .generation import generate, perturb
+from .support.version import __version__
 from .ops import (
     class_covariance,
     intra_class_distance,
@@ -28,7 +23,7 @@ from .ops import (
 __all__ = [
     "BackendError",
     "__version__",
-    "analyse",
+    "analysis",
     "class_covariance",
     "evaluate",
     "freeze",

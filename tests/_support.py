@@ -7,19 +7,27 @@ import pytest
 import torch
 
 import miue_fast  # registers the ops
-from miue_fast._registry import OPS
+from miue_fast.dispatch.registry import OPS
 
 assert miue_fast
 DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
 LOSSES = ("nt_xent", "intra_class_distance", "mi_ue_value_and_grad")
-POINTWISE = ("projected_step", "projected_step_", "perturbed_input", "conv_epilogue_", "conv_grad_epilogue_")
+POINTWISE = (
+    "projected_step",
+    "projected_step_",
+    "perturbed_input",
+    "conv_epilogue_",
+    "conv_grad_epilogue_",
+)
 CONVOLUTIONS = ("conv_forward", "conv_input_grad", "conv_input_grad_step_")
 STATISTICS = ("class_covariance",)
 BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def impls_of(op):
-    """(impl, device) for every implementation that runs here; a skip with the registry's reason for every other one."""
+    """(impl, device) for every implementation that runs here; a skip with the registry's reason for
+    every other one.
+    """
     for impl in op.impls:
         if reason := impl.missing():
             yield pytest.param(impl, None, marks=pytest.mark.skip(reason=reason), id=impl.backend)
@@ -43,19 +51,30 @@ def cases_of(*names, dtypes=True):
 
 
 def available(op, device="cpu", dtype=None):
-    return [i for i in op.impls if device in i.devices and i.missing() is None and (dtype is None or dtype in i.dtypes)]
+    return [
+        i
+        for i in op.impls
+        if device in i.devices and i.missing() is None and (dtype is None or dtype in i.dtypes)
+    ]
 
 
 def clone(args):
-    return tuple(a.clone(memory_format=torch.preserve_format) if isinstance(a, torch.Tensor) else a for a in args)
+    return tuple(
+        a.clone(memory_format=torch.preserve_format) if isinstance(a, torch.Tensor) else a
+        for a in args
+    )
 
 
 def in_double(args):
-    return tuple(a.double() if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in args)
+    return tuple(
+        a.double() if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in args
+    )
 
 
 def run(op, fn, args):
-    """Every output of a call on copies of the arguments: what it returned, then what it wrote in place."""
+    """Every output of a call on copies of the arguments: what it returned, then what it wrote in
+    place.
+    """
     args = clone(args)
     out = fn(*args)
     returned = () if out is None else out if isinstance(out, tuple) else (out,)
@@ -76,7 +95,10 @@ def same_bits(a, b):
 def assert_same_bits(got, plain):
     assert len(got) == len(plain)
     for k, (g, p) in enumerate(zip(got, plain)):
-        assert same_bits(g, p), f"output {k}: {g.dtype} {list(g.shape)} differs from {p.dtype} {list(p.shape)}: {_first(g, p)}"
+        assert same_bits(g, p), (
+            f"output {k}: {g.dtype} {list(g.shape)} differs from "
+            f"{p.dtype} {list(p.shape)}: {_first(g, p)}"
+        )
 
 
 def _first(a, b):
@@ -84,19 +106,25 @@ def _first(a, b):
         return "dtype or shape"
     where = torch.nonzero(~((a == b) & (a.signbit() == b.signbit()) | (a != a) & (b != b)))
     at = tuple(where[0])
-    return f"{len(where)} values, first {a[at].item()!r} for {b[at].item()!r} at {where[0].tolist()}"
+    return (
+        f"{len(where)} values, first {a[at].item()!r} for {b[at].item()!r} at {where[0].tolist()}"
+    )
 
 
 def assert_close(got, plain, truth, moved=0.0, weight=1.0):
-    """|got - truth| <= 2 |plain - truth| + 4 roundings of the result (+ `moved`), in the maximum norm; NaN and Inf where plain has them.
+    """|got - truth| <= 2 |plain - truth| + 4 roundings of the result (+ `moved`), in the maximum
+    norm; NaN and Inf where plain has them.
 
-    `weight` multiplies all of them first: with the row norms, small rows count as much as large ones.
+    `weight` multiplies all of them first: with the row norms, small rows count as much as large
+        ones.
     """
     assert (got.dtype, got.shape) == (plain.dtype, plain.shape)
     clear = sure(truth, plain.dtype)
     finite = plain.isfinite() & clear
     special = ~plain.isfinite() & clear
-    assert same_bits(torch.where(special, got, 0), torch.where(special, plain, 0)), "a number where the reference has NaN or Inf"
+    assert same_bits(torch.where(special, got, 0), torch.where(special, plain, 0)), (
+        "a number where the reference has NaN or Inf"
+    )
     assert got[finite].isfinite().all(), "NaN or Inf where the reference has a number"
     if not finite.any():
         return
@@ -107,7 +135,9 @@ def assert_close(got, plain, truth, moved=0.0, weight=1.0):
     rounding = limits.eps * truth.abs().max() + limits.eps * limits.smallest_normal * weight.max()
     allowed = 2 * (plain - truth).abs().max() + 4 * rounding + moved
     error = (got - truth).abs().max()
-    assert error <= allowed, f"error {error:.3e}, allowed {allowed:.3e}, largest {truth.abs().max():.3e}"
+    assert error <= allowed, (
+        f"error {error:.3e}, allowed {allowed:.3e}, largest {truth.abs().max():.3e}"
+    )
 
 
 def row_norms(features):
@@ -115,50 +145,70 @@ def row_norms(features):
 
 
 def oracle(op, args):
-    """Loss and gradient in float64. Where the definition has no gradient (one class, "negatives") the closed form stands in."""
+    """Loss and gradient in float64. Where the definition has no gradient (one class, "negatives")
+    the closed form stands in.
+    """
     exact = in_double(args)
     loss, grad = op.truth(*exact)
     return (loss, grad) if loss.isfinite() else op.reference.fn(*exact)
 
 
 def conditioning(args, weights=0.0):
-    """What four roundings of every cosine do to nt_xent and its gradient: (loss, grad, grad weighted by the row norms).
+    """What four roundings of every cosine do to nt_xent and its gradient: (loss, grad, grad
+    weighted by the row norms).
 
-    To first order: with A = d loss / d logits, the loss moves by sum |A| / t, and row i of the gradient with respect to the unit
-    rows, a sum over A_ij + A_ji, by (1 + 1/t) of its absolute terms. The distance term takes direct differences: no allowance.
-    weights: a relative rounding of each A_ij + A_ji, where an implementation stores them. Such a one also takes a cosine as one sum of
+    To first order: with A = d loss / d logits, the loss moves by sum |A| / t, and row i of the
+        gradient with respect to the unit
+    rows, a sum over A_ij + A_ji, by (1 + 1/t) of its absolute terms. The distance term takes direct
+    differences: no allowance.
+    weights: a relative rounding of each A_ij + A_ji, where an implementation stores them. Such a
+        one also takes a cosine as one sum of
     tensor cores, which truncate it after every eight products or later.
     """
     features, labels, temperature = args[:3]
     denominator, norms = next(a for a in args if isinstance(a, str)), row_norms(features)
-    rounding = 4 * torch.finfo(torch.float64 if features.dtype == torch.float64 else torch.float32).eps
+    rounding = (
+        4 * torch.finfo(torch.float64 if features.dtype == torch.float64 else torch.float32).eps
+    )
     rounding += -(-features.shape[1] // 8) * 2**-24 if weights else 0
     z = features.double() / norms
     logits, same = (z @ z.T / temperature).requires_grad_(), labels[:, None] == labels[None, :]
     pool = logits if denominator == "all" else logits.masked_fill(same, -torch.inf)
-    terms = [-logits.masked_fill(~same, -torch.inf).logsumexp(1)] + [pool.logsumexp(1)] * bool(pool.isfinite().any())
+    terms = [-logits.masked_fill(~same, -torch.inf).logsumexp(1)] + [pool.logsumexp(1)] * bool(
+        pool.isfinite().any()
+    )
     a = torch.autograd.grad(sum(terms).mean(), logits)[0].abs()
     # "negatives" subtracts two logarithms; "all" is log1p(N / P), which does not cancel.
     size = max(term.abs().max() for term in terms) if denominator == "negatives" else 0.0
-    change = (rounding * (1 + 1 / temperature) + weights) / temperature * (a.sum(1) + a.sum(0))[:, None]
+    change = (
+        (rounding * (1 + 1 / temperature) + weights) / temperature * (a.sum(1) + a.sum(0))[:, None]
+    )
     return rounding * (size + a.sum() / temperature), (change / norms).max(), change.max()
 
 
 def sure(truth, dtype):
-    """Where it is clear whether the true value fits into dtype: further than four roundings from its limit."""
+    """Where it is clear whether the true value fits into dtype: further than four roundings from
+    its limit.
+    """
     limits = torch.finfo(dtype)
     return ~((truth.abs().double() / limits.max - 1).abs() <= 4 * limits.eps)
 
 
 def check_losses(op, args, impls, weights=0.0):
-    """Every implementation against the float64 oracle; returns (plain, truth). weights: see `conditioning`."""
+    """Every implementation against the float64 oracle; returns (plain, truth). weights: see
+    `conditioning`.
+    """
     truth, plain = oracle(op, args), op.reference.fn(*args)
     for p, t in zip(plain, truth):
         fits = t.abs() <= torch.finfo(p.dtype).max
         assert torch.equal(p.isfinite() | ~sure(t, p.dtype), fits | ~sure(t, p.dtype)), (
             "the reference has NaN or Inf where the oracle has a number"
         )
-    moved = conditioning(args, weights) if impls and op.name != "intra_class_distance" and len(args[0]) else (0.0, 0.0, 0.0)
+    moved = (
+        conditioning(args, weights)
+        if impls and op.name != "intra_class_distance" and len(args[0])
+        else (0.0, 0.0, 0.0)
+    )
     for impl in impls:
         got = run(op, impl.fn, args)
         assert_close(got[0], plain[0], truth[0], moved[0])
@@ -169,31 +219,55 @@ def check_losses(op, args, impls, weights=0.0):
 
 
 def large_losses(device, dtype, big=False):
-    """Arguments of nt_xent for its kernels of large batches: several spans of several tiles, every width of a tile, rows that no vector
-    reads, weights of every size. big: more rows than any other kernel takes (a GPU's number of multiprocessors decides the spans).
-    """
+    """Arguments of nt_xent for its kernels of large batches: several spans of several tiles, every
+    width of a tile, rows that no vector reads, weights of every size. big: more rows than any other
+    kernel takes (a GPU's number of multiprocessors decides the spans)."""
     gen = torch.Generator().manual_seed(4)
 
     def case(features, labels, temperature=0.1, denominator="all"):
         return features.to(dtype).to(device), labels.to(device), temperature, denominator, True
 
     for batch, width, temperature, denominator in [
-        (200, 128, 0.1, "all"), (200, 100, 0.5, "negatives"), (300, 3, 0.1, "all"), (70, 200, 0.1, "negatives"), (140, 512, 0.1, "all"),
-        (130, 500, 0.02, "negatives"), *((2300, width, 0.1, way) for width in (512, 200, 100) for way in ("all", "negatives") if big),
-    ]:  # fmt: skip
-        yield case(torch.randn(batch, width, generator=gen), torch.arange(batch) % 7, temperature, denominator)
+        (200, 128, 0.1, "all"),
+        (200, 100, 0.5, "negatives"),
+        (300, 3, 0.1, "all"),
+        (70, 200, 0.1, "negatives"),
+        (140, 512, 0.1, "all"),
+        (130, 500, 0.02, "negatives"),
+        *(
+            (2300, width, 0.1, way)
+            for width in (512, 200, 100)
+            for way in ("all", "negatives")
+            if big
+        ),
+    ]:
+        yield case(
+            torch.randn(batch, width, generator=gen),
+            torch.arange(batch) % 7,
+            temperature,
+            denominator,
+        )
     features = torch.randn(130, 500, generator=gen)
     whole, labels, *rest = case(features, torch.arange(130) % 3)
     yield whole[::2, 1:], labels[:65], *rest
     yield case(features * torch.logspace(-3, 3, 130)[:, None], torch.arange(130) // 2)
-    centres, apart = torch.randn(3, 128, generator=gen), torch.randn(1, 20, generator=gen) * (-1.0) ** torch.arange(10)[:, None]
-    yield case(centres[torch.arange(130) % 3], torch.arange(130) % 3)  # nothing left to learn: tiny weights
+    centres, apart = (
+        torch.randn(3, 128, generator=gen),
+        torch.randn(1, 20, generator=gen) * (-1.0) ** torch.arange(10)[:, None],
+    )
+    yield case(
+        centres[torch.arange(130) % 3], torch.arange(130) % 3
+    )  # nothing left to learn: tiny weights
     apart = apart + 0.1 * torch.randn(10, 20, generator=gen)
-    yield case(apart, torch.arange(10) % 2, 1e-3, "negatives")  # the weight of a column that is not there overflows
+    yield case(
+        apart, torch.arange(10) % 2, 1e-3, "negatives"
+    )  # the weight of a column that is not there overflows
 
 
 def check_convolutions(op, args, impls):
-    """Every implementation against the reference in float64; the mask must be that of the call's own values."""
+    """Every implementation against the reference in float64; the mask must be that of the call's
+    own values.
+    """
     if op.name == "conv_input_grad_step_":
         return check_convolution_step(op, args, impls)
     truth, plain = run(op, op.truth, in_double(args)), run(op, op.reference.fn, args)
@@ -209,35 +283,58 @@ def check_convolutions(op, args, impls):
 
 
 def check_convolution_step(op, args, impls):
-    """Where the gradient exceeds its tolerance the step must go its way; elsewhere it may go any of the three."""
+    """Where the gradient exceeds its tolerance the step must go its way; elsewhere it may go any of
+    the three.
+    """
     delta, index, grad, weight, images, flip, *conv, alpha, eps, nonfinite = args
     gradient, size = OPS["conv_input_grad"], [len(grad), *images.shape[1:]]
-    true, plain = (gradient.reference.fn(g, w, None, None, size, *conv).double() for g, w in (in_double((grad, weight)), (grad, weight)))
-    allowed = 2 * (plain - true).abs().max() + 4 * torch.finfo(grad.dtype).eps * true.abs().max() if true.numel() else 0.0
+    true, plain = (
+        gradient.reference.fn(g, w, None, None, size, *conv).double()
+        for g, w in (in_double((grad, weight)), (grad, weight))
+    )
+    allowed = (
+        2 * (plain - true).abs().max() + 4 * torch.finfo(grad.dtype).eps * true.abs().max()
+        if true.numel()
+        else 0.0
+    )
     sure = true.abs() > allowed
     step = OPS["projected_step_"]
 
     def moved(slope):
-        return run(step, step.reference.fn, (delta, index, slope.float(), images, flip, alpha, eps, nonfinite))
+        return run(
+            step,
+            step.reference.fn,
+            (delta, index, slope.float(), images, flip, alpha, eps, nonfinite),
+        )
 
-    wanted, ways = moved(torch.where(sure, true.sign(), torch.nan))[0], [moved(torch.full_like(true, sign))[0] for sign in (-1, 0, 1)]
+    wanted, ways = (
+        moved(torch.where(sure, true.sign(), torch.nan))[0],
+        [moved(torch.full_like(true, sign))[0] for sign in (-1, 0, 1)],
+    )
     decided = torch.ones_like(delta, dtype=torch.bool)
     decided[slice(None) if index is None else index] = sure
     for impl in impls:
         got = run(op, impl.fn, args)
         assert_same_bits([torch.where(decided, got[0], 0)], [torch.where(decided, wanted, 0)])
-        assert torch.stack([got[0] == way for way in ways]).any(0).all(), "a value that no step leads to"
-        assert_same_bits(got[1:], [] if nonfinite is None else [nonfinite + (~plain.isfinite()).sum()])
+        assert torch.stack([got[0] == way for way in ways]).any(0).all(), (
+            "a value that no step leads to"
+        )
+        assert_same_bits(
+            got[1:], [] if nonfinite is None else [nonfinite + (~plain.isfinite()).sum()]
+        )
 
 
 def check_statistics(op, args, impls):
     """Counts and symmetry to the bit; means and covariances against the reference in float64.
 
-    A sum of n terms in float64, the oracle's too, is off by n roundings: of the means that error, of the covariances its square.
-    """
+    A sum of n terms in float64, the oracle's too, is off by n roundings: of the means that error,
+    of the covariances its square."""
     truth, plain = op.truth(*in_double(args)), op.reference.fn(*args)
     rounding = len(args[0]) * torch.finfo(torch.float64).eps
-    moved = [rounding * x.double().abs().nan_to_num(0, 0, 0).max() if x.numel() else 0.0 for x in (args[0], truth[2])]
+    moved = [
+        rounding * x.double().abs().nan_to_num(0, 0, 0).max() if x.numel() else 0.0
+        for x in (args[0], truth[2])
+    ]
     for impl in impls:
         got = run(op, impl.fn, args)
         assert_same_bits([got[0], got[2]], [plain[0], got[2].mT])
@@ -247,11 +344,19 @@ def check_statistics(op, args, impls):
 
 def checker(op):
     """The check of an op that is not pointwise: (op, args, impls)."""
-    return check_convolutions if op.name in CONVOLUTIONS else check_statistics if op.name in STATISTICS else check_losses
+    return (
+        check_convolutions
+        if op.name in CONVOLUTIONS
+        else check_statistics
+        if op.name in STATISTICS
+        else check_losses
+    )
 
 
 def check_shrinks(op, args, plain, truth):
-    """The reference is the formula: in float64 its error is the oracle's own rounding, not a share of its float32 error."""
+    """The reference is the formula: in float64 its error is the oracle's own rounding, not a share
+    of its float32 error.
+    """
     got = op.reference.fn(*in_double(args))
     ratio = (torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps) ** 0.5
     features, temperature = args[0], args[2] if isinstance(args[2], float) else 1.0
@@ -260,16 +365,26 @@ def check_shrinks(op, args, plain, truth):
         g, p, t = (torch.where(p.isfinite(), x.double(), 0) * weight for x in (g, p, t))
         if not g.numel():
             continue
-        size = t.abs().max() + temperature**-2  # the oracle's logits are of size 1/t, its gradient's terms of size 1/t^2
-        allowed = ratio * (p - t).abs().max() + 16 * torch.finfo(torch.float64).eps * size * max(1, features.shape[0])
+        size = (
+            t.abs().max() + temperature**-2
+        )  # the oracle's logits are of size 1/t, its gradient's terms of size 1/t^2
+        allowed = ratio * (p - t).abs().max() + 16 * torch.finfo(torch.float64).eps * size * max(
+            1, features.shape[0]
+        )
         assert (g - t).abs().max() <= allowed, (
-            f"output {k}: {(g - t).abs().max():.3e}, allowed {allowed:.3e}: the reference is not the formula"
+            f"output {k}: {(g - t).abs().max():.3e}, allowed {allowed:.3e}: "
+            "the reference is not the formula"
         )
 
 
 def values(tensor):
     """numpy values in the arithmetic of the pointwise ops: float64 for float64, else float32."""
-    return tensor.detach().cpu().to(torch.float64 if tensor.dtype == torch.float64 else torch.float32).numpy()
+    return (
+        tensor.detach()
+        .cpu()
+        .to(torch.float64 if tensor.dtype == torch.float64 else torch.float32)
+        .numpy()
+    )
 
 
 def step_by_numpy(delta, grad, image, alpha, eps):
@@ -293,7 +408,11 @@ def delta_by_numpy(delta, row, eps):
 
 
 def projected_step_by_numpy(delta, grad, image, alpha, eps):
-    return [torch.from_numpy(step_by_numpy(values(delta), values(grad), values(image), alpha, eps)).to(delta.dtype)]
+    return [
+        torch.from_numpy(step_by_numpy(values(delta), values(grad), values(image), alpha, eps)).to(
+            delta.dtype
+        )
+    ]
 
 
 def projected_step_inplace_by_numpy(delta, index, grad, images, flip, alpha, eps, nonfinite):
@@ -348,7 +467,9 @@ def conv_epilogue_by_numpy(y, bias, residual, relu, mask):
             v = v + in_memory_order(residual)
         rounded = back_in_shape(v, y)
         if relu:
-            rounded = back_in_shape(np.where(in_memory_order(rounded) <= 0, np.float32(0), in_memory_order(rounded)), y)
+            rounded = back_in_shape(
+                np.where(in_memory_order(rounded) <= 0, np.float32(0), in_memory_order(rounded)), y
+            )
     return [rounded] if mask is None else [rounded, mask_by_numpy(rounded)]
 
 
@@ -357,7 +478,9 @@ def conv_grad_epilogue_by_numpy(grad, addend, mask):
     with np.errstate(invalid="ignore", over="ignore"):
         g = g if addend is None else g + in_memory_order(addend)
     if mask is not None:
-        g = np.where(np.unpackbits(mask.cpu().numpy(), bitorder="little")[: len(g)], g, np.zeros_like(g))
+        g = np.where(
+            np.unpackbits(mask.cpu().numpy(), bitorder="little")[: len(g)], g, np.zeros_like(g)
+        )
     return [back_in_shape(g, grad)]
 
 

@@ -28,4 +28,4 @@ sys.exit(pytest.main(["-x", "-p", "no:cacheprovider", *sys.argv[1:]]))
 EOF
 cd "$root"
 export ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1
-LD_PRELOAD="$($cxx -print-file-name=libasan.so) $($cxx -print-file-name=libubsan.so)" "$python" "$scratch/run.py" "${@:-tests/test_cpu_native.py}"
+LD_PRELOAD="$($cxx -print-file-name=libasan.so) $($cxx -print-file-name=libubsan.so)" "$python" "$scratch/run.py" "${@:-tests/ops/test_cpu_native.py}"

@@ -1,4 +1,6 @@
-"""The path a user of published MI-UE code has today, written anew: one PyTorch operator per step, autograd, nothing fused."""
+"""The path a user of published MI-UE code has today, written anew: one PyTorch operator per step,
+autograd, nothing fused.
+"""
 
 import torch
 
@@ -12,7 +14,9 @@ def _value_and_grad(loss, features, labels, *args):
 
 def _nt_xent_loss(features, labels, temperature, denominator):
     """The cosine matrix comes from a B x B x D broadcast."""
-    similarity = torch.nn.functional.cosine_similarity(features.unsqueeze(1), features.unsqueeze(0), dim=2, eps=1e-8)
+    similarity = torch.nn.functional.cosine_similarity(
+        features.unsqueeze(1), features.unsqueeze(0), dim=2, eps=1e-8
+    )
     weights = torch.exp(similarity / temperature)
     same = labels.unsqueeze(1) == labels.unsqueeze(0)
     positives = (weights * same).sum(1)
@@ -32,7 +36,9 @@ def _distance_loss(features, labels, normalize_dim):
 
 def _mi_ue_loss(features, labels, temperature, zeta, denominator, normalize_dim):
     """The distance term is computed at zeta = 0 too, then multiplied by it."""
-    return _nt_xent_loss(features, labels, temperature, denominator) + zeta * _distance_loss(features, labels, normalize_dim)
+    return _nt_xent_loss(features, labels, temperature, denominator) + zeta * _distance_loss(
+        features, labels, normalize_dim
+    )
 
 
 def nt_xent(features, labels, temperature, denominator, want_grad):
@@ -44,7 +50,9 @@ def intra_class_distance(features, labels, normalize_dim, want_grad):
 
 
 def mi_ue_value_and_grad(features, labels, temperature, zeta, denominator, normalize_dim):
-    return _value_and_grad(_mi_ue_loss, features, labels, temperature, zeta, denominator, normalize_dim)
+    return _value_and_grad(
+        _mi_ue_loss, features, labels, temperature, zeta, denominator, normalize_dim
+    )
 
 
 def class_covariance(features, labels, num_classes):
@@ -52,7 +60,10 @@ def class_covariance(features, labels, num_classes):
     features = features.float()
     width = features.shape[1]
     counts = torch.bincount(labels, minlength=num_classes)
-    means, covariances = features.new_zeros(num_classes, width), features.new_zeros(num_classes, width, width)
+    means, covariances = (
+        features.new_zeros(num_classes, width),
+        features.new_zeros(num_classes, width, width),
+    )
     for label in labels.unique():
         members = features[labels == label]
         means[label] = members.mean(0)
@@ -68,7 +79,12 @@ def pack(y):
 
 def unpack(mask, shape):
     b, c, h, w = shape
-    return (mask[:, None] >> torch.arange(8, device=mask.device) & 1).bool().view(b, h, w, c).permute(0, 3, 1, 2)
+    return (
+        (mask[:, None] >> torch.arange(8, device=mask.device) & 1)
+        .bool()
+        .view(b, h, w, c)
+        .permute(0, 3, 1, 2)
+    )
 
 
 def conv_epilogue_(y, bias, residual, relu, mask):
@@ -91,8 +107,24 @@ def conv_input_grad(grad, weight, addend, mask, size, stride, padding, dilation,
     return slope if mask is None else torch.where(unpack(mask, size), slope, 0)
 
 
-def conv_input_grad_step_(delta, index, grad, weight, images, flip, stride, padding, dilation, groups, alpha, eps, nonfinite):
-    slope = conv_input_grad(grad, weight, None, None, [len(grad), *images.shape[1:]], stride, padding, dilation, groups)
+def conv_input_grad_step_(
+    delta,
+    index,
+    grad,
+    weight,
+    images,
+    flip,
+    stride,
+    padding,
+    dilation,
+    groups,
+    alpha,
+    eps,
+    nonfinite,
+):
+    slope = conv_input_grad(
+        grad, weight, None, None, [len(grad), *images.shape[1:]], stride, padding, dilation, groups
+    )
     projected_step_(delta, index, slope, images, flip, alpha, eps, nonfinite)
 
 

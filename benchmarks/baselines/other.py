@@ -1,7 +1,8 @@
-"""Losses of other packages that do a similar job, for their time and memory. Each is another function, and so has an oracle of its own.
+"""Losses of other packages that do a similar job, for their time and memory. Each is another
+function, and so has an oracle of its own.
 
-PATHS[op][name] is (implementation, oracle), both with the arguments of the op's `Impl.fn`; an implementation whose package is missing
-says so in `missing(name)`.
+PATHS[op][name] is (implementation, oracle), both with the arguments of the op's `Impl.fn`; an
+implementation whose package is missing says so in `missing(name)`.
 """
 
 import importlib.util
@@ -25,9 +26,9 @@ def _supcon(features, labels, temperature, denominator, want_grad):
 
 
 def _supcon_formula(features, labels, temperature, denominator, want_grad):
-    """Khosla et al., NeurIPS 2020, L_out: the mean of -log(exp(s_ij / t) / sum_{a != i} exp(s_ia / t)) over the other members of a class,
-    then over the rows that have any. MI-UE's loss keeps the self pair and sums before the logarithm.
-    """
+    """Khosla et al., NeurIPS 2020, L_out: the mean of -log(exp(s_ij / t) / sum_{a != i} exp(s_ia /
+    t)) over the other members of a class, then over the rows that have any. MI-UE's loss keeps the
+    self pair and sums before the logarithm."""
 
     def loss(f, y):
         z = torch.nn.functional.normalize(f)

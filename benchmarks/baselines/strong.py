@@ -1,14 +1,15 @@
-"""The best that PyTorch alone gives: matmul-form losses, hand-written gradients, in-place updates, each also under torch.compile.
+"""The best that PyTorch alone gives: matmul-form losses, hand-written gradients, in-place updates,
+each also under torch.compile.
 
-PATHS[op][name] has the arguments of the op's `Impl.fn`. Only what the workloads use is covered: denominator "all".
-"""
+PATHS[op][name] has the arguments of the op's `Impl.fn`. Only what the workloads use is covered:
+denominator "all"."""
 
 import functools
 
 import torch
 from torch.nn import functional
 
-from .eager import pack, unpack
+from benchmarks.baselines.eager import pack, unpack
 
 CHUNK = 512  # rows per block where the whole B x B would not fit
 
@@ -21,11 +22,15 @@ def _nt_xent_loss(features, labels, temperature):
     z = functional.normalize(features.float(), dim=1, eps=1e-8)
     weights = ((z @ z.T - 1) / temperature).exp()
     same = _same(labels)
-    return torch.log1p(weights.masked_fill(same, 0).sum(1) / weights.masked_fill(~same, 0).sum(1)).mean()
+    return torch.log1p(
+        weights.masked_fill(same, 0).sum(1) / weights.masked_fill(~same, 0).sum(1)
+    ).mean()
 
 
 def _nt_xent_backward_form(features, labels, temperature):
-    """Value and gradient written out (algorithm.md 2.1), the B x B weights kept from the first pass."""
+    """Value and gradient written out (algorithm.md 2.1), the B x B weights kept from the first
+    pass.
+    """
     f = features.float()
     norm = torch.linalg.vector_norm(f, dim=1, keepdim=True).clamp_min(1e-8)
     z = f / norm
@@ -35,7 +40,9 @@ def _nt_xent_backward_form(features, labels, temperature):
     total_other = weights.masked_fill(same, 0).sum(1)
     total = total_same + total_other
     pull, push = -total_other / (total_same * total), 1 / total
-    weights = weights * torch.where(same, pull[:, None] + pull[None, :], push[:, None] + push[None, :])
+    weights = weights * torch.where(
+        same, pull[:, None] + pull[None, :], push[:, None] + push[None, :]
+    )
     g = weights @ z / (len(f) * temperature)
     grad = (g - (g * z).sum(1, keepdim=True) * z) / norm
     return torch.log1p(total_other / total_same).mean(), grad.to(features.dtype)
@@ -72,7 +79,9 @@ def _nt_xent_chunked(features, labels, temperature):
     member = functional.one_hot(code, len(classes)).to(f.dtype)
     scaled, shift = z / temperature, z.new_tensor(-1 / temperature)
     blocks = range(0, len(f), CHUNK)
-    sums = torch.cat([torch.addmm(shift, scaled[i : i + CHUNK], z.T).exp_() @ member for i in blocks])
+    sums = torch.cat(
+        [torch.addmm(shift, scaled[i : i + CHUNK], z.T).exp_() @ member for i in blocks]
+    )
     total_same = sums.gather(1, code[:, None])
     total_other = (sums * (1 - member)).sum(1, keepdim=True)
     total = total_same + total_other
@@ -84,18 +93,24 @@ def _nt_xent_chunked(features, labels, temperature):
         row = slice(i, i + CHUNK)
         weights = torch.addmm(shift, scaled[row], z.T).exp_().mul_(left[row] @ right)
         g = (weights @ scaled).div_(len(f))
-        grad[row] = torch.addcmul(g, (g * z[row]).sum(1, keepdim=True), z[row], value=-1).div_(norm[row])
+        grad[row] = torch.addcmul(g, (g * z[row]).sum(1, keepdim=True), z[row], value=-1).div_(
+            norm[row]
+        )
     return torch.log1p(total_other / total_same).mean(), grad.to(features.dtype)
 
 
 def _distance_loss(features, labels, normalize_dim):
-    distance = torch.cdist(features.float(), features.float(), compute_mode="donot_use_mm_for_euclid_dist")
+    distance = torch.cdist(
+        features.float(), features.float(), compute_mode="donot_use_mm_for_euclid_dist"
+    )
     scale = 1 / features.shape[1] if normalize_dim else 1.0
     return torch.log1p(scale * distance.masked_fill(~_same(labels), 0).sum(1)).mean()
 
 
 def _distance_per_class(features, labels, normalize_dim):
-    """Distances by direct differences inside each class, gradient written out as one small product per class."""
+    """Distances by direct differences inside each class, gradient written out as one small product
+    per class.
+    """
     f = features.float()
     scale = 1 / features.shape[1] if normalize_dim else 1.0
     grad, total = torch.empty_like(f), f.new_zeros(())
@@ -113,15 +128,21 @@ def _distance_per_class(features, labels, normalize_dim):
 
 def _padded_core(f, rows, valid, scale):
     members = f[rows]
-    distance = (members[:, :, None] - members[:, None]).square().sum(3).sqrt() * (valid[:, :, None] & valid[:, None])
+    distance = (members[:, :, None] - members[:, None]).square().sum(3).sqrt() * (
+        valid[:, :, None] & valid[:, None]
+    )
     sums = scale * distance.sum(2)
     share = scale / (len(f) * (1 + sums))
     weight = torch.where(distance == 0, 0, (share[:, :, None] + share[:, None]) / distance)
-    return (torch.log1p(sums) * valid).sum() / len(f), weight.sum(2, keepdim=True) * members - weight @ members
+    return (torch.log1p(sums) * valid).sum() / len(f), weight.sum(
+        2, keepdim=True
+    ) * members - weight @ members
 
 
 def _distance_padded(features, labels, normalize_dim):
-    """All classes at once, padded to the largest one; the compiler fuses the differences into their sums."""
+    """All classes at once, padded to the largest one; the compiler fuses the differences into their
+    sums.
+    """
     f = features.float()
     classes, code, counts = labels.unique(return_inverse=True, return_counts=True)
     order = code.argsort(stable=True)
@@ -139,7 +160,10 @@ def _covariance_per_class(features, labels, num_classes):
     """One product per class of sorted rows, straight into its place."""
     f = features.float()[labels.argsort(stable=True)]
     counts = labels.bincount(minlength=num_classes)
-    means, covariances = f.new_zeros(num_classes, f.shape[1]), f.new_zeros(num_classes, f.shape[1], f.shape[1])
+    means, covariances = (
+        f.new_zeros(num_classes, f.shape[1]),
+        f.new_zeros(num_classes, f.shape[1], f.shape[1]),
+    )
     for rows, mean, covariance in zip(f.split(counts.tolist()), means, covariances):
         if len(rows):
             centred = rows - torch.mean(rows, 0, out=mean)
@@ -173,7 +197,9 @@ def _autograd(loss, features, labels, *args):
 
 
 def _nt_xent(path):
-    return lambda features, labels, temperature, denominator, want_grad: path(features, labels, temperature)
+    return lambda features, labels, temperature, denominator, want_grad: path(
+        features, labels, temperature
+    )
 
 
 def _distance(path):
@@ -192,7 +218,13 @@ def _mi_ue(similarity, distance):
 
 
 def _step(delta, grad, image, alpha, eps):
-    return torch.add(delta, grad.sign(), alpha=-alpha).clamp_(-eps, eps).add_(image).clamp_(0, 1).sub_(image)
+    return (
+        torch.add(delta, grad.sign(), alpha=-alpha)
+        .clamp_(-eps, eps)
+        .add_(image)
+        .clamp_(0, 1)
+        .sub_(image)
+    )
 
 
 def _gather(images, index, flip):
@@ -206,9 +238,13 @@ def _step_in_store(delta, index, grad, images, flip, alpha, eps, nonfinite):
 
 def _input(images, delta, index, flip, mean, std, eps, dtype, channels_last):
     x = _gather(images, index, flip).add_(delta[index])
-    centre, inverse = (torch.tensor(v, device=x.device)[:, None, None] for v in (mean, [1 / s for s in std]))
+    centre, inverse = (
+        torch.tensor(v, device=x.device)[:, None, None] for v in (mean, [1 / s for s in std])
+    )
     x = x.sub_(centre).mul_(inverse).to(dtype)
-    return x.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+    return x.contiguous(
+        memory_format=torch.channels_last if channels_last else torch.contiguous_format
+    )
 
 
 def _epilogue(y, bias, residual, relu, mask):
@@ -229,12 +265,40 @@ def _forward(x, weight, bias, residual, stride, padding, dilation, groups, relu,
 def _input_grad(grad, weight, addend, mask, size, stride, padding, dilation, groups):
     x = torch.empty(size, dtype=grad.dtype, device=grad.device, memory_format=torch.channels_last)
     back = torch.ops.aten.convolution_backward
-    slope = back(grad, x, weight, None, stride, padding, dilation, False, [0, 0], groups, [True, False, False])[0]
+    slope = back(
+        grad,
+        x,
+        weight,
+        None,
+        stride,
+        padding,
+        dilation,
+        False,
+        [0, 0],
+        groups,
+        [True, False, False],
+    )[0]
     return slope if mask is None else slope.masked_fill_(~unpack(mask, size), 0)
 
 
-def _input_grad_step(delta, index, grad, weight, images, flip, stride, padding, dilation, groups, alpha, eps, nonfinite):
-    slope = _input_grad(grad, weight, None, None, [len(grad), *images.shape[1:]], stride, padding, dilation, groups)
+def _input_grad_step(
+    delta,
+    index,
+    grad,
+    weight,
+    images,
+    flip,
+    stride,
+    padding,
+    dilation,
+    groups,
+    alpha,
+    eps,
+    nonfinite,
+):
+    slope = _input_grad(
+        grad, weight, None, None, [len(grad), *images.shape[1:]], stride, padding, dilation, groups
+    )
     _step_in_store(delta, index, slope, images, flip, alpha, eps, nonfinite)
 
 
@@ -251,7 +315,8 @@ def _lazy(path):
 _loss_autograd = functools.partial(_autograd, _nt_xent_loss)
 _loss_compiled = functools.partial(_autograd, _lazy(_nt_xent_loss))
 _distance_autograd = functools.partial(_autograd, _distance_loss)
-CAPTURABLE = {  # what reads nothing back to the host: timed as a CUDA graph on a GPU, as such a user would run it
+# what reads nothing back to the host: timed as a CUDA graph on a GPU, as such a user would run it
+CAPTURABLE = {
     "nt_xent": ("matmul, autograd", "matmul, autograd, compiled", "closed form, compiled"),
     "intra_class_distance": ("cdist, autograd",),
     "mi_ue_value_and_grad": ("autograd", "closed form and cdist"),

@@ -18,13 +18,17 @@ def capability(tensor):
 
 
 def large_blocks(tensor):
-    """Whether the GPU has wgmma or its successor, TMA and 227 KB of shared memory for a block: sm_90, sm_100, sm_103."""
+    """Whether the GPU has wgmma or its successor, TMA and 227 KB of shared memory for a block:
+    sm_90, sm_100, sm_103.
+    """
     return capability(tensor)[0] in (9, 10)
 
 
 @triton.jit
 def log(x):
-    """ln(x) of 0 and of normal x > 0 to about one ulp; the hardware's lg2 has only an absolute error bound near 1."""
+    """ln(x) of 0 and of normal x > 0 to about one ulp; the hardware's lg2 has only an absolute
+    error bound near 1.
+    """
     bits = x.to(tl.int32, bitcast=True)
     exponent = (bits - 0x3F3504F3) >> 23  # x = m * 2^exponent, m in [sqrt(1/2), sqrt(2))
     m = (bits - (exponent << 23)).to(tl.float32, bitcast=True)
@@ -46,6 +50,8 @@ def log1p(x):
 
 @triton.jit
 def power_of_two_over(x, EXPONENT: tl.constexpr):
-    """The power of two p with x * p in [2^EXPONENT, 2^(EXPONENT + 1)), for x from 2^(EXPONENT - 100) up."""
+    """The power of two p with x * p in [2^EXPONENT, 2^(EXPONENT + 1)), for x from 2^(EXPONENT -
+    100) up.
+    """
     field = tl.maximum((x.to(tl.int32, bitcast=True) >> 23) & 255, 27 + EXPONENT)
     return ((254 + EXPONENT - field) << 23).to(tl.float32, bitcast=True)

@@ -6,7 +6,9 @@ import triton.language as tl
 
 @triton.jit
 def split_program(span, UNITS: tl.constexpr, BLOCK: tl.constexpr):
-    """(row, unit, offsets in [0, span)) of this program; rows vary slowest. One grid axis: y and z end at 65535."""
+    """(row, unit, offsets in [0, span)) of this program; rows vary slowest. One grid axis: y and z
+    end at 65535.
+    """
     program = tl.program_id(0).to(tl.int64)
     blocks = tl.cdiv(span, BLOCK)
     offsets = program % blocks * BLOCK + tl.arange(0, BLOCK)
@@ -23,7 +25,9 @@ def store_row(index, row, count):
 
 @triton.jit
 def load_image(images, flip, row, offsets, column, W: tl.constexpr, live):
-    """Image values on the [0, 1] scale in fp32, mirrored along W where flip[row]; column = offsets' place along W."""
+    """Image values on the [0, 1] scale in fp32, mirrored along W where flip[row]; column = offsets'
+    place along W.
+    """
     if flip is None:
         x = tl.load(images + offsets, mask=live, other=0)
     else:

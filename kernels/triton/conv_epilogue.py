@@ -1,12 +1,14 @@
-"""What follows a convolution and its input gradient, in place; and the ReLU's bits as 16-bit words, for these kernels and the convolutions.
+"""What follows a convolution and its input gradient, in place; and the ReLU's bits as 16-bit words,
+for these kernels and the convolutions.
 
-Bit j of word i belongs to value 16 i + j of the tensor in NHWC order. Channels in multiples of 16: a word never crosses a pixel.
-"""
+Bit j of word i belongs to value 16 i + j of the tensor in NHWC order. Channels in multiples of 16:
+a word never crosses a pixel."""
 
 import torch
 import triton
 import triton.language as tl
-from miue_fast.kernels.triton._common import on_device_of
+
+from ._common import on_device_of
 
 WARPS = 4
 WORDS = 2 * 32 * WARPS // 4  # 16-bit words of one program: 8 values per thread
@@ -20,7 +22,9 @@ def mask_bytes(count):
 @triton.jit
 def to_words(keep, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """[ROWS, COLUMNS] of booleans -> [ROWS, COLUMNS / 16] of words."""
-    bits = tl.reshape(keep, (ROWS, COLUMNS // 16, 16)).to(tl.int32) << tl.arange(0, 16)[None, None, :]
+    bits = (
+        tl.reshape(keep, (ROWS, COLUMNS // 16, 16)).to(tl.int32) << tl.arange(0, 16)[None, None, :]
+    )
     return tl.sum(bits, 2).to(tl.int16)
 
 
@@ -32,7 +36,9 @@ def from_words(words, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 
 @triton.jit
-def _forward_kernel(y, bias, residual, mask, count, words, C: tl.constexpr, RELU: tl.constexpr, WORDS: tl.constexpr):
+def _forward_kernel(
+    y, bias, residual, mask, count, words, C: tl.constexpr, RELU: tl.constexpr, WORDS: tl.constexpr
+):
     first = tl.program_id(0).to(tl.int64) * WORDS
     word = first + tl.arange(0, WORDS)
     within = tl.arange(0, WORDS)[:, None] * 16 + tl.arange(0, 16)[None, :]
@@ -48,7 +54,11 @@ def _forward_kernel(y, bias, residual, mask, count, words, C: tl.constexpr, RELU
         v = tl.where(v <= 0, 0.0, v)
     tl.store(y + i, v, mask=live)
     if mask is not None:
-        tl.store(mask + word[:, None], to_words(live & ~(v <= 0), WORDS, 16), mask=(word < words)[:, None])
+        tl.store(
+            mask + word[:, None],
+            to_words(live & ~(v <= 0), WORDS, 16),
+            mask=(word < words)[:, None],
+        )
 
 
 @triton.jit
@@ -74,12 +84,23 @@ def conv_epilogue_(y, bias, residual, relu, mask):
     if words:
         with on_device_of(y):
             _forward_kernel[(triton.cdiv(words, WORDS),)](
-                y, bias, residual, as_words(mask), y.numel(), words, C=y.shape[1], RELU=relu, WORDS=WORDS, **OPTIONS
-            )  # fmt: skip
+                y,
+                bias,
+                residual,
+                as_words(mask),
+                y.numel(),
+                words,
+                C=y.shape[1],
+                RELU=relu,
+                WORDS=WORDS,
+                **OPTIONS,
+            )
 
 
 def conv_grad_epilogue_(grad, addend, mask):
     words = triton.cdiv(grad.numel(), 16)
     if words:
         with on_device_of(grad):
-            _grad_kernel[(triton.cdiv(words, WORDS),)](grad, addend, as_words(mask), grad.numel(), WORDS=WORDS, **OPTIONS)
+            _grad_kernel[(triton.cdiv(words, WORDS),)](
+                grad, addend, as_words(mask), grad.numel(), WORDS=WORDS, **OPTIONS
+            )

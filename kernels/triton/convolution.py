@@ -1,12 +1,15 @@
-"""Frozen convolutions without im2col: out[channels, pixels] += weight[channels, k] @ input[pixels + tap, k].T, tap by tap.
+"""Frozen convolutions without im2col: out[channels, pixels] += weight[channels, k] @ input[pixels +
+tap, k].T, tap by tap.
 
-A tile of the input is one box of a tensor descriptor (TMA on sm_90, pointer arithmetic on sm_80): [images, rows, columns, channels] at the
-tap's place, zero where it leaves the image. Stride 2 reads and writes through the view [B, H / 2, 2, W / 2, 2 C]; its input gradient is
-four parity classes with 1, 2, 2 and 4 taps. Weights lie as [K, R * R * C]. A stem has too few channels for a descriptor: its input is
-gathered, and its gradient puts pixels on M and the columns (channel, horizontal tap) on N, so that it reads `grad` once per row of taps.
+A tile of the input is one box of a tensor descriptor (TMA on sm_90, pointer arithmetic on sm_80):
+[images, rows, columns, channels] at the tap's place, zero where it leaves the image. Stride 2 reads
+and writes through the view [B, H / 2, 2, W / 2, 2 C]; its input gradient is four parity classes
+with 1, 2, 2 and 4 taps. Weights lie as [K, R * R * C]. A stem has too few channels for a
+descriptor: its input is gathered, and its gradient puts pixels on M and the columns (channel,
+horizontal tap) on N, so that it reads `grad` once per row of taps.
 
-Operands in e4m3 leave as bfloat16, multiplied with `scale`. wgmma takes 8-bit values only with the reduction innermost, so that the input
-gradient's weights lie as [C, R * R * K] there.
+Operands in e4m3 leave as bfloat16, multiplied with `scale`. wgmma takes 8-bit values only with the
+reduction innermost, so that the input gradient's weights lie as [C, R * R * K] there.
 """
 
 from functools import lru_cache
@@ -14,20 +17,27 @@ from functools import lru_cache
 import torch
 import triton
 import triton.language as tl
-from miue_fast.kernels.triton._common import capability, large_blocks, on_device_of
-from miue_fast.kernels.triton._store import load_image, store_row
-from miue_fast.kernels.triton.conv_epilogue import as_words, from_words, mask_bytes, to_words
-from miue_fast.kernels.triton.projected_step import move, projected_step_
 from triton.tools.tensor_descriptor import TensorDescriptor
+
+from ._common import capability, large_blocks, on_device_of
+from ._store import load_image, store_row
+from .conv_epilogue import as_words, from_words, mask_bytes, to_words
+from .projected_step import move, projected_step_
 
 NHWC, FP8 = torch.channels_last, torch.float8_e4m3fn
 STEM = 16  # a first layer has at most this many input channels
-# Tiles: pixels, reduction step BK, warps and stages. No spills, and two blocks or more on a multiprocessor, where they are used:
+# Tiles: pixels, reduction step BK, warps and stages. No spills, and two blocks or more on a
+# multiprocessor, where they are used:
 LARGE = {  # by output channels; 16-bit values on GPUs with TMA and 227 KB of shared memory
     128: {"pixels": 128, "BK": 64, "num_warps": 8, "num_stages": 3},
     64: {"pixels": 256, "BK": 64, "num_warps": 8, "num_stages": 2},
 }
-SMALL = {"pixels": 64, "BK": 32, "num_warps": 4, "num_stages": 3}  # float32, other GPUs, channels that no large tile divides
+SMALL = {
+    "pixels": 64,
+    "BK": 32,
+    "num_warps": 4,
+    "num_stages": 3,
+}  # float32, other GPUs, channels that no large tile divides
 STEM_TILE = {"BM": 64, "pixels": 128, "BK": 32, "num_warps": 8, "num_stages": 2}
 STEM_GRAD = {  # by `_large`; the step that follows the products must round twice
     True: {"pixels": 128, "BK": 64, "num_warps": 4, "num_stages": 3, "enable_fp_fusion": False},
@@ -36,7 +46,14 @@ STEM_GRAD = {  # by `_large`; the step that follows the products must round twic
 
 
 @triton.jit
-def _place(program, TH: tl.constexpr, TW: tl.constexpr, NB: tl.constexpr, HB: tl.constexpr, WB: tl.constexpr):
+def _place(
+    program,
+    TH: tl.constexpr,
+    TW: tl.constexpr,
+    NB: tl.constexpr,
+    HB: tl.constexpr,
+    WB: tl.constexpr,
+):
     """The first image, row and column of a tile of pixels."""
     return program // (TH * TW) * NB, program // TW % TH * HB, program % TW * WB
 
@@ -50,9 +67,26 @@ def _pixels(n, p, q, NB: tl.constexpr, HB: tl.constexpr, WB: tl.constexpr):
 
 @triton.jit
 def _finish(
-    acc, scale, bias, residual, y, mask, B, n, p, q, m, K: tl.constexpr, P: tl.constexpr, Q: tl.constexpr, RELU: tl.constexpr,
-    BM: tl.constexpr, NB: tl.constexpr, HB: tl.constexpr, WB: tl.constexpr,
-):  # fmt: skip
+    acc,
+    scale,
+    bias,
+    residual,
+    y,
+    mask,
+    B,
+    n,
+    p,
+    q,
+    m,
+    K: tl.constexpr,
+    P: tl.constexpr,
+    Q: tl.constexpr,
+    RELU: tl.constexpr,
+    BM: tl.constexpr,
+    NB: tl.constexpr,
+    HB: tl.constexpr,
+    WB: tl.constexpr,
+):
     """The epilogue on [channels, pixels]: what lies outside the result is not stored."""
     BN: tl.constexpr = NB * HB * WB
     v = acc.T
@@ -72,15 +106,39 @@ def _finish(
         word = m // 16 + tl.arange(0, BM // 16)
         live = ((pn < B) & (pp < P) & (pq < Q))[:, None] & (word < K // 16)[None, :]
         pixel = (pn.to(tl.int64) * P + pp) * Q + pq
-        tl.store(mask + pixel[:, None] * (K // 16) + word[None, :], to_words(~(v <= 0), BN, BM), mask=live)
+        tl.store(
+            mask + pixel[:, None] * (K // 16) + word[None, :],
+            to_words(~(v <= 0), BN, BM),
+            mask=live,
+        )
 
 
 @triton.jit
 def _convolution_kernel(
-    x, weight, scale, bias, residual, y, mask, B, C: tl.constexpr, K: tl.constexpr, P: tl.constexpr, Q: tl.constexpr, R: tl.constexpr,
-    STRIDE: tl.constexpr, RELU: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, TH: tl.constexpr,
-    TW: tl.constexpr, NB: tl.constexpr, HB: tl.constexpr, WB: tl.constexpr,
-):  # fmt: skip
+    x,
+    weight,
+    scale,
+    bias,
+    residual,
+    y,
+    mask,
+    B,
+    C: tl.constexpr,
+    K: tl.constexpr,
+    P: tl.constexpr,
+    Q: tl.constexpr,
+    R: tl.constexpr,
+    STRIDE: tl.constexpr,
+    RELU: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BM: tl.constexpr,
+    BK: tl.constexpr,
+    TH: tl.constexpr,
+    TW: tl.constexpr,
+    NB: tl.constexpr,
+    HB: tl.constexpr,
+    WB: tl.constexpr,
+):
     BN: tl.constexpr = NB * HB * WB
     MT: tl.constexpr = (K + BM - 1) // BM
     m = tl.program_id(0) % MT * BM
@@ -96,7 +154,9 @@ def _convolution_kernel(
         else:  # row 2 p + r - R // 2 = 2 (p - R // 2 + down // 2) + down % 2
             down = r + R // 2
             right = s + R // 2
-            a = x.load([n, p - R // 2 + down // 2, down % 2, q - R // 2 + right // 2, right % 2 * C + c])
+            a = x.load(
+                [n, p - R // 2 + down // 2, down % 2, q - R // 2 + right // 2, right % 2 * C + c]
+            )
         w = weight.load([m, tap * C + c])
         acc = tl.dot(w, a.reshape(BN, BK).T, acc, input_precision=PRECISION)
     _finish(acc, scale, bias, residual, y, mask, B, n, p, q, m, K, P, Q, RELU, BM, NB, HB, WB)
@@ -104,11 +164,33 @@ def _convolution_kernel(
 
 @triton.jit
 def _stem_kernel(
-    x, weight, scale, bias, residual, y, mask, B, C: tl.constexpr, K: tl.constexpr, P: tl.constexpr, Q: tl.constexpr, R: tl.constexpr,
-    STRIDE: tl.constexpr, RELU: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, TH: tl.constexpr,
-    TW: tl.constexpr, NB: tl.constexpr, HB: tl.constexpr, WB: tl.constexpr,
-):  # fmt: skip
-    """The same with x and weight as pointers; all taps and channels are one reduction of R * R * C."""
+    x,
+    weight,
+    scale,
+    bias,
+    residual,
+    y,
+    mask,
+    B,
+    C: tl.constexpr,
+    K: tl.constexpr,
+    P: tl.constexpr,
+    Q: tl.constexpr,
+    R: tl.constexpr,
+    STRIDE: tl.constexpr,
+    RELU: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BM: tl.constexpr,
+    BK: tl.constexpr,
+    TH: tl.constexpr,
+    TW: tl.constexpr,
+    NB: tl.constexpr,
+    HB: tl.constexpr,
+    WB: tl.constexpr,
+):
+    """The same with x and weight as pointers; all taps and channels are one reduction of R * R *
+    C.
+    """
     BN: tl.constexpr = NB * HB * WB
     MT: tl.constexpr = (K + BM - 1) // BM
     H: tl.constexpr = P * STRIDE
@@ -122,21 +204,52 @@ def _stem_kernel(
         j = first + tl.arange(0, BK)
         row = pp[:, None] * STRIDE + (j // (R * C) - R // 2)[None, :]
         column = pq[:, None] * STRIDE + (j // C % R - R // 2)[None, :]
-        live = (pn < B)[:, None] & (row >= 0) & (row < H) & (column >= 0) & (column < W) & (j < R * R * C)[None, :]
+        live = (
+            (pn < B)[:, None]
+            & (row >= 0)
+            & (row < H)
+            & (column >= 0)
+            & (column < W)
+            & (j < R * R * C)[None, :]
+        )
         pixel = (pn.to(tl.int64)[:, None] * H + row) * W + column
         a = tl.load(x + pixel * C + (j % C)[None, :], mask=live, other=0)
-        w = tl.load(weight + k[:, None] * (R * R * C) + j[None, :], mask=(k < K)[:, None] & (j < R * R * C)[None, :], other=0)
+        w = tl.load(
+            weight + k[:, None] * (R * R * C) + j[None, :],
+            mask=(k < K)[:, None] & (j < R * R * C)[None, :],
+            other=0,
+        )
         acc = tl.dot(w, a.T, acc, input_precision=PRECISION)
     _finish(acc, scale, bias, residual, y, mask, B, n, p, q, m, K, P, Q, RELU, BM, NB, HB, WB)
 
 
 @triton.jit
 def _input_grad_kernel(
-    grad, weight, scale, addend, out, mask, B, C: tl.constexpr, K: tl.constexpr, P: tl.constexpr, Q: tl.constexpr, R: tl.constexpr,
-    STRIDE: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, TH: tl.constexpr, TW: tl.constexpr,
-    NB: tl.constexpr, HB: tl.constexpr, WB: tl.constexpr,
-):  # fmt: skip
-    """Rows STRIDE p + a and columns STRIDE q + b of the input: of the taps those with r = a + R // 2 and s = b + R // 2 modulo STRIDE."""
+    grad,
+    weight,
+    scale,
+    addend,
+    out,
+    mask,
+    B,
+    C: tl.constexpr,
+    K: tl.constexpr,
+    P: tl.constexpr,
+    Q: tl.constexpr,
+    R: tl.constexpr,
+    STRIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BM: tl.constexpr,
+    BK: tl.constexpr,
+    TH: tl.constexpr,
+    TW: tl.constexpr,
+    NB: tl.constexpr,
+    HB: tl.constexpr,
+    WB: tl.constexpr,
+):
+    """Rows STRIDE p + a and columns STRIDE q + b of the input: of the taps those with r = a + R //
+    2 and s = b + R // 2 modulo STRIDE.
+    """
     BN: tl.constexpr = NB * HB * WB
     MT: tl.constexpr = (C + BM - 1) // BM
     m = tl.program_id(0) % MT * BM
@@ -185,16 +298,42 @@ def _input_grad_kernel(
 
 @triton.jit
 def _stem_grad_kernel(
-    grad, weight, addend, out, mask, delta, index, images, flip, nonfinite, alpha, eps, level, inverse_level, count,
-    C: tl.constexpr, CP: tl.constexpr, K: tl.constexpr, P: tl.constexpr, Q: tl.constexpr, R: tl.constexpr, STRIDE: tl.constexpr,
-    PRECISION: tl.constexpr, BK: tl.constexpr, TH: tl.constexpr, TW: tl.constexpr, HALO: tl.constexpr, HB: tl.constexpr,
+    grad,
+    weight,
+    addend,
+    out,
+    mask,
+    delta,
+    index,
+    images,
+    flip,
+    nonfinite,
+    alpha,
+    eps,
+    level,
+    inverse_level,
+    count,
+    C: tl.constexpr,
+    CP: tl.constexpr,
+    K: tl.constexpr,
+    P: tl.constexpr,
+    Q: tl.constexpr,
+    R: tl.constexpr,
+    STRIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BK: tl.constexpr,
+    TH: tl.constexpr,
+    TW: tl.constexpr,
+    HALO: tl.constexpr,
+    HB: tl.constexpr,
     WB: tl.constexpr,
-):  # fmt: skip
-    """A tile of one image, as [pixels, channels]: stored to `out`, or applied to `delta` as a projected step.
+):
+    """A tile of one image, as [pixels, channels]: stored to `out`, or applied to `delta` as a
+    projected step.
 
-    Column 4 c + s of the products belongs to channel c and horizontal tap s. They are shifted by their tap and summed at the end; tiles
-    that do not hold whole rows overlap by HALO columns on either side.
-    """
+    Column 4 c + s of the products belongs to channel c and horizontal tap s. They are shifted by
+    their tap and summed at the end; tiles that do not hold whole rows overlap by HALO columns on
+    either side."""
     BN: tl.constexpr = HB * WB
     H: tl.constexpr = P * STRIDE
     W: tl.constexpr = Q * STRIDE
@@ -211,7 +350,11 @@ def _stem_grad_kernel(
         for first in range(0, K, BK):
             g = grad.load([n, p + (a + R // 2 - r) // STRIDE, q, first])
             k = first + tl.arange(0, BK)
-            w = tl.load(weight + ((k[:, None] * R + r) * R + s[None, :]) * C + j[None, :] // 4, mask=wanted[None, :], other=0)
+            w = tl.load(
+                weight + ((k[:, None] * R + r) * R + s[None, :]) * C + j[None, :] // 4,
+                mask=wanted[None, :],
+                other=0,
+            )
             sums = tl.dot(g.reshape(BN, BK), w, sums, input_precision=PRECISION)
     t = tl.arange(0, BN)
     source = t[:, None] % WB + ((b + R // 2 - s) // STRIDE)[None, :]
@@ -232,7 +375,11 @@ def _stem_grad_kernel(
             v += tl.load(addend + i, mask=live, other=0).to(tl.float32)
         v = v.to(out.dtype.element_ty)
         if mask is not None:
-            v = tl.where((tl.load(mask + i // 8, mask=live, other=0) >> (i % 8).to(tl.uint8)) & 1 != 0, v, 0.0)
+            v = tl.where(
+                (tl.load(mask + i // 8, mask=live, other=0) >> (i % 8).to(tl.uint8)) & 1 != 0,
+                v,
+                0.0,
+            )
         tl.store(out + i, v, mask=live)
     else:
         stored, exists = store_row(index, n.to(tl.int64), count)
@@ -248,17 +395,27 @@ def _check(op, weight, size, stride, padding, dilation, groups):
     (k, c, r, s), (h, w) = weight.shape, size[2:]
     steps = [[1, 1], [2, 2]] if h % 2 == w % 2 == 0 else [[1, 1]]
     supported = (
-        groups == 1 and list(dilation) == [1, 1] and (r, s) in ((1, 1), (3, 3)) and list(padding) == [r // 2, r // 2]
-        and list(stride) in steps and k % 16 == 0 and c > 0 and (c % 16 == 0 or c < STEM)
-    )  # fmt: skip
+        groups == 1
+        and list(dilation) == [1, 1]
+        and (r, s) in ((1, 1), (3, 3))
+        and list(padding) == [r // 2, r // 2]
+        and list(stride) in steps
+        and k % 16 == 0
+        and c > 0
+        and (c % 16 == 0 or c < STEM)
+    )
     if weight.dtype == FP8:
         supported = supported and k % 32 == c % 32 == 0  # wgmma reduces 32 of them at a time
         if (has := capability(weight)) < (8, 9):
-            raise RuntimeError(f"{op}: e4m3 products need compute capability 8.9 or later, this GPU has {has[0]}.{has[1]}")
+            raise RuntimeError(
+                f"{op}: e4m3 products need compute capability 8.9 or later, "
+                f"this GPU has {has[0]}.{has[1]}"
+            )
     if not supported:
         raise RuntimeError(
-            f"{op}: no Triton kernel for {str(weight.dtype)[6:]} weights {list(weight.shape)} on {h}x{w}, stride {list(stride)}, "
-            f"padding {list(padding)}, dilation {list(dilation)}, groups {groups}"
+            f"{op}: no Triton kernel for {str(weight.dtype)[6:]} weights {list(weight.shape)} "
+            f"on {h}x{w}, stride {list(stride)}, padding {list(padding)}, "
+            f"dilation {list(dilation)}, groups {groups}"
         )
 
 
@@ -268,7 +425,9 @@ def _large(tensor):
 
 
 def _dividing(tile, reduction):
-    """The tile with BK a divisor of the reduction: a box must not reach into the next tap or column."""
+    """The tile with BK a divisor of the reduction: a box must not reach into the next tap or
+    column.
+    """
     bk = tile["BK"]
     while reduction % bk:
         bk //= 2
@@ -289,10 +448,11 @@ def _tile(like, channels, reduction, divides=False):
 
 @lru_cache
 def _box(pixels, b, h, w, halo=None):
-    """Images, rows and columns of a tile, and how many tiles cover h x w: the fewest tiles of all, then images in one, then the widest.
+    """Images, rows and columns of a tile, and how many tiles cover h x w: the fewest tiles of all,
+    then images in one, then the widest.
 
-    With `halo` a tile holds one image, and tiles narrower than w overlap by so many columns on either side.
-    """
+    With `halo` a tile holds one image, and tiles narrower than w overlap by so many columns on
+    either side."""
 
     def covered(box):
         _, hb, wb = box
@@ -304,7 +464,12 @@ def _box(pixels, b, h, w, halo=None):
         return triton.cdiv(b, nb) * th * tw, nb, -wb
 
     powers = [2**k for k in range(9)]  # a box has at most 256 in each dimension
-    boxes = [(pixels // (hb * wb), hb, wb) for hb in powers for wb in powers if hb * wb <= pixels <= 256 * hb * wb]
+    boxes = [
+        (pixels // (hb * wb), hb, wb)
+        for hb in powers
+        for wb in powers
+        if hb * wb <= pixels <= 256 * hb * wb
+    ]
     if halo is not None:
         boxes = [(nb, hb, wb) for nb, hb, wb in boxes if nb == 1 and wb > 2 * halo]
     nb, hb, wb = box = min(boxes, key=cost)
@@ -334,7 +499,11 @@ def _pixels_of(tensor, block, stride=1):
 
 def _aligned(tensor):
     """TMA wants 16 bytes."""
-    return tensor if tensor is None or tensor.data_ptr() % 16 == 0 else tensor.clone(memory_format=torch.preserve_format)
+    return (
+        tensor
+        if tensor is None or tensor.data_ptr() % 16 == 0
+        else tensor.clone(memory_format=torch.preserve_format)
+    )
 
 
 def _rows_of(weight):
@@ -347,14 +516,22 @@ def _result_dtype(operand):
 
 
 def _precision(dtype):
-    return "tf32x3" if dtype == torch.float32 else "ieee"  # of 16-bit operands every product is exact
+    return (
+        "tf32x3" if dtype == torch.float32 else "ieee"
+    )  # of 16-bit operands every product is exact
 
 
-def conv_forward(x, weight, bias, residual, stride, padding, dilation, groups, relu, want_mask, scale=None):
+def conv_forward(
+    x, weight, bias, residual, stride, padding, dilation, groups, relu, want_mask, scale=None
+):
     _check("conv_forward", weight, x.shape, stride, padding, dilation, groups)
     (b, c, h, w), (k, _, r, _), step = x.shape, weight.shape, stride[0]
-    y = torch.empty((b, k, h // step, w // step), dtype=_result_dtype(x), device=x.device, memory_format=NHWC)
-    mask = torch.empty(mask_bytes(y.numel()) if want_mask else 0, dtype=torch.uint8, device=x.device)
+    y = torch.empty(
+        (b, k, h // step, w // step), dtype=_result_dtype(x), device=x.device, memory_format=NHWC
+    )
+    mask = torch.empty(
+        mask_bytes(y.numel()) if want_mask else 0, dtype=torch.uint8, device=x.device
+    )
     if y.numel() == 0:
         return y, mask
     mask[y.numel() // 64 * 8 :] = 0  # the bits past the end
@@ -369,13 +546,31 @@ def conv_forward(x, weight, bias, residual, stride, padding, dilation, groups, r
     programs = triton.cdiv(b, box["NB"]) * box["TH"] * box["TW"] * triton.cdiv(k, tile["BM"])
     with on_device_of(y):
         (_stem_kernel if stem else _convolution_kernel)[(programs,)](
-            x, weight, scale, bias, _pixels_of(_aligned(residual), out), _pixels_of(y, out), as_words(mask) if want_mask else None, b,
-            C=c, K=k, P=y.shape[2], Q=y.shape[3], R=r, STRIDE=step, RELU=relu, PRECISION=_precision(y.dtype), **tile, **box,
-        )  # fmt: skip
+            x,
+            weight,
+            scale,
+            bias,
+            _pixels_of(_aligned(residual), out),
+            _pixels_of(y, out),
+            as_words(mask) if want_mask else None,
+            b,
+            C=c,
+            K=k,
+            P=y.shape[2],
+            Q=y.shape[3],
+            R=r,
+            STRIDE=step,
+            RELU=relu,
+            PRECISION=_precision(y.dtype),
+            **tile,
+            **box,
+        )
     return y, mask
 
 
-def conv_input_grad(grad, weight, addend, mask, size, stride, padding, dilation, groups, scale=None):
+def conv_input_grad(
+    grad, weight, addend, mask, size, stride, padding, dilation, groups, scale=None
+):
     _check("conv_input_grad", weight, size, stride, padding, dilation, groups)
     (b, c, _, _), (k, _, r, _), (_, _, p, q), step = size, weight.shape, grad.shape, stride[0]
     out = torch.empty(size, dtype=_result_dtype(grad), device=grad.device, memory_format=NHWC)
@@ -389,39 +584,118 @@ def conv_input_grad(grad, weight, addend, mask, size, stride, padding, dilation,
     if scale is None:
         weight = _descriptor(rows := _rows_of(weight), rows.shape, [tile["BK"], tile["BM"]])
     else:
-        weight = _descriptor(rows := _rows_of(weight.transpose(0, 1)), rows.shape, [tile["BM"], tile["BK"]])
+        weight = _descriptor(
+            rows := _rows_of(weight.transpose(0, 1)), rows.shape, [tile["BM"], tile["BK"]]
+        )
     block = [box["NB"], box["HB"], box["WB"], tile["BM"]]
-    programs = triton.cdiv(b, box["NB"]) * box["TH"] * box["TW"] * triton.cdiv(c, tile["BM"]) * step * step
+    programs = (
+        triton.cdiv(b, box["NB"]) * box["TH"] * box["TW"] * triton.cdiv(c, tile["BM"]) * step * step
+    )
     with on_device_of(out):
         _input_grad_kernel[(programs,)](
-            _pixels_of(_aligned(grad), [*block[:3], tile["BK"]]), weight, scale,
-            _pixels_of(_aligned(addend), block, step), _pixels_of(out, block, step), as_words(mask), b,
-            C=c, K=k, P=p, Q=q, R=r, STRIDE=step, PRECISION=_precision(out.dtype), **tile, **box,
-        )  # fmt: skip
+            _pixels_of(_aligned(grad), [*block[:3], tile["BK"]]),
+            weight,
+            scale,
+            _pixels_of(_aligned(addend), block, step),
+            _pixels_of(out, block, step),
+            as_words(mask),
+            b,
+            C=c,
+            K=k,
+            P=p,
+            Q=q,
+            R=r,
+            STRIDE=step,
+            PRECISION=_precision(out.dtype),
+            **tile,
+            **box,
+        )
     return out
 
 
-def _stem_grad(grad, weight, step, addend=None, out=None, mask=None, delta=None, index=None, images=None, flip=None, nonfinite=None,
-               alpha=0.0, eps=0.0):  # fmt: skip
+def _stem_grad(
+    grad,
+    weight,
+    step,
+    addend=None,
+    out=None,
+    mask=None,
+    delta=None,
+    index=None,
+    images=None,
+    flip=None,
+    nonfinite=None,
+    alpha=0.0,
+    eps=0.0,
+):
     (b, _, p, q), (k, c, r, _) = grad.shape, weight.shape
     tile = _dividing(STEM_GRAD[_large(grad)], k)
     box = dict(_box(tile.pop("pixels"), b, p, q, r // 2))
     block = [box.pop("NB"), box["HB"], box["WB"], tile["BK"]]
-    level, inverse_level = (eps / 127, 127 / eps) if delta is not None and delta.dtype == torch.int8 else (1.0, 1.0)
+    level, inverse_level = (
+        (eps / 127, 127 / eps) if delta is not None and delta.dtype == torch.int8 else (1.0, 1.0)
+    )
     count = 0 if delta is None else len(delta)
     with on_device_of(grad):
         _stem_grad_kernel[(b * box["TH"] * box["TW"] * step * step,)](
-            _pixels_of(_aligned(grad), block), _rows_of(weight), addend, out, mask, delta, index, images,
-            None if flip is None else flip.view(torch.uint8), nonfinite, alpha, eps, level, inverse_level, count,
-            C=c, CP=max(4, triton.next_power_of_2(c)), K=k, P=p, Q=q, R=r, STRIDE=step, PRECISION=_precision(grad.dtype), **tile, **box,
-        )  # fmt: skip
+            _pixels_of(_aligned(grad), block),
+            _rows_of(weight),
+            addend,
+            out,
+            mask,
+            delta,
+            index,
+            images,
+            None if flip is None else flip.view(torch.uint8),
+            nonfinite,
+            alpha,
+            eps,
+            level,
+            inverse_level,
+            count,
+            C=c,
+            CP=max(4, triton.next_power_of_2(c)),
+            K=k,
+            P=p,
+            Q=q,
+            R=r,
+            STRIDE=step,
+            PRECISION=_precision(grad.dtype),
+            **tile,
+            **box,
+        )
 
 
-def conv_input_grad_step_(delta, index, grad, weight, images, flip, stride, padding, dilation, groups, alpha, eps, nonfinite):
+def conv_input_grad_step_(
+    delta,
+    index,
+    grad,
+    weight,
+    images,
+    flip,
+    stride,
+    padding,
+    dilation,
+    groups,
+    alpha,
+    eps,
+    nonfinite,
+):
     size = [len(grad), *images.shape[1:]]
     _check("conv_input_grad_step_", weight, size, stride, padding, dilation, groups)
     if size[1] > STEM:  # not an image: the slope goes through memory
         slope = conv_input_grad(grad, weight, None, None, size, stride, padding, dilation, groups)
         projected_step_(delta, index, slope, images, flip, alpha, eps, nonfinite)
     elif grad.numel():
-        _stem_grad(grad, weight, stride[0], delta=delta, index=index, images=images, flip=flip, nonfinite=nonfinite, alpha=alpha, eps=eps)
+        _stem_grad(
+            grad,
+            weight,
+            stride[0],
+            delta=delta,
+            index=index,
+            images=images,
+            flip=flip,
+            nonfinite=nonfinite,
+            alpha=alpha,
+            eps=eps,
+        )

@@ -1,9 +1,13 @@
 """nt_xent + zeta * intra_class_distance: the distance is added to nt_xent's result in place."""
 
-from miue_fast.kernels.triton.intra_class_distance import weighted
-from miue_fast.kernels.triton.nt_xent import nt_xent
+from .intra_class_distance import weighted
+from .nt_xent import nt_xent
 
 
 def mi_ue_value_and_grad(features, labels, temperature, zeta, denominator, normalize_dim):
     similarity = nt_xent(features, labels, temperature, denominator, True)
-    return similarity if zeta == 0 else weighted(features, labels, normalize_dim, True, zeta, similarity)
+    return (
+        similarity
+        if zeta == 0
+        else weighted(features, labels, normalize_dim, True, zeta, similarity)
+    )

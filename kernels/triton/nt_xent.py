@@ -1,13 +1,16 @@
-"""NT-Xent value and gradient in four launches: unit rows, row sums over column tiles, coefficients and loss, gradient (two if resident).
+"""NT-Xent value and gradient in four launches: unit rows, row sums over column tiles, coefficients
+and loss, gradient (two if resident).
 
-Rows are scaled by powers of two to norms in [2^12, 2^13) and held as fp16: exact for half-precision features, and as a sum
-hi + lo for fp32 features. Products of such operands are exact in fp32 accumulators, so similarities are as good as fp32 at the
-fp16 rate of the tensor cores. The gradient's weights are split into hi + lo in the same way.
-Up to STORED_ROWS the similarities are kept (at most 16 MB, in L2); above, they are computed a second time for the gradient:
-* "resident", half-precision features of up to 512 columns on a Hopper (227 KB of shared memory, sums in registers): a program keeps its
-  rows in shared memory and reads every other row once, for its similarities and for the gradient, like the keys that are the values of an
-  attention. There is no room for two parts of the weights: they are rounded to fp16 (2^-11), and so are those in G . z, so that only what
-  is orthogonal to z sees the rounding.
+Rows are scaled by powers of two to norms in [2^12, 2^13) and held as fp16: exact for half-precision
+features, and as a sum hi + lo for fp32 features. Products of such operands are exact in fp32
+accumulators, so similarities are as good as fp32 at the fp16 rate of the tensor cores. The
+gradient's weights are split into hi + lo in the same way. Up to STORED_ROWS the similarities are
+kept (at most 16 MB, in L2); above, they are computed a second time for the gradient:
+* "resident", half-precision features of up to 512 columns on a Hopper (227 KB of shared memory,
+  sums in registers): a program keeps its rows in shared memory and reads every other row once, for
+      its similarities and for the gradient, like the keys that are the values of an
+  attention. There is no room for two parts of the weights: they are rounded to fp16 (2^-11), and so
+  are those in G . z, so that only what is orthogonal to z sees the rounding.
 * "recomputed", all others: tile by tile, for each slab of the gradient's columns.
 """
 
@@ -16,7 +19,8 @@ import math
 import torch
 import triton
 import triton.language as tl
-from miue_fast.kernels.triton._common import capability, log, log1p, on_device_of, power_of_two_over
+
+from ._common import capability, log, log1p, on_device_of, power_of_two_over
 
 STORED_ROWS = 2048
 WIDTH = 64  # rows are padded to a multiple of it, so that no product needs a mask along K
@@ -49,18 +53,29 @@ RESIDENT_GRADIENT = {
 }
 RESIDENT_PROGRAMS = 128  # of a gradient: one for each multiprocessor; a constant, as below
 PROJECT = {"ROWS": 4, "BD": 128, "num_warps": 4}
-PROGRAMS = 256  # enough to fill any GPU; a constant, so that the order of the sums depends on the shape alone
+# enough to fill any GPU; a constant, so that the order of the sums depends on the shape alone
+PROGRAMS = 256
 
 
 @triton.jit
-def _unit_kernel(features, stride, hi, lo, inverse, norms, own, B, D, width, ROWS: tl.constexpr, BD: tl.constexpr):
-    """Scaled rows u with z = u * inverse, clamped norms and ||z||; padding rows and columns are zero."""
+def _unit_kernel(
+    features, stride, hi, lo, inverse, norms, own, B, D, width, ROWS: tl.constexpr, BD: tl.constexpr
+):
+    """Scaled rows u with z = u * inverse, clamped norms and ||z||; padding rows and columns are
+    zero.
+    """
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     columns = tl.arange(0, BD)
-    squares = tl.zeros((ROWS, BD), tl.float64)  # an error in the norm is one in every cosine of the row, divided by t
+    squares = tl.zeros(
+        (ROWS, BD), tl.float64
+    )  # an error in the norm is one in every cosine of the row, divided by t
     for first in range(0, D, BD):
         d = first + columns
-        f = tl.load(features + rows[:, None] * stride + d[None, :], mask=(rows < B)[:, None] & (d < D)[None, :], other=0).to(tl.float64)
+        f = tl.load(
+            features + rows[:, None] * stride + d[None, :],
+            mask=(rows < B)[:, None] & (d < D)[None, :],
+            other=0,
+        ).to(tl.float64)
         squares += f * f
     length = tl.sqrt(tl.sum(squares, 1))
     norm = tl.where(length < 1e-8, 1e-8, length)
@@ -74,14 +89,20 @@ def _unit_kernel(features, stride, hi, lo, inverse, norms, own, B, D, width, ROW
         restore = (reciprocal / power).to(tl.float32)
     for first in range(0, width, BD):
         d = first + columns
-        f = tl.load(features + rows[:, None] * stride + d[None, :], mask=(rows < B)[:, None] & (d < D)[None, :], other=0).to(tl.float64)
+        f = tl.load(
+            features + rows[:, None] * stride + d[None, :],
+            mask=(rows < B)[:, None] & (d < D)[None, :],
+            other=0,
+        ).to(tl.float64)
         u = f * scale[:, None]
         high = u.to(tl.float32).to(tl.float16)
         target = rows[:, None] * width + d[None, :]
         inside = (d < width)[None, :]
         tl.store(hi + target, high, mask=inside)
         if lo is not None:
-            tl.store(lo + target, (u - high.to(tl.float64)).to(tl.float32).to(tl.float16), mask=inside)
+            tl.store(
+                lo + target, (u - high.to(tl.float64)).to(tl.float32).to(tl.float16), mask=inside
+            )
     tl.store(inverse + rows, restore)
     tl.store(norms + rows, norm.to(tl.float32))
     tl.store(own + rows, (length * reciprocal).to(tl.float32))
@@ -96,7 +117,9 @@ def _cosines(raw, inverse, own, rows, columns):
 
 
 @triton.jit
-def _similarities(hi, lo, inverse, own, rows, columns, width, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
+def _similarities(
+    hi, lo, inverse, own, rows, columns, width, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr
+):
     """One [BM, BN] tile of cosines."""
     k = tl.arange(0, BK)
     left = rows[:, None].to(tl.int64) * width + k[None, :]
@@ -128,10 +151,29 @@ def _exp(x, rate):
 
 @triton.jit
 def _sums_kernel(
-    hi, lo, inverse, own, labels, similarity, same_sums, other_sums, tops, B, padded, width, rate, tiles,
-    NEGATIVES: tl.constexpr, RESIDENT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-):  # fmt: skip
-    """Partial P and N (and their shift, with NEGATIVES) of BM rows over `tiles` column tiles. RESIDENT: BK is the width."""
+    hi,
+    lo,
+    inverse,
+    own,
+    labels,
+    similarity,
+    same_sums,
+    other_sums,
+    tops,
+    B,
+    padded,
+    width,
+    rate,
+    tiles,
+    NEGATIVES: tl.constexpr,
+    RESIDENT: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+):
+    """Partial P and N (and their shift, with NEGATIVES) of BM rows over `tiles` column tiles.
+    RESIDENT: BK is the width.
+    """
     rows = tl.program_id(0) * BM + tl.arange(0, BM)
     split = tl.program_id(1).to(tl.int64)
     row_labels = tl.load(labels + rows, mask=rows < B, other=0)
@@ -144,7 +186,13 @@ def _sums_kernel(
     for tile in range(split * tiles, tl.minimum((split + 1) * tiles, padded // BN)):
         columns = tile * BN + tl.arange(0, BN)
         if RESIDENT:
-            s = _cosines(tl.dot(mine, _whole(hi, columns, BK).T, input_precision="ieee"), inverse, own, rows, columns)
+            s = _cosines(
+                tl.dot(mine, _whole(hi, columns, BK).T, input_precision="ieee"),
+                inverse,
+                own,
+                rows,
+                columns,
+            )
         else:
             s = _similarities(hi, lo, inverse, own, rows, columns, width, BM, BN, BK)
         if similarity is not None:
@@ -169,12 +217,30 @@ def _sums_kernel(
 
 @triton.jit
 def _coefficients_kernel(
-    own, same_sums, other_sums, tops, top, pull, push, log_pull, log_push, loss, power, B, padded, rate, share, splits,
-    NEGATIVES: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """One program: merges the partial sums in order; two coefficients per row, the loss, and the weights' power of two.
+    own,
+    same_sums,
+    other_sums,
+    tops,
+    top,
+    pull,
+    push,
+    log_pull,
+    log_push,
+    loss,
+    power,
+    B,
+    padded,
+    rate,
+    share,
+    splits,
+    NEGATIVES: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One program: merges the partial sums in order; two coefficients per row, the loss, and the
+    weights' power of two.
 
-    log_pull, log_push: for the resident gradient, log2 of the coefficients times exp(-shift / t); -inf on padding.
+    log_pull, log_push: for the resident gradient, log2 of the coefficients times exp(-shift / t);
+        -inf on padding.
     """
     total = tl.zeros((BLOCK,), tl.float32)
     largest = tl.zeros((BLOCK,), tl.float32)
@@ -187,7 +253,9 @@ def _coefficients_kernel(
         highest = tl.full((BLOCK,), float("-inf"), tl.float32)
         if NEGATIVES:
             for split in range(0, splits):
-                highest = tl.maximum(highest, tl.load(tops + split * padded + rows, mask=live, other=float("-inf")))
+                highest = tl.maximum(
+                    highest, tl.load(tops + split * padded + rows, mask=live, other=float("-inf"))
+                )
         for split in range(0, splits):
             same_sum += tl.load(same_sums + split * padded + rows, mask=live, other=1)
             part = tl.load(other_sums + split * padded + rows, mask=live, other=1)
@@ -210,9 +278,17 @@ def _coefficients_kernel(
         if log_pull is not None:
             inside = rows < padded
             bits = 1.4426950408889634
-            tl.store(log_pull + rows, tl.where(live, log(-row_pull) * bits - row_own * rate, float("-inf")), mask=inside)
+            tl.store(
+                log_pull + rows,
+                tl.where(live, log(-row_pull) * bits - row_own * rate, float("-inf")),
+                mask=inside,
+            )
             shift = highest if NEGATIVES else row_own
-            tl.store(log_push + rows, tl.where(live, log(row_push) * bits - shift * rate, float("-inf")), mask=inside)
+            tl.store(
+                log_push + rows,
+                tl.where(live, log(row_push) * bits - shift * rate, float("-inf")),
+                mask=inside,
+            )
         total += tl.where(live, value, 0.0)
         largest = tl.maximum(largest, tl.where(live, -row_pull * same_sum, 0.0))
     tl.store(loss, tl.sum(total) * share)
@@ -222,10 +298,32 @@ def _coefficients_kernel(
 
 @triton.jit
 def _gradient_kernel(
-    grad, hi, lo, inverse, norms, own, top, pull, push, labels, similarity, power, B, D, padded, width, rate, factor,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr,
-):  # fmt: skip
-    """[BM, BD] of df = (G - (G . z) z) / ||f||, G = W z; G . z = sum_j W_ij s_ij needs no other part of the row."""
+    grad,
+    hi,
+    lo,
+    inverse,
+    norms,
+    own,
+    top,
+    pull,
+    push,
+    labels,
+    similarity,
+    power,
+    B,
+    D,
+    padded,
+    width,
+    rate,
+    factor,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    BD: tl.constexpr,
+):
+    """[BM, BD] of df = (G - (G . z) z) / ||f||, G = W z; G . z = sum_j W_ij s_ij needs no other
+    part of the row.
+    """
     rows = tl.program_id(0) * BM + tl.arange(0, BM)
     d = tl.program_id(1) * BD + tl.arange(0, BD)
     known = rows < B
@@ -246,8 +344,16 @@ def _gradient_kernel(
             s = _similarities(hi, lo, inverse, own, rows, columns, width, BM, BN, BK)
         same = row_labels == tl.load(labels + columns, mask=live, other=0)[None, :]
         mine = tl.where(same, row_pull, row_push) * _exp(s - tl.where(same, row_own, row_top), rate)
-        shift = tl.where(same, tl.load(own + columns)[None, :], tl.load(top + columns, mask=live, other=0)[None, :])
-        theirs = tl.where(same, tl.load(pull + columns, mask=live, other=0)[None, :], tl.load(push + columns, mask=live, other=0)[None, :])
+        shift = tl.where(
+            same,
+            tl.load(own + columns)[None, :],
+            tl.load(top + columns, mask=live, other=0)[None, :],
+        )
+        theirs = tl.where(
+            same,
+            tl.load(pull + columns, mask=live, other=0)[None, :],
+            tl.load(push + columns, mask=live, other=0)[None, :],
+        )
         w = tl.where(live[None, :], mine + theirs * _exp(s - shift, rate), 0.0)
         along += tl.sum(w * s, 1)
         w *= (tl.load(inverse + columns) * (scale * 4096))[None, :]  # inverse is in (2^-13, 2^-12]
@@ -273,13 +379,27 @@ def _gradient_kernel(
 
 @triton.jit
 def _resident_gradient_kernel(
-    parts, along, hi, inverse, log_pull, log_push, labels, power, B, padded, rate, tiles,
-    BM: tl.constexpr, BN: tl.constexpr, WIDTH: tl.constexpr,
-):  # fmt: skip
-    """[BM, WIDTH] of G = W z over `tiles` column tiles, and of G . z, both to be scaled by _project_kernel.
+    parts,
+    along,
+    hi,
+    inverse,
+    log_pull,
+    log_push,
+    labels,
+    power,
+    B,
+    padded,
+    rate,
+    tiles,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """[BM, WIDTH] of G = W z over `tiles` column tiles, and of G . z, both to be scaled by
+    _project_kernel.
 
-    W_ij = +-(exp2(s_ij / t + a_i) + exp2(s_ij / t + a_j)), in logarithms to base 2, a of the pair's kind.
-    """
+    W_ij = +-(exp2(s_ij / t + a_i) + exp2(s_ij / t + a_j)), in logarithms to base 2, a of the pair's
+    kind."""
     rows = tl.program_id(0) * BM + tl.arange(0, BM)
     split = tl.program_id(1).to(tl.int64)
     d = tl.arange(0, WIDTH)
@@ -299,9 +419,16 @@ def _resident_gradient_kernel(
         same = row_labels[:, None] == tl.load(labels + columns, mask=columns < B, other=0)[None, :]
         logit = raw * row_rate[:, None] * column_inverse
         w = tl.exp2(logit + tl.where(same, row_pull[:, None], row_push[:, None]))
-        w += tl.exp2(logit + tl.where(same, tl.load(log_pull + columns)[None, :], tl.load(log_push + columns)[None, :]))
+        w += tl.exp2(
+            logit
+            + tl.where(
+                same, tl.load(log_pull + columns)[None, :], tl.load(log_push + columns)[None, :]
+            )
+        )
         w *= column_inverse * scale  # inverse is in (2^-13, 2^-12]
-        w = tl.where((columns < B)[None, :], tl.where(same, -w, w), 0.0).to(tl.float16)  # a row's coefficient alone may overflow
+        w = tl.where((columns < B)[None, :], tl.where(same, -w, w), 0.0).to(
+            tl.float16
+        )  # a row's coefficient alone may overflow
         dot += tl.sum(w.to(tl.float32) * raw, 1)
         g = tl.dot(w, theirs, g, input_precision="ieee")
     tl.store(parts + (split * B + rows[:, None]) * WIDTH + d[None, :], g, mask=(rows < B)[:, None])
@@ -310,9 +437,25 @@ def _resident_gradient_kernel(
 
 @triton.jit
 def _project_kernel(
-    grad, parts, along, hi, inverse, norms, power, B, D, padded, width, splits, factor, ROWS: tl.constexpr, BD: tl.constexpr
+    grad,
+    parts,
+    along,
+    hi,
+    inverse,
+    norms,
+    power,
+    B,
+    D,
+    padded,
+    width,
+    splits,
+    factor,
+    ROWS: tl.constexpr,
+    BD: tl.constexpr,
 ):
-    """df = (G - (G . z) z) / ||f|| of the sums of the parts, in order; grad may be the only part of rows without padding."""
+    """df = (G - (G . z) z) / ||f|| of the sums of the parts, in order; grad may be the only part of
+    rows without padding.
+    """
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     d = tl.program_id(1) * BD + tl.arange(0, BD)
     inside = (rows < B)[:, None] & (d < D)[None, :]
@@ -326,7 +469,9 @@ def _project_kernel(
         source += B * width  # several parts are of at most 8,192 rows
     row_inverse = tl.load(inverse + rows)
     z = tl.load(hi + at, mask=inside, other=0).to(tl.float32) * row_inverse[:, None]
-    out = (g - (dot * row_inverse)[:, None] * z) * tl.div_rn(factor, tl.load(power) * 4096)  # divided twice: the product may be inf
+    out = (g - (dot * row_inverse)[:, None] * z) * tl.div_rn(
+        factor, tl.load(power) * 4096
+    )  # divided twice: the product may be inf
     out *= tl.div_rn(1.0, tl.load(norms + rows))[:, None]
     tl.store(grad + rows[:, None] * D + d[None, :], out, mask=inside)
 
@@ -343,7 +488,12 @@ def nt_xent(features, labels, temperature, denominator, want_grad, stored_rows=N
     pieces = 2 if features.dtype == torch.float32 else 1
     width = triton.cdiv(max(d, 1), WIDTH) * WIDTH
     form = "stored" if b <= (STORED_ROWS if stored_rows is None else stored_rows) else "recomputed"
-    resident = form == "recomputed" and pieces == 1 and width <= max(RESIDENT_SUMS) and capability(features)[0] == 9
+    resident = (
+        form == "recomputed"
+        and pieces == 1
+        and width <= max(RESIDENT_SUMS)
+        and capability(features)[0] == 9
+    )
     if resident:
         width = triton.next_power_of_2(width)
         sums, gradient = RESIDENT_SUMS[width], RESIDENT_GRADIENT[width]
@@ -357,30 +507,104 @@ def nt_xent(features, labels, temperature, denominator, want_grad, stored_rows=N
 
     halves = torch.empty((pieces, padded, width), dtype=torch.float16, device=device)
     hi, lo = halves[0], halves[1] if pieces == 2 else None
-    inverse, norms, own, top, pull, push, power, log_pull, log_push = torch.empty((9, padded), dtype=torch.float32, device=device)
+    inverse, norms, own, top, pull, push, power, log_pull, log_push = torch.empty(
+        (9, padded), dtype=torch.float32, device=device
+    )
     log_pull, log_push = (log_pull, log_push) if resident else (None, None)
     top = top if negatives else own
-    same_sums, other_sums, tops = torch.empty((3, splits, padded), dtype=torch.float32, device=device)
-    similarity = torch.empty((padded, padded), dtype=torch.float32, device=device) if want_grad and form == "stored" else None
+    same_sums, other_sums, tops = torch.empty(
+        (3, splits, padded), dtype=torch.float32, device=device
+    )
+    similarity = (
+        torch.empty((padded, padded), dtype=torch.float32, device=device)
+        if want_grad and form == "stored"
+        else None
+    )
     rate = math.log2(math.e) / temperature
     with on_device_of(features):
-        _unit_kernel[(padded // UNIT["ROWS"],)](features, features.stride(0), hi, lo, inverse, norms, own, b, d, width, **UNIT)
+        _unit_kernel[(padded // UNIT["ROWS"],)](
+            features, features.stride(0), hi, lo, inverse, norms, own, b, d, width, **UNIT
+        )
         _sums_kernel[(row_tiles, splits)](
-            hi, lo, inverse, own, labels, similarity, same_sums, other_sums, tops, b, padded, width, rate, per_split,
-            NEGATIVES=negatives, RESIDENT=resident, **sums,
-        )  # fmt: skip
+            hi,
+            lo,
+            inverse,
+            own,
+            labels,
+            similarity,
+            same_sums,
+            other_sums,
+            tops,
+            b,
+            padded,
+            width,
+            rate,
+            per_split,
+            NEGATIVES=negatives,
+            RESIDENT=resident,
+            **sums,
+        )
         _coefficients_kernel[(1,)](
-            own, same_sums, other_sums, tops, top, pull, push, log_pull, log_push, loss, power, b, padded, rate, 1 / b, splits,
-            NEGATIVES=negatives, BLOCK=1024, num_warps=8,
-        )  # fmt: skip
+            own,
+            same_sums,
+            other_sums,
+            tops,
+            top,
+            pull,
+            push,
+            log_pull,
+            log_push,
+            loss,
+            power,
+            b,
+            padded,
+            rate,
+            1 / b,
+            splits,
+            NEGATIVES=negatives,
+            BLOCK=1024,
+            num_warps=8,
+        )
         if grad.numel() and resident:
-            _resident_gradient(grad, hi, inverse, norms, log_pull, log_push, labels, power, b, d, padded, width, rate,
-                               1 / (b * temperature), gradient)  # fmt: skip
+            _resident_gradient(
+                grad,
+                hi,
+                inverse,
+                norms,
+                log_pull,
+                log_push,
+                labels,
+                power,
+                b,
+                d,
+                padded,
+                width,
+                rate,
+                1 / (b * temperature),
+                gradient,
+            )
         elif grad.numel():
             _gradient_kernel[(padded // gradient["BM"], triton.cdiv(d, gradient["BD"]))](
-                grad, hi, lo, inverse, norms, own, top, pull, push, labels, similarity, power, b, d, padded, width, rate,
-                1 / (b * temperature), **gradient,
-            )  # fmt: skip
+                grad,
+                hi,
+                lo,
+                inverse,
+                norms,
+                own,
+                top,
+                pull,
+                push,
+                labels,
+                similarity,
+                power,
+                b,
+                d,
+                padded,
+                width,
+                rate,
+                1 / (b * temperature),
+                **gradient,
+            )
     return loss, grad
 
 
@@ -389,15 +613,56 @@ def nt_xent_as_large(*args):
     return nt_xent(*args, stored_rows=0)
 
 
-def _resident_gradient(grad, hi, inverse, norms, log_pull, log_push, labels, power, b, d, padded, width, rate, factor, tile):
+def _resident_gradient(
+    grad,
+    hi,
+    inverse,
+    norms,
+    log_pull,
+    log_push,
+    labels,
+    power,
+    b,
+    d,
+    padded,
+    width,
+    rate,
+    factor,
+    tile,
+):
     row_tiles, column_tiles = padded // tile["BM"], padded // tile["BN"]
     per_split = triton.cdiv(column_tiles, triton.cdiv(RESIDENT_PROGRAMS, row_tiles))
     splits = triton.cdiv(column_tiles, per_split)
     parts = grad if splits == 1 and d == width else grad.new_empty((splits, b, width))
     along = grad.new_empty((splits, padded))
     _resident_gradient_kernel[(row_tiles, splits)](
-        parts, along, hi, inverse, log_pull, log_push, labels, power, b, padded, rate, per_split, **tile
+        parts,
+        along,
+        hi,
+        inverse,
+        log_pull,
+        log_push,
+        labels,
+        power,
+        b,
+        padded,
+        rate,
+        per_split,
+        **tile,
     )
     _project_kernel[(padded // PROJECT["ROWS"], triton.cdiv(d, PROJECT["BD"]))](
-        grad, parts, along, hi, inverse, norms, power, b, d, padded, width, splits, factor, **PROJECT
+        grad,
+        parts,
+        along,
+        hi,
+        inverse,
+        norms,
+        power,
+        b,
+        d,
+        padded,
+        width,
+        splits,
+        factor,
+        **PROJECT,
     )

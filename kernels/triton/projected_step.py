@@ -3,14 +3,20 @@
 import torch
 import triton
 import triton.language as tl
-from miue_fast.kernels.triton._common import on_device_of
-from miue_fast.kernels.triton._store import load_image, split_program, store_row, to_scale
+
+from ._common import on_device_of
+from ._store import load_image, split_program, store_row, to_scale
 
 WARPS = 4
 BLOCK = 4 * 32 * WARPS
-OPTIONS = {"num_warps": WARPS, "enable_fp_fusion": False}  # a fused multiply-add rounds once where the contract rounds twice
+OPTIONS = {
+    "num_warps": WARPS,
+    "enable_fp_fusion": False,
+}  # a fused multiply-add rounds once where the contract rounds twice
 ALL = tl.constexpr(tl.PropagateNan.ALL)
-HALF_EVEN = tl.constexpr(1.5 * 2**23)  # adding it leaves no fraction bits: rounds |x| < 2^22 to the nearest even integer
+HALF_EVEN = tl.constexpr(
+    1.5 * 2**23
+)  # adding it leaves no fraction bits: rounds |x| < 2^22 to the nearest even integer
 
 
 @triton.jit
@@ -23,7 +29,9 @@ def _step(delta, grad, image, alpha, eps):
     """All fp32; a gradient of 0 or NaN moves nothing."""
     moved = tl.where(grad > 0, delta - alpha, tl.where(grad < 0, delta + alpha, delta))
     step = _clamp(image + _clamp(moved, -eps, eps), 0.0, 1.0) - image
-    return tl.where(step < 0.0 - eps, 0.0 - eps, tl.where(step > eps, eps, step))  # the budget, whatever the image and the sum's rounding
+    return tl.where(
+        step < 0.0 - eps, 0.0 - eps, tl.where(step > eps, eps, step)
+    )  # the budget, whatever the image and the sum's rounding
 
 
 @triton.jit
@@ -38,7 +46,9 @@ def _flat_kernel(out, delta, grad, image, n, alpha, eps, BLOCK: tl.constexpr):
 
 @triton.jit
 def move(delta, grad, image, live, nonfinite, alpha, eps, level, inverse_level):
-    """The step in place on the poison store's elements `delta` (pointers); counts the live gradients that are NaN or Inf."""
+    """The step in place on the poison store's elements `delta` (pointers); counts the live
+    gradients that are NaN or Inf.
+    """
     value = _step(to_scale(tl.load(delta, mask=live, other=0), level), grad, image, alpha, eps)
     kind = delta.dtype.element_ty
     if kind == tl.int8:
@@ -52,15 +62,35 @@ def move(delta, grad, image, live, nonfinite, alpha, eps, level, inverse_level):
 
 @triton.jit
 def _store_kernel(
-    delta, index, grad, images, flip, nonfinite, alpha, eps, level, inverse_level, count, plane, row_stride, channel_stride, pixel_stride,
-    C: tl.constexpr, W: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """One program: BLOCK pixels of one channel of one row; the C programs that share a channels-last gradient run side by side."""
+    delta,
+    index,
+    grad,
+    images,
+    flip,
+    nonfinite,
+    alpha,
+    eps,
+    level,
+    inverse_level,
+    count,
+    plane,
+    row_stride,
+    channel_stride,
+    pixel_stride,
+    C: tl.constexpr,
+    W: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One program: BLOCK pixels of one channel of one row; the C programs that share a
+    channels-last gradient run side by side.
+    """
     row, channel, p = split_program(plane, C, BLOCK)
     source, exists = store_row(index, row, count)
     live = (p < plane) & exists
     base = (source * C + channel) * plane
-    g = tl.load(grad + row * row_stride + channel * channel_stride + p * pixel_stride, mask=live, other=0).to(tl.float32)
+    g = tl.load(
+        grad + row * row_stride + channel * channel_stride + p * pixel_stride, mask=live, other=0
+    ).to(tl.float32)
     x = load_image(images + base, flip, row, p, p % W, W, live)
     move(delta + base + p, g, x, live, nonfinite, alpha, eps, level, inverse_level)
 
@@ -71,7 +101,9 @@ def projected_step(delta, grad, image, alpha, eps):
     n = delta.numel()
     if n:
         with on_device_of(delta):
-            _flat_kernel[(triton.cdiv(n, BLOCK),)](out, delta, grad, image, n, alpha, eps, BLOCK=BLOCK, **OPTIONS)
+            _flat_kernel[(triton.cdiv(n, BLOCK),)](
+                out, delta, grad, image, n, alpha, eps, BLOCK=BLOCK, **OPTIONS
+            )
     return out
 
 
@@ -79,11 +111,30 @@ def projected_step_(delta, index, grad, images, flip, alpha, eps, nonfinite):
     b, c, h, w = grad.shape
     if grad.numel() == 0:
         return
-    if h > 1 and grad.stride(2) != w * grad.stride(3):  # neither NCHW nor channels-last: no single step from pixel to pixel
+    if h > 1 and grad.stride(2) != w * grad.stride(
+        3
+    ):  # neither NCHW nor channels-last: no single step from pixel to pixel
         grad = grad.contiguous()
     level, inverse_level = (eps / 127, 127 / eps) if delta.dtype == torch.int8 else (1.0, 1.0)
     with on_device_of(delta):
         _store_kernel[(b * c * triton.cdiv(h * w, BLOCK),)](
-            delta, index, grad, images, None if flip is None else flip.view(torch.uint8), nonfinite, alpha, eps, level, inverse_level,
-            delta.shape[0], h * w, grad.stride(0), grad.stride(1), grad.stride(3), C=c, W=w, BLOCK=BLOCK, **OPTIONS,
-        )  # fmt: skip
+            delta,
+            index,
+            grad,
+            images,
+            None if flip is None else flip.view(torch.uint8),
+            nonfinite,
+            alpha,
+            eps,
+            level,
+            inverse_level,
+            delta.shape[0],
+            h * w,
+            grad.stride(0),
+            grad.stride(1),
+            grad.stride(3),
+            C=c,
+            W=w,
+            BLOCK=BLOCK,
+            **OPTIONS,
+        )

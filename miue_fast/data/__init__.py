@@ -1,13 +1,33 @@
-"""Images in, poisoned images out. `load`, `shapes`, the poison store, exports and their verification."""
+"""Images in, poisoned images out. `load`, `shapes`, the poison store, exports and their
+verification.
+"""
 
 from .align import align, poison_from_images
-from .atomic import check_outside, check_system, check_writable, only_writer, sweep, write_file, write_files
+from .atomic import (
+    check_outside,
+    check_system,
+    check_writable,
+    only_writer,
+    sweep,
+    write_file,
+    write_files,
+)
 from .dataset import Dataset
 from .export import IMAGES, NOTE, check_folder, export_folder, exported_files, other_files
 from .export_file import EXPORTS, check_file, check_pickle, export_npz, export_pickle, export_pt
 from .interop import read_pickle
 from .owned import LIST, Owned, check_owned, write_owned
-from .poison import POISON_FILES, apply_poison, budget, is_poison, load_poison, quantise, random_noise, read_manifest, save_poison
+from .poison import (
+    POISON_FILES,
+    apply_poison,
+    budget,
+    is_poison,
+    load_poison,
+    quantise,
+    random_noise,
+    read_manifest,
+    save_poison,
+)
 from .preflight import check_room
 from .shapes import shapes
 from .sources import check_selection, from_arrays, is_tree, load, load_test

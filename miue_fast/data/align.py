@@ -4,18 +4,20 @@ import os
 
 import torch
 
-from .._checks import fail
-from .._written import option, shown
+from ..support.messages import fail
+from ..support.written import option, shown
 from .dataset import Dataset
 from .export import target_paths
 from .sources import load
 
 
 def align(clean, copy):
-    """(rows, images): the rows of `clean` that have a poisoned image in `copy`, int64 [M] ascending, and those images, uint8 [M, C, H, W].
+    """(rows, images): the rows of `clean` that have a poisoned image in `copy`, int64 [M]
+    ascending, and those images, uint8 [M, C, H, W].
 
-    Both are Datasets. Rows are matched by name: arrays keep theirs, exported files have the clean file's path with another suffix.
-    Classes must agree by name; where the copy has only numbers (arrays without class names) they are indices into the clean classes.
+    Both are Datasets. Rows are matched by name: arrays keep theirs, exported files have the clean
+    file's path with another suffix. Classes must agree by name; where the copy has only numbers
+    (arrays without class names) they are indices into the clean classes.
     ValueError: a name without a clean image, another shape, another class.
     """
     names = clean.names
@@ -25,29 +27,49 @@ def align(clean, copy):
     strange = [name for name in copy.names if name not in place]
     if strange:
         same = shown("data", "per_class and split")
-        fail("data", "poisoned", f"images with the names of the clean ones (same {same}?)", f"{strange[0]} and "
-             f"{len(strange) - 1} more without a clean image")  # fmt: skip
+        fail(
+            "data",
+            "poisoned",
+            f"images with the names of the clean ones (same {same}?)",
+            f"{strange[0]} and {len(strange) - 1} more without a clean image",
+        )
     rows, order = torch.tensor([place[name] for name in copy.names], dtype=torch.int64).sort()
     images = copy.images[order]
     if images.shape[1:] != clean.images.shape[1:]:
-        fail("data", "poisoned", f"images {list(clean.images.shape[1:])} (or a size to resize to)", list(images.shape[1:]))
+        fail(
+            "data",
+            "poisoned",
+            f"images {list(clean.images.shape[1:])} (or a size to resize to)",
+            list(images.shape[1:]),
+        )
     numbered = not set(copy.classes) <= set(clean.classes)
     labels = [str(k) for k in range(len(clean.classes))] if numbered else clean.classes
-    for row, ours, theirs in zip(rows.tolist(), clean.labels[rows].tolist(), copy.labels[order].tolist()):
+    for row, ours, theirs in zip(
+        rows.tolist(), clean.labels[rows].tolist(), copy.labels[order].tolist()
+    ):
         if labels[ours] != copy.classes[theirs]:
-            fail("data", "poisoned", f"class {labels[ours]} for {clean.names[row]}", copy.classes[theirs])
+            fail(
+                "data",
+                "poisoned",
+                f"class {labels[ours]} for {clean.names[row]}",
+                copy.classes[theirs],
+            )
     return rows, images
 
 
 def poison_from_images(clean, copy, *, partial=False):
-    """The perturbation that turns `clean` into the poisoned images `copy`: float32 [N, C, H, W] = (copy - clean) / 255.
+    """The perturbation that turns `clean` into the poisoned images `copy`: float32 [N, C, H, W] =
+    (copy - clean) / 255.
 
-    Differences of levels of 1/255, exact: `apply_poison(clean.images, delta, 1.0)` gives the very same images.
+    Differences of levels of 1/255, exact: `apply_poison(clean.images, delta, 1.0)` gives the very
+    same images.
 
     Args:
-        clean: Dataset. copy: the poisoned images, as `load` takes them (a folder of PNG files, .npz, arrays, Dataset), matched by `align`.
-            They must have the clean images' size: the difference of resized images is not the perturbation, so nothing is resized.
-        partial: False: every clean image needs a poisoned one. True: those without stay clean (delta 0).
+        clean: Dataset. copy: the poisoned images, as `load` takes them (a folder of PNG files,
+            .npz, arrays, Dataset), matched by `align`. They must have the clean images' size: the
+            difference of resized images is not the perturbation, so nothing is resized.
+        partial: False: every clean image needs a poisoned one. True: those without stay clean
+            (delta 0).
 
     ValueError: as `align` and `load`; images without a poisoned copy and partial=False.
     """
@@ -55,8 +77,15 @@ def poison_from_images(clean, copy, *, partial=False):
     rows, images = align(clean, copy)
     if len(rows) != len(clean) and not partial:
         left = sorted(set(range(len(clean))) - set(rows.tolist()))
-        fail("data", "poisoned", f"a poisoned copy of all {len(clean)} images (or {option('partial', True)}: delta 0 without one)",
-             f"none of {clean.names[left[0]]} and {len(left) - 1} more")  # fmt: skip
+        fail(
+            "data",
+            "poisoned",
+            (
+                f"a poisoned copy of all {len(clean)} images (or {option('partial', True)}: "
+                "delta 0 without one)"
+            ),
+            f"none of {clean.names[left[0]]} and {len(left) - 1} more",
+        )
     delta = torch.zeros(clean.images.shape)
     delta[rows] = (images.to(torch.int16) - clean.images[rows]).float() / 255
     return delta

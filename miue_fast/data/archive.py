@@ -11,13 +11,21 @@ from .files import open_regular, read_member, room
 
 HEADER = 10_000  # bytes of a member's header; numpy writes 118
 PER_ITEM = 256  # bytes that every name, label and image costs beside its content
-ERRORS = (SyntaxError, TypeError, AttributeError, AssertionError, struct.error)  # of a hostile header
+ERRORS = (
+    SyntaxError,
+    TypeError,
+    AttributeError,
+    AssertionError,
+    struct.error,
+)  # of a hostile header
 
 
 def read_arrays(path, wanted, most=None):
-    """{name: array} of the members NAME.npy of an .npz that are among `wanted`. Numbers and text only; nothing is unpickled.
+    """{name: array} of the members NAME.npy of an .npz that are among `wanted`. Numbers and text
+    only; nothing is unpickled.
 
-    most: bytes of content there is room for; None: a fixed multiple of the file (`files.room`), so an archive of little but zeros is
+    most: bytes of content there is room for; None: a fixed multiple of the file (`files.room`), so
+        an archive of little but zeros is
     refused. Errors: ARCHIVE_ERRORS of `files`, whose text says what was refused.
     """
     found = {}
@@ -32,7 +40,10 @@ def read_arrays(path, wanted, most=None):
                 except ERRORS as error:
                     raise ValueError(f"a damaged header of {name}") from error
                 if array.ndim and most is None and len(array) * PER_ITEM > room(file):
-                    raise ValueError(f"{len(array)} items in {name}, where {room(file) // PER_ITEM} are the most that is read")
+                    raise ValueError(
+                        f"{len(array)} items in {name}, "
+                        f"where {room(file) // PER_ITEM} are the most that is read"
+                    )
     return found
 
 
@@ -49,7 +60,11 @@ def _array(raw):
     dtype = np.dtype(descr) if isinstance(descr, str) else None
     if dtype is None or dtype.kind not in "biufU" or dtype.itemsize == 0:
         raise ValueError("a member of another type than numbers and text")
-    if not isinstance(shape, tuple) or len(shape) > 8 or not all(type(side) is int and side >= 0 for side in shape):
+    if (
+        not isinstance(shape, tuple)
+        or len(shape) > 8
+        or not all(type(side) is int and side >= 0 for side in shape)
+    ):
         raise ValueError("a shape that is no list of sizes")
     if math.prod(shape) * dtype.itemsize != len(raw) - start - length:
         raise ValueError(f"an array of shape {list(shape)} whose bytes are not there")

@@ -1,4 +1,6 @@
-"""Files that are either whole or not there: temporary file in the same folder, fsync, os.replace."""
+"""Files that are either whole or not there: temporary file in the same folder, fsync,
+os.replace.
+"""
 
 import contextlib
 import errno
@@ -10,9 +12,9 @@ import secrets
 import shutil
 from pathlib import Path
 
-from .._checks import fail
-from .._ranges import reachable
-from .._registry import BackendError
+from ..dispatch.registry import BackendError
+from ..support.messages import fail
+from ..support.ranges import reachable
 from .files import open_regular
 
 try:
@@ -24,7 +26,9 @@ TEMPORARY = ".miue-tmp"
 
 
 class _Sink(io.FileIO):
-    """Unbuffered file that writes all it is given, hashes it, and remembers the OSError that torch.save turns into a RuntimeError."""
+    """Unbuffered file that writes all it is given, hashes it, and remembers the OSError that
+    torch.save turns into a RuntimeError.
+    """
 
     error = None
 
@@ -58,10 +62,13 @@ def write_files(writers, *, durable=True, before=None):
 
     Args:
         writers: {path: function of one binary stream}, called in order.
-        durable: fsync files and folder, so that a power cut cannot leave an empty file (costs milliseconds per file).
-        before: function of {path: sha256 (hex)}, called once all are complete; if it raises, everything is as it was.
+        durable: fsync files and folder, so that a power cut cannot leave an empty file (costs
+            milliseconds per file).
+        before: function of {path: sha256 (hex)}, called once all are complete; if it raises,
+            everything is as it was.
 
-    Errors: OSError of one line (full disk, no permission); then every earlier file is unchanged and no temporary file stays.
+    Errors: OSError of one line (full disk, no permission); then every earlier file is unchanged and
+        no temporary file stays.
     """
     made, digests = {}, {}
     try:
@@ -71,7 +78,10 @@ def write_files(writers, *, durable=True, before=None):
             digests[Path(path)] = _write(temporary, path, writer, durable)
         for path in made.values():
             if path.is_dir():
-                raise OSError(errno.EISDIR, f"cannot write {path}: it is a folder; what was there before is unchanged")
+                raise OSError(
+                    errno.EISDIR,
+                    f"cannot write {path}: it is a folder; what was there before is unchanged",
+                )
         if before is not None:
             before(digests)
         for temporary, path in made.items():
@@ -102,7 +112,10 @@ def _write(temporary, path, writer, durable):
         cause = sink.error if sink is not None and sink.error else error
         if not isinstance(cause, OSError):
             raise
-        raise OSError(cause.errno, f"cannot write {path}: {cause.strerror}; what was there before is unchanged") from error
+        raise OSError(
+            cause.errno,
+            f"cannot write {path}: {cause.strerror}; what was there before is unchanged",
+        ) from error
 
 
 def _sync_folder(folder):
@@ -132,16 +145,23 @@ def sweep(folder):
 
 
 def check_system():
-    """BackendError where folders cannot be locked, opened and flushed: on Windows nothing is written."""
+    """BackendError where folders cannot be locked, opened and flushed: on Windows nothing is
+    written.
+    """
     if fcntl is None:
-        raise BackendError("output: writing files needs Linux or macOS (no fcntl here): use WSL, or the Python API without a folder")
+        raise BackendError(
+            "output: writing files needs Linux or macOS (no fcntl here): "
+            "use WSL, or the Python API without a folder"
+        )
 
 
 @contextlib.contextmanager
 def only_writer(folder):
-    """Holds `folder`, which exists, against every other run that holds it: it would sweep this one's files and write between them.
+    """Holds `folder`, which exists, against every other run that holds it: it would sweep this
+    one's files and write between them.
 
-    The lock is on the folder itself: no file stays, and it ends with the process however that ends. ValueError: another run has it.
+    The lock is on the folder itself: no file stays, and it ends with the process however that ends.
+        ValueError: another run has it.
     BackendError: as `check_system`.
     """
     check_system()
@@ -151,9 +171,16 @@ def only_writer(folder):
             try:
                 held.enter_context(locked(descriptor, fcntl.LOCK_NB))
             except BlockingIOError:
-                fail("output", "folder", "one that no other run is writing to", f"{folder}, where one is at work")
+                fail(
+                    "output",
+                    "folder",
+                    "one that no other run is writing to",
+                    f"{folder}, where one is at work",
+                )
             except OSError as error:  # network file systems
-                logging.getLogger("miue_fast").warning("%s cannot be locked (%s): let no other run write there", folder, error.strerror)
+                logging.getLogger("miue_fast").warning(
+                    "%s cannot be locked (%s): let no other run write there", folder, error.strerror
+                )
             yield
     finally:
         os.close(descriptor)
@@ -163,7 +190,8 @@ def only_writer(folder):
 def locked(descriptor, flags=0):
     """Holds an open file or folder against everybody else who asks. Errors: OSError.
 
-    It is let go by name: a process that was forked meanwhile has the same open file, and would hold it as long as it lives.
+    It is let go by name: a process that was forked meanwhile has the same open file, and would hold
+        it as long as it lives.
     """
     fcntl.flock(descriptor, fcntl.LOCK_EX | flags)
     try:
@@ -173,30 +201,42 @@ def locked(descriptor, flags=0):
 
 
 def check_outside(folder, images):
-    """ValueError if `folder` lies in the tree of the images: what is written there would be read as one of them."""
-    if Path(os.path.realpath(folder)).is_relative_to(os.path.realpath(images)):  # Path.resolve raises where links go round
+    """ValueError if `folder` lies in the tree of the images: what is written there would be read as
+    one of them.
+    """
+    if Path(os.path.realpath(folder)).is_relative_to(
+        os.path.realpath(images)
+    ):  # Path.resolve raises where links go round
         fail("output", "folder", f"one outside the images' own, {images}", str(folder))
 
 
 def check_writable(folder):
-    """Makes `folder` and proves that a file can be written there. ValueError: it is a file; OSError: one line with the reason.
+    """Makes `folder` and proves that a file can be written there. ValueError: it is a file;
+    OSError: one line with the reason.
 
-    Permission bits say nothing to root or on a read-only mount, so a file is really created and removed.
-    """
+    Permission bits say nothing to root or on a read-only mount, so a file is really created and
+    removed."""
     check_system()
     folder = Path(folder)
     reachable("output", "folder", folder)
     if folder.exists() and not folder.is_dir():
         fail("output", "folder", "a folder or a new name", f"the file {folder}")
     if folder.is_symlink() and not folder.exists():
-        fail("output", "folder", "a folder or a new name", f"{folder}, a link that leads to no folder")
+        fail(
+            "output",
+            "folder",
+            "a folder or a new name",
+            f"{folder}, a link that leads to no folder",
+        )
     probe = folder / f".{secrets.token_hex(8)}{TEMPORARY}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with open(probe, "xb") as file:
             file.write(b"probe")
     except OSError as error:
-        raise OSError(error.errno, f"cannot write to the folder {folder}: {error.strerror}") from error
+        raise OSError(
+            error.errno, f"cannot write to the folder {folder}: {error.strerror}"
+        ) from error
     finally:
         with contextlib.suppress(OSError):
             probe.unlink(missing_ok=True)

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from .._checks import fail
+from ..support.messages import fail
 from . import inert
 from .files import read_bytes
 from .images import one_line
@@ -14,7 +14,13 @@ CIFAR10 = {
     "labels": "labels",
     "classes": "label_names",
 }
-CIFAR100 = {"train": ["train"], "test": ["test"], "meta": "meta", "labels": "fine_labels", "classes": "fine_label_names"}
+CIFAR100 = {
+    "train": ["train"],
+    "test": ["test"],
+    "meta": "meta",
+    "labels": "fine_labels",
+    "classes": "fine_label_names",
+}
 FORMS = {"cifar-10-batches-py": CIFAR10, "cifar-100-python": CIFAR100}
 
 
@@ -22,18 +28,27 @@ def find(folder):
     """(folder, form) of the CIFAR files in `folder` or in its standard subfolder, or None."""
     for name, form in FORMS.items():
         for candidate in (folder, folder / name):
-            if (candidate / form["meta"]).is_file() and any((candidate / part).is_file() for part in form["train"] + form["test"]):
+            if (candidate / form["meta"]).is_file() and any(
+                (candidate / part).is_file() for part in form["train"] + form["test"]
+            ):
                 return candidate, form
     return None
 
 
 def read(folder, form, split):
-    """uint8 [N, 3, 32, 32], int64 [N] and the class names of one split. ValueError: a file is missing, damaged or not CIFAR."""
+    """uint8 [N, 3, 32, 32], int64 [N] and the class names of one split. ValueError: a file is
+    missing, damaged or not CIFAR.
+    """
     if split not in ("train", "test"):
         fail("data", "split", "'train' or 'test'", repr(split))
     classes = _unpickle(folder / form["meta"]).get(form["classes"], [])
     if not isinstance(classes, list) or not all(isinstance(name, bytes | str) for name in classes):
-        fail("data", str(folder / form["meta"]), f"a list of text {form['classes']!r}", "something else")
+        fail(
+            "data",
+            str(folder / form["meta"]),
+            f"a list of text {form['classes']!r}",
+            "something else",
+        )
     classes = [_text(name) for name in classes]
     images, labels = [], []
     for part in form[split]:
@@ -43,9 +58,24 @@ def read(folder, form, split):
             pixels = array.numpy() if isinstance(array, inert.Array) else None
         except inert.ERRORS:
             pixels = None
-        right = pixels is not None and pixels.dtype == np.uint8 and pixels.ndim == 2 and pixels.shape[1] == 3072 and isinstance(found, list)
-        if not right or len(found) != len(pixels) or not all(type(v) is int and 0 <= v < len(classes) for v in found):
-            fail("data", str(folder / part), f"uint8 data [N, 3072] and N {form['labels']} below {len(classes)}", "something else")
+        right = (
+            pixels is not None
+            and pixels.dtype == np.uint8
+            and pixels.ndim == 2
+            and pixels.shape[1] == 3072
+            and isinstance(found, list)
+        )
+        if (
+            not right
+            or len(found) != len(pixels)
+            or not all(type(v) is int and 0 <= v < len(classes) for v in found)
+        ):
+            fail(
+                "data",
+                str(folder / part),
+                f"uint8 data [N, 3072] and N {form['labels']} below {len(classes)}",
+                "something else",
+            )
         images.append(pixels.reshape(-1, 3, 32, 32))
         labels.extend(found)
     return np.concatenate(images), np.array(labels, dtype=np.int64), classes
@@ -61,7 +91,12 @@ def _unpickle(path):
             raise ValueError(f"a {type(content).__name__}")
         return {_text(key): value for key, value in content.items()}
     except (OSError, *inert.ERRORS) as error:
-        fail("data", str(path), "a CIFAR file in python form", f"a damaged or foreign one ({one_line(error)})")
+        fail(
+            "data",
+            str(path),
+            "a CIFAR file in python form",
+            f"a damaged or foreign one ({one_line(error)})",
+        )
 
 
 def _text(value):

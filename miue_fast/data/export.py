@@ -1,4 +1,6 @@
-"""Poisoned images out: a folder of the same tree and names, with a list of checksums and a note of what it was made from."""
+"""Poisoned images out: a folder of the same tree and names, with a list of checksums and a note of
+what it was made from.
+"""
 
 import hashlib
 import io
@@ -12,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from .._checks import fail
-from .._written import option
+from ..support.messages import fail
+from ..support.written import option
 from .atomic import check_writable, only_writer, sweep
 from .export_file import check_content
 from .images import UnreadableError, quiet_decoding, read_file, read_image, read_look
@@ -37,42 +39,80 @@ NOTE_FORMAT = "miue_fast export 1"
 SAMPLES = 3  # images that are encoded to estimate the room on the disk
 
 
-def export_folder(dataset, delta, out, *, eps, image_format="png", allow_lossy=False, rounding="nearest", overwrite=False, progress=None):
-    """Writes every image of `dataset` plus its perturbation to `out`, same tree and names (suffix replaced).
+def export_folder(
+    dataset,
+    delta,
+    out,
+    *,
+    eps,
+    image_format="png",
+    allow_lossy=False,
+    rounding="nearest",
+    overwrite=False,
+    progress=None,
+):
+    """Writes every image of `dataset` plus its perturbation to `out`, same tree and names (suffix
+    replaced).
 
     Args:
-        delta: float [N, C, H, W] at the data set's size, [0, 1] scale; see `apply_poison` for eps and rounding.
-        out: a new or empty folder, not inside the clean one. overwrite=True: an earlier export there is replaced, which is what the list
-            of checksums in it names and nobody changed; other images in it are refused.
-        image_format: "png", "webp" (lossless), "tiff", "bmp"; "jpeg" needs allow_lossy=True because it breaks the budget.
+        delta: float [N, C, H, W] at the data set's size, [0, 1] scale; see `apply_poison` for eps
+            and rounding.
+        out: a new or empty folder, not inside the clean one. overwrite=True: an earlier export
+            there is replaced, which is what the list of checksums in it names and nobody changed;
+            other images in it are refused.
+        image_format: "png", "webp" (lossless), "tiff", "bmp"; "jpeg" needs allow_lossy=True because
+            it breaks the budget.
         progress: function of (images done, N), called after each image.
 
-    An image whose original has another size is read again at full size, and delta is enlarged bilinearly (a convex combination, so
-    it stays within eps; antialiased where it shrinks). Arrays become out/CLASS/00000017.png. Where two names would meet, both keep
-    their old suffix ("a.jpg.png"). Each file appears whole or not at all. Files are 8-bit RGB of one frame, without alpha. Of the
-    original's metadata the orientation (png, webp, jpeg) and an RGB colour profile (not bmp) are kept: they say how the pixels look.
-    Beside the class folders lie miue-files.sha256, the checksum of every file, and miue-export.json; `verify` reads both.
-    Returns the number of files. Errors: ValueError, OSError (found before the first image is written, but for a disk that fills up and an
+    An image whose original has another size is read again at full size, and delta is enlarged
+    bilinearly (a convex combination, so it stays within eps; antialiased where it shrinks). Arrays
+    become out/CLASS/00000017.png. Where two names would meet, both keep their old suffix
+    ("a.jpg.png"). Each file appears whole or not at all. Files are 8-bit RGB of one frame, without
+    alpha. Of the original's metadata the orientation (png, webp, jpeg) and an RGB colour profile
+    (not bmp) are kept: they say how the pixels look. Beside the class folders lie
+        miue-files.sha256, the checksum of every file, and miue-export.json; `verify` reads both.
+        Returns the number of files. Errors: ValueError, OSError (found before the first image is
+        written, but for a disk that fills up and an
     image file that is no longer the one that was loaded).
     """
     check_content(dataset, delta, eps, rounding)
-    targets = check_folder(dataset, out, eps=eps, image_format=image_format, allow_lossy=allow_lossy, overwrite=overwrite)
+    targets = check_folder(
+        dataset,
+        out,
+        eps=eps,
+        image_format=image_format,
+        allow_lossy=allow_lossy,
+        overwrite=overwrite,
+    )
     out, options = Path(out), FORMATS[image_format][1]
     files = Owned(out)
 
     def write(job):
         row, pixels = job
-        files.write({targets[row]: lambda file: file.write(_encoded(dataset, delta, row, eps, rounding, options, pixels))},
-                    durable=False, tidy=False)  # fmt: skip
+        files.write(
+            {
+                targets[row]: lambda file: file.write(
+                    _encoded(dataset, delta, row, eps, rounding, options, pixels)
+                )
+            },
+            durable=False,
+            tidy=False,
+        )
 
     def jobs(start):
         rows = range(start, min(start + CHUNK, len(dataset)))
         small = [row for row in rows if _in_memory(dataset, row)]
-        done = dict(zip(small, apply_poison(dataset.images[small], delta[small], eps, rounding=rounding)))
+        done = dict(
+            zip(small, apply_poison(dataset.images[small], delta[small], eps, rounding=rounding))
+        )
         return [(row, done.get(row)) for row in rows]
 
     count = 0
-    with only_writer(out), quiet_decoding(), ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+    with (
+        only_writer(out),
+        quiet_decoding(),
+        ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool,
+    ):
         for folder in sorted({(out / target).parent for target in targets}):
             folder.mkdir(parents=True, exist_ok=True)
             sweep(folder)
@@ -85,23 +125,40 @@ def export_folder(dataset, delta, out, *, eps, image_format="png", allow_lossy=F
         finally:
             pool.shutdown(cancel_futures=True)
         files.remove(other_files(dataset, out, image_format))
-        note = {"format": NOTE_FORMAT, "image_format": image_format, "rounding": rounding, "eps": eps, "count": count,
-                "size": list(_size(dataset)), "pixels_sha256": pixels_digest(dataset), "files_sha256": files_digest(files)}  # fmt: skip
+        note = {
+            "format": NOTE_FORMAT,
+            "image_format": image_format,
+            "rounding": rounding,
+            "eps": eps,
+            "count": count,
+            "size": list(_size(dataset)),
+            "pixels_sha256": pixels_digest(dataset),
+            "files_sha256": files_digest(files),
+        }
         files.write({NOTE: lambda file: file.write((json.dumps(note, indent=1) + "\n").encode())})
     return count
 
 
-def check_folder(dataset, out, *, eps, image_format="png", allow_lossy=False, overwrite=False, beside=0):
-    """Everything that would stop `export_folder`, before there is a perturbation; the images' paths in `out`, in the data set's order.
+def check_folder(
+    dataset, out, *, eps, image_format="png", allow_lossy=False, overwrite=False, beside=0
+):
+    """Everything that would stop `export_folder`, before there is a perturbation; the images' paths
+    in `out`, in the data set's order.
 
-    The format, the budget, files that somebody else put there, names and sizes that the file system or the format cannot hold, and room
-    on the disk, which a few images with noise are encoded for; `beside`: bytes that other files will take of it first. Makes `out`.
+    The format, the budget, files that somebody else put there, names and sizes that the file system
+    or the format cannot hold, and room on the disk, which a few images with noise are encoded for;
+    `beside`: bytes that other files will take of it first. Makes `out`.
     Errors: ValueError, OSError.
     """
     if image_format not in FORMATS:
         fail("export", "image_format", " or ".join(FORMATS), repr(image_format))
     if image_format in LOSSY and not allow_lossy:
-        fail("export", "image_format", f"a lossless one, or {option('allow_lossy', True)} (JPEG breaks the budget)", repr(image_format))
+        fail(
+            "export",
+            "image_format",
+            f"a lossless one, or {option('allow_lossy', True)} (JPEG breaks the budget)",
+            repr(image_format),
+        )
     budget(eps)
     out, (suffix, options) = Path(out), FORMATS[image_format]
     targets = list(target_paths(dataset, suffix).values())
@@ -110,18 +167,44 @@ def check_folder(dataset, out, *, eps, image_format="png", allow_lossy=False, ov
         if real.is_relative_to(clean) or clean.is_relative_to(real):
             fail("export", "out", f"a folder apart from the clean one, {clean}", str(real))
     if out.is_dir() and any(out.iterdir()) and not overwrite:
-        fail("export", "out", f"a new or empty folder (or {option('overwrite', True)})", f"{out}, which is not empty")
+        fail(
+            "export",
+            "out",
+            f"a new or empty folder (or {option('overwrite', True)})",
+            f"{out}, which is not empty",
+        )
     check_writable(out)
     files = Owned(out)
     files.check("export", [NOTE, *targets, *list_tree(out)[1]])
     files.check_access("export")
-    for folder in {parent for target in targets for parent in (out / target).parents if parent.is_relative_to(out)}:
-        if os.path.lexists(folder) and not (folder.is_dir() and folder.resolve().is_relative_to(out.resolve())):
-            fail("export", "out", "folders inside it for the classes", f"{folder}, a file or a link out of it")
+    for folder in {
+        parent
+        for target in targets
+        for parent in (out / target).parents
+        if parent.is_relative_to(out)
+    }:
+        if os.path.lexists(folder) and not (
+            folder.is_dir() and folder.resolve().is_relative_to(out.resolve())
+        ):
+            fail(
+                "export",
+                "out",
+                "folders inside it for the classes",
+                f"{folder}, a file or a link out of it",
+            )
     check_names(out, targets)
     check_sizes(dataset.sizes or [_size(dataset)] * bool(len(dataset)), image_format, options)
-    freed = sum(file_bytes((out / name).stat().st_size) for name in {*targets} & {*files.names()} if (out / name).is_file())
-    check_room("export", out, _needed(dataset, eps, options) + beside - freed, f"{len(dataset)} {image_format} images")
+    freed = sum(
+        file_bytes((out / name).stat().st_size)
+        for name in {*targets} & {*files.names()}
+        if (out / name).is_file()
+    )
+    check_room(
+        "export",
+        out,
+        _needed(dataset, eps, options) + beside - freed,
+        f"{len(dataset)} {image_format} images",
+    )
     return targets
 
 
@@ -132,59 +215,89 @@ def _needed(dataset, eps, options):
     noise = random_noise(few, eps, 0, "sign")
     sizes = few.sizes or [_size(few)] * len(few)
     with quiet_decoding():
-        written = sum(len(_encoded(few, noise, row, eps, "nearest", options)) for row in range(len(few)))
+        written = sum(
+            len(_encoded(few, noise, row, eps, "nearest", options)) for row in range(len(few))
+        )
     per_pixel = written / max(1, sum(width * height for width, height in sizes))
     whole = dataset.sizes or [_size(dataset)] * len(dataset)
     return sum(file_bytes(per_pixel * width * height) for width, height in whole)
 
 
 def _encoded(dataset, delta, row, eps, rounding, options, pixels=None):
-    """The bytes of the poisoned image file. pixels: uint8 [C, H, W], where they were made at the data set's size already."""
+    """The bytes of the poisoned image file. pixels: uint8 [C, H, W], where they were made at the
+    data set's size already.
+    """
     look = {}
     if dataset.root is not None:
         path, raw = _original(dataset, row)
         try:
             look = read_look(path, raw)
             if not _in_memory(dataset, row):
-                pixels = _enlarged(np.array(read_image(path, raw=raw)), delta[row : row + 1], eps, rounding)
+                pixels = _enlarged(
+                    np.array(read_image(path, raw=raw)), delta[row : row + 1], eps, rounding
+                )
         except UnreadableError as error:
             fail("export", str(path), "the image that was loaded", str(error))
     if pixels is None:
-        pixels = apply_poison(dataset.images[row : row + 1], delta[row : row + 1], eps, rounding=rounding)[0]
+        pixels = apply_poison(
+            dataset.images[row : row + 1], delta[row : row + 1], eps, rounding=rounding
+        )[0]
     if options["format"] == "TIFF":
         look.pop("exif", None)  # who reads it with Pillow would get other pixels
-    image = Image.fromarray((pixels[0] if len(pixels) == 1 else pixels.permute(1, 2, 0)).contiguous().numpy())
+    image = Image.fromarray(
+        (pixels[0] if len(pixels) == 1 else pixels.permute(1, 2, 0)).contiguous().numpy()
+    )
     image.save(content := io.BytesIO(), **options, **look)
     return content.getbuffer()
 
 
 def _enlarged(clean, delta, eps, rounding):
     clean = torch.from_numpy(clean).permute(2, 0, 1)
-    wide = F.interpolate(delta.cpu().float(), clean.shape[1:], mode="bilinear", align_corners=False, antialias=True)
+    wide = F.interpolate(
+        delta.cpu().float(), clean.shape[1:], mode="bilinear", align_corners=False, antialias=True
+    )
     return apply_poison(clean[None], wide.clamp_(-eps, eps), eps, rounding=rounding)[0]
 
 
 def _original(dataset, row):
-    """(path, bytes) of an image file, which must be the one that was loaded: another picture would get this one's perturbation."""
+    """(path, bytes) of an image file, which must be the one that was loaded: another picture would
+    get this one's perturbation.
+    """
     path = dataset.root / dataset.names[row]
     try:
         raw = read_file(path)
     except UnreadableError as error:
         fail("export", str(path), "the image that was loaded", str(error))
     if dataset.digests is not None and hashlib.sha256(raw).hexdigest() != dataset.digests[row]:
-        fail("export", str(path), "the image that was loaded (sha256)", "another one; put back the one that was loaded, or generate anew")
+        fail(
+            "export",
+            str(path),
+            "the image that was loaded (sha256)",
+            "another one; put back the one that was loaded, or generate anew",
+        )
     return path, raw
 
 
 def pixels_digest(dataset):
-    """sha256 (hex) of the images as they were loaded, in the order of their paths in a folder: what a folder was made from."""
+    """sha256 (hex) of the images as they were loaded, in the order of their paths in a folder: what
+    a folder was made from.
+    """
     rows = dataset.images.permute(0, 2, 3, 1)
-    return combined_digest({path: image_digest(row.numpy()) for path, row in zip(tree_paths(dataset), rows)})
+    return combined_digest(
+        {path: image_digest(row.numpy()) for path, row in zip(tree_paths(dataset), rows)}
+    )
 
 
 def files_digest(files):
-    """sha256 (hex) of what the list says about the images: an export that was cut short, over another one or not, has another."""
-    lines = [f"{digest}  {name}\n" for name in files.names() if "/" in name for digest in files.checksums(name)]
+    """sha256 (hex) of what the list says about the images: an export that was cut short, over
+    another one or not, has another.
+    """
+    lines = [
+        f"{digest}  {name}\n"
+        for name in files.names()
+        if "/" in name
+        for digest in files.checksums(name)
+    ]
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
@@ -199,13 +312,21 @@ def combined_digest(digests):
 
 
 def other_files(dataset, out, image_format):
-    """Names of the files in `out` that an earlier export wrote and one of `dataset` in this format would not."""
+    """Names of the files in `out` that an earlier export wrote and one of `dataset` in this format
+    would not.
+    """
     mine = {NOTE, *target_paths(dataset, FORMATS[image_format][0]).values()}
-    return [name for name in exported_files(out) if name not in mine and os.path.lexists(Path(out) / name)]
+    return [
+        name
+        for name in exported_files(out)
+        if name not in mine and os.path.lexists(Path(out) / name)
+    ]
 
 
 def exported_files(out):
-    """Names on the list of a folder that are an export's: its images, all of them in class folders, and its note."""
+    """Names on the list of a folder that are an export's: its images, all of them in class folders,
+    and its note.
+    """
     return [name for name in Owned(out).names() if "/" in name or name == NOTE]
 
 
@@ -218,8 +339,13 @@ def _size(dataset):
 
 
 def tree_paths(dataset):
-    """Where each image stands in a folder: its name, below its class for arrays. ValueError: a name that would leave the folder."""
-    paths = [name if "/" in name else f"{dataset.classes[label]}/{name}" for name, label in zip(dataset.names, dataset.labels.tolist())]
+    """Where each image stands in a folder: its name, below its class for arrays. ValueError: a name
+    that would leave the folder.
+    """
+    paths = [
+        name if "/" in name else f"{dataset.classes[label]}/{name}"
+        for name, label in zip(dataset.names, dataset.labels.tolist())
+    ]
     for path in paths:
         if any(part in ("", ".", "..") or "\0" in part for part in path.split("/")):
             fail("export", "names", "relative paths without empty, '.' and '..' parts", repr(path))

@@ -7,29 +7,40 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .._checks import describe, fail
-from .._written import option
+from ..support.messages import describe, fail
+from ..support.written import option
 from .atomic import check_writable
 from .interop import PICKLES
 from .owned import check_owned, write_owned
 from .poison import ROUNDINGS, apply_poison, budget, check_delta, quantise
 
-EXPORTS = {"pt": "poison.pt", "npz": "poisoned.npz", "pickle": "poison.pkl"}  # the names in the folder of a run
+EXPORTS = {
+    "pt": "poison.pt",
+    "npz": "poisoned.npz",
+    "pickle": "poison.pkl",
+}  # the names in the folder of a run
 SUFFIXES = {"pt": (".pt",), "npz": (".npz",), "pickle": PICKLES}
 
 
 def export_pt(dataset, delta, path, *, eps=1.0, overwrite=False):
-    """Writes `delta` as one bare fp32 tensor [N, C, H, W], [0, 1] scale, order = data-set index: poison.pt for other tools.
+    """Writes `delta` as one bare fp32 tensor [N, C, H, W], [0, 1] scale, order = data-set index:
+    poison.pt for other tools.
 
     Float on [0, 1], clamped to +-eps, not rounded: whoever applies it rounds (here to nearest).
     """
     check_content(dataset, delta, eps, "nearest")
-    bare = delta.detach().cpu().float().clone(memory_format=torch.contiguous_format).clamp_(-eps, eps)
-    write_owned({check_file(path, "pt", eps=eps, overwrite=overwrite): lambda file: torch.save(bare, file)})
+    bare = (
+        delta.detach().cpu().float().clone(memory_format=torch.contiguous_format).clamp_(-eps, eps)
+    )
+    write_owned(
+        {check_file(path, "pt", eps=eps, overwrite=overwrite): lambda file: torch.save(bare, file)}
+    )
 
 
 def export_npz(dataset, delta, path, *, eps, rounding="nearest", overwrite=False):
-    """Writes poisoned `images` (uint8 [N, C, H, W]), `labels`, `classes` and `names` as a compressed .npz that `load` reads."""
+    """Writes poisoned `images` (uint8 [N, C, H, W]), `labels`, `classes` and `names` as a
+    compressed .npz that `load` reads.
+    """
     check_content(dataset, delta, eps, rounding)
     content = {
         "images": apply_poison(dataset.images, delta, eps, rounding=rounding).numpy(),
@@ -37,15 +48,24 @@ def export_npz(dataset, delta, path, *, eps, rounding="nearest", overwrite=False
         "classes": np.array(dataset.classes, dtype=np.str_),
         "names": np.array(dataset.names, dtype=np.str_),
     }
-    write_owned({check_file(path, "npz", eps=eps, overwrite=overwrite): lambda file: np.savez_compressed(file, **content)})
+    write_owned(
+        {
+            check_file(path, "npz", eps=eps, overwrite=overwrite): lambda file: np.savez_compressed(
+                file, **content
+            )
+        }
+    )
 
 
 def export_pickle(dataset, delta, path, *, eps, layout="nhwc", overwrite=False):
-    """Writes the perturbation as one pickled numpy int8 array, order = data-set index: levels of 1/255, exact.
+    """Writes the perturbation as one pickled numpy int8 array, order = data-set index: levels of
+    1/255, exact.
 
-    The levels are `quantise(delta, eps)`, so delta is rounded to nearest and clamped to eps once, here; `load_poison` and `apply_poison`
-    then give the same images as the other exports. eps: at most 127/255. layout: "nhwc" ([N, H, W, C]) or "nchw".
-    path: ends in .pkl or .pickle. Protocol 4; the same input gives the same bytes (with the same numpy). Errors: ValueError, OSError.
+    The levels are `quantise(delta, eps)`, so delta is rounded to nearest and clamped to eps once,
+    here; `load_poison` and `apply_poison` then give the same images as the other exports. eps: at
+    most 127/255. layout: "nhwc" ([N, H, W, C]) or "nchw".
+    path: ends in .pkl or .pickle. Protocol 4; the same input gives the same bytes (with the same
+        numpy). Errors: ValueError, OSError.
     """
     check_content(dataset, delta, eps, "nearest")
     if layout not in ("nhwc", "nchw"):
@@ -59,7 +79,15 @@ def export_pickle(dataset, delta, path, *, eps, layout="nhwc", overwrite=False):
 def check_pickle(eps):
     """ValueError if int8 levels cannot hold this budget."""
     if budget(eps) > 127:
-        fail("export", "eps", f"at most 127/255, int8 levels (a bare perturbation needs its budget: {option('eps', '8/255')})", eps)
+        fail(
+            "export",
+            "eps",
+            (
+                "at most 127/255, int8 levels (a bare perturbation needs its budget: "
+                f"{option('eps', '8/255')})"
+            ),
+            eps,
+        )
 
 
 def check_content(dataset, delta, eps, rounding):
@@ -72,9 +100,11 @@ def check_content(dataset, delta, eps, rounding):
 
 
 def check_file(path, form, *, eps, overwrite=False):
-    """Everything that would stop an export of `form` (pt, npz, pickle) to this file, before there is a perturbation; the path.
+    """Everything that would stop an export of `form` (pt, npz, pickle) to this file, before there
+    is a perturbation; the path.
 
-    Errors: ValueError (a wrong suffix, a file that exists and may not be replaced), OSError (a folder that cannot be written).
+    Errors: ValueError (a wrong suffix, a file that exists and may not be replaced), OSError (a
+        folder that cannot be written).
     """
     path = Path(path)
     if path.suffix not in SUFFIXES[form]:
@@ -83,6 +113,11 @@ def check_file(path, form, *, eps, overwrite=False):
         check_pickle(eps)
     check_writable(path.parent)
     if os.path.lexists(path) and not overwrite:
-        fail("export", "path", f"a new file (or {option('overwrite', True)})", f"{path}, which exists")
+        fail(
+            "export",
+            "path",
+            f"a new file (or {option('overwrite', True)})",
+            f"{path}, which exists",
+        )
     check_owned("export", [path])
     return path

@@ -1,4 +1,6 @@
-"""Files of others: only regular ones are opened, no more is read than was allowed, and what is checked is what is used."""
+"""Files of others: only regular ones are opened, no more is read than was allowed, and what is
+checked is what is used.
+"""
 
 import errno
 import json
@@ -7,19 +9,41 @@ import stat
 import zipfile
 import zlib
 
-FLAGS = os.O_RDONLY | sum(getattr(os, name, 0) for name in ("O_NONBLOCK", "O_NOCTTY", "O_CLOEXEC", "O_BINARY"))
-KINDS = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device"}
-ROOM, RATIO = 1 << 25, 64  # an archive of n bytes may hold ROOM + RATIO * n: deflate reaches 1,032 on zeros, photographs reach 2
+FLAGS = os.O_RDONLY | sum(
+    getattr(os, name, 0) for name in ("O_NONBLOCK", "O_NOCTTY", "O_CLOEXEC", "O_BINARY")
+)
+KINDS = {
+    stat.S_IFDIR: "a folder",
+    stat.S_IFIFO: "a pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
+# An archive of n bytes may hold ROOM + RATIO * n: deflate reaches 1,032 on zeros, photographs 2.
+ROOM, RATIO = 1 << 25, 64
 # What reading an archive of hostile bytes raises.
-ARCHIVE_ERRORS = (OSError, ValueError, LookupError, EOFError, RuntimeError, OverflowError, MemoryError, zipfile.BadZipFile, zlib.error)
+ARCHIVE_ERRORS = (
+    OSError,
+    ValueError,
+    LookupError,
+    EOFError,
+    RuntimeError,
+    OverflowError,
+    MemoryError,
+    zipfile.BadZipFile,
+    zlib.error,
+)
 
 
 def open_regular(path):
-    """The file as a binary stream. OSError: it is no regular file (a pipe would wait for ever, a device never ends), or cannot be read.
+    """The file as a binary stream. OSError: it is no regular file (a pipe would wait for ever, a
+    device never ends), or cannot be read.
 
-    Everything that is asked of the stream is asked of one opened file, whatever its name leads to a moment later.
-    """
-    _refuse_special(os.stat(path).st_mode, path)  # before it is opened: opening a device can have effects
+    Everything that is asked of the stream is asked of one opened file, whatever its name leads to a
+    moment later."""
+    _refuse_special(
+        os.stat(path).st_mode, path
+    )  # before it is opened: opening a device can have effects
     descriptor = os.open(path, FLAGS)
     try:
         _refuse_special(os.fstat(descriptor).st_mode, path)
@@ -31,15 +55,25 @@ def open_regular(path):
 
 def _refuse_special(mode, path):
     if not stat.S_ISREG(mode):
-        raise OSError(errno.EINVAL, f"{KINDS.get(stat.S_IFMT(mode), 'something else')}, not a regular file", str(path))
+        raise OSError(
+            errno.EINVAL,
+            f"{KINDS.get(stat.S_IFMT(mode), 'something else')}, not a regular file",
+            str(path),
+        )
 
 
 def read_bytes(path, most):
-    """The content of a regular file. OSError: as `open_regular`; more than `most` bytes; it grew or shrank while it was read."""
+    """The content of a regular file. OSError: as `open_regular`; more than `most` bytes; it grew or
+    shrank while it was read.
+    """
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
         if size > most:
-            raise OSError(errno.EFBIG, f"a file of {size} bytes, where {most} are the most that is read", str(path))
+            raise OSError(
+                errno.EFBIG,
+                f"a file of {size} bytes, where {most} are the most that is read",
+                str(path),
+            )
         content = file.read(size + 1)
     if len(content) != size:
         raise OSError(errno.EIO, "it changed while it was read", str(path))
@@ -49,9 +83,14 @@ def read_bytes(path, most):
 def parse_json(text, *, strict=True):
     """The value of JSON text or bytes. ValueError, RecursionError: it is none.
 
-    strict: nor is what Python's reader takes beyond JSON: NaN, infinities, and a key that comes twice, of which the last one would win.
+    strict: nor is what Python's reader takes beyond JSON: NaN, infinities, and a key that comes
+        twice, of which the last one would win.
     """
-    return json.loads(text, parse_constant=_no_number, object_pairs_hook=_once) if strict else json.loads(text)
+    return (
+        json.loads(text, parse_constant=_no_number, object_pairs_hook=_once)
+        if strict
+        else json.loads(text)
+    )
 
 
 def _no_number(text):
@@ -71,15 +110,20 @@ def room(file):
 
 
 def read_member(archive, name, most):
-    """One member of an open zipfile.ZipFile as a bytearray; its checksum is checked. ValueError: more than `most` bytes of content.
+    """One member of an open zipfile.ZipFile as a bytearray; its checksum is checked. ValueError:
+    more than `most` bytes of content.
 
-    Only stored and deflated members, which is what numpy and PyTorch write: the other methods cannot be unpacked piece by piece.
-    """
+    Only stored and deflated members, which is what numpy and PyTorch write: the other methods
+    cannot be unpacked piece by piece."""
     member = archive.getinfo(name)
     if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-        raise ValueError(f"a member of compression method {member.compress_type}, neither stored nor deflated")
+        raise ValueError(
+            f"a member of compression method {member.compress_type}, neither stored nor deflated"
+        )
     if member.file_size > most:
-        raise ValueError(f"{member.file_size} bytes of content, where {most} are the most that is read")
+        raise ValueError(
+            f"{member.file_size} bytes of content, where {most} are the most that is read"
+        )
     content = bytearray(member.file_size)
     with archive.open(member) as stream:
         done = 0

@@ -8,23 +8,52 @@ import zlib
 
 from PIL import Image
 
-from .._checks import printable
+from ..support.messages import printable
 from .files import read_bytes
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".gif")
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "DIB", "TIFF", "PPM", "GIF")  # by content; nothing that starts another program
+FORMATS = (
+    "PNG",
+    "JPEG",
+    "WEBP",
+    "BMP",
+    "DIB",
+    "TIFF",
+    "PPM",
+    "GIF",
+)  # by content; nothing that starts another program
 STRIPS, TILES = 273, 324  # TIFF: where the parts of the picture begin
 ORIENTATION = 274  # EXIF: 1 as stored; 2 to 8 mirrored or turned
 MAX_PIXELS = 89_478_485  # Pillow's own warning level, here a limit: 256 MiB of RGB
 MAX_BYTES = 4 * MAX_PIXELS + (1 << 26)  # of a file: RGBA as it is, and metadata
-FEW_PIXELS, PER_BYTE = 12_000_000, 64  # more pixels need a byte of the file for 64 of them: photographs have one for 2 to 20
+FEW_PIXELS, PER_BYTE = (
+    12_000_000,
+    64,
+)  # more pixels need a byte of the file for 64 of them: photographs have one for 2 to 20
 RUN_PIXELS = 1 << 22  # of a run-length coded BMP, which Pillow decodes in Python: a second
-FEW_SCANS, SCAN_PIXELS = 24, 1 << 30  # of a JPEG: 30 bytes are another pass over all its pixels; about 10 are usual
+FEW_SCANS, SCAN_PIXELS = (
+    24,
+    1 << 30,
+)  # of a JPEG: 30 bytes are another pass over all its pixels; about 10 are usual
 # What Pillow's decoders raise on hostile bytes.
 DECODE_ERRORS = (
-    OSError, SyntaxError, ValueError, TypeError, AttributeError, LookupError, ArithmeticError, EOFError, AssertionError, RuntimeError,
-    MemoryError, BufferError, struct.error, zlib.error, Image.DecompressionBombError, Image.DecompressionBombWarning,
-)  # fmt: skip
+    OSError,
+    SyntaxError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    LookupError,
+    ArithmeticError,
+    EOFError,
+    AssertionError,
+    RuntimeError,
+    MemoryError,
+    BufferError,
+    struct.error,
+    zlib.error,
+    Image.DecompressionBombError,
+    Image.DecompressionBombWarning,
+)
 
 
 class UnreadableError(Exception):
@@ -33,7 +62,9 @@ class UnreadableError(Exception):
 
 @contextlib.contextmanager
 def quiet_decoding():
-    """Pillow's warnings about odd files are dropped: the files it cannot read are listed instead. Not thread-safe: outside the pool."""
+    """Pillow's warnings about odd files are dropped: the files it cannot read are listed instead.
+    Not thread-safe: outside the pool.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         warnings.simplefilter("error", Image.DecompressionBombWarning)
@@ -41,7 +72,9 @@ def quiet_decoding():
 
 
 def read_file(path):
-    """The bytes of an image file, so that what is checked is what is decoded. UnreadableError: it is no regular file, or too large."""
+    """The bytes of an image file, so that what is checked is what is decoded. UnreadableError: it
+    is no regular file, or too large.
+    """
     try:
         return read_bytes(path, MAX_BYTES)
     except OSError as error:
@@ -49,13 +82,14 @@ def read_file(path):
 
 
 def read_image(path, *, mode=None, raw=None):
-    """An RGB Pillow image: the first frame, pixels in stored order (EXIF orientation is not applied), Pillow's `convert("RGB")`.
+    """An RGB Pillow image: the first frame, pixels in stored order (EXIF orientation is not
+    applied), Pillow's `convert("RGB")`.
 
-    That is what torchvision's ImageFolder gives a trainer: grayscale is repeated, palettes are looked up, alpha is dropped.
-    `mode` demands that the file is stored in this Pillow mode; `raw`: the file's bytes, where they are there. UnreadableError: not a
-    regular file, empty, truncated, not an image, over MAX_PIXELS, small but of many pixels or passes over them (bombs), or more than
-    8 bits per channel (would lose data).
-    """
+    That is what torchvision's ImageFolder gives a trainer: grayscale is repeated, palettes are
+    looked up, alpha is dropped. `mode` demands that the file is stored in this Pillow mode; `raw`:
+    the file's bytes, where they are there. UnreadableError: not a regular file, empty, truncated,
+    not an image, over MAX_PIXELS, small but of many pixels or passes over them (bombs), or more
+    than 8 bits per channel (would lose data)."""
     with _opened(path, raw) as (image, raw):
         try:
             if (bomb := _bomb(image, raw)) is not None:
@@ -63,7 +97,9 @@ def read_image(path, *, mode=None, raw=None):
             if mode is not None and image.mode != mode:
                 raise UnreadableError(f"mode {image.mode}, expected {mode}")
             if _deep(image):
-                raise UnreadableError(f"more than 8 bits per channel (mode {image.mode}): would lose data")
+                raise UnreadableError(
+                    f"more than 8 bits per channel (mode {image.mode}): would lose data"
+                )
             image.load()
             return image if image.mode == "RGB" else image.convert("RGB")
         except DECODE_ERRORS as error:
@@ -72,7 +108,9 @@ def read_image(path, *, mode=None, raw=None):
 
 @contextlib.contextmanager
 def _opened(path, raw=None):
-    """(Pillow image, content) of a file, which is read once and as a whole: no other program changes what is decoded."""
+    """(Pillow image, content) of a file, which is read once and as a whole: no other program
+    changes what is decoded.
+    """
     raw = read_file(path) if raw is None else raw
     try:
         image = Image.open(io.BytesIO(raw), formats=FORMATS)
@@ -92,8 +130,14 @@ def _bomb(image, raw):
         return f"{width} x {height} pixels in {len(raw)} bytes"
     if pixels > RUN_PIXELS and any(tile[0] == "bmp_rle" for tile in image.tile):
         return f"{width} x {height} pixels are more than {RUN_PIXELS} of a run-length coded BMP"
-    if image.format == "JPEG" or (image.format == "TIFF" and image.info.get("compression") == "jpeg"):
-        parts = 1 if image.format == "JPEG" else len(image.tag_v2.get(STRIPS) or image.tag_v2.get(TILES) or (0,))
+    if image.format == "JPEG" or (
+        image.format == "TIFF" and image.info.get("compression") == "jpeg"
+    ):
+        parts = (
+            1
+            if image.format == "JPEG"
+            else len(image.tag_v2.get(STRIPS) or image.tag_v2.get(TILES) or (0,))
+        )
         scans = raw.count(b"\xff\xda") / parts
         if scans > FEW_SCANS and pixels * scans > SCAN_PIXELS:
             return f"{scans:.0f} scans of {width} x {height} pixels"
@@ -101,14 +145,18 @@ def _bomb(image, raw):
 
 
 def read_look(path, raw):
-    """How the pixels of `read_image` are meant to be shown, as options of Pillow's `save`: orientation, and an RGB colour profile.
+    """How the pixels of `read_image` are meant to be shown, as options of Pillow's `save`:
+    orientation, and an RGB colour profile.
 
     raw: the bytes of the file. Pillow turns a TIFF while it reads it, so nothing is left to say.
     """
     look = {}
     with _opened(path, raw) as (image, raw):
         try:
-            profile, orientation = image.info.get("icc_profile"), 1 if image.format == "TIFF" else image.getexif().get(ORIENTATION, 1)
+            profile, orientation = (
+                image.info.get("icc_profile"),
+                1 if image.format == "TIFF" else image.getexif().get(ORIENTATION, 1),
+            )
         except DECODE_ERRORS as error:
             raise UnreadableError(_reason(raw, error)) from error
     if isinstance(profile, bytes) and profile[16:20] == b"RGB ":
@@ -121,10 +169,14 @@ def read_look(path, raw):
 
 
 def _deep(image):
-    """Pillow opens 16-bit RGB files as 8-bit RGB: only the tile's raw mode, or the maximum in a PPM, says so."""
+    """Pillow opens 16-bit RGB files as 8-bit RGB: only the tile's raw mode, or the maximum in a
+    PPM, says so.
+    """
     if image.mode in ("I", "F") or image.mode.startswith("I;"):
         return True
-    arguments = [a for tile in image.tile for a in (tile[3] if isinstance(tile[3], tuple) else (tile[3],))]
+    arguments = [
+        a for tile in image.tile for a in (tile[3] if isinstance(tile[3], tuple) else (tile[3],))
+    ]
     if image.format == "PPM" and any(isinstance(a, int) and a > 255 for a in arguments):
         return True
     return any(isinstance(a, str) and (";16" in a or ";32" in a) for a in arguments)

@@ -1,10 +1,12 @@
-"""Pickles of numpy arrays read as plain data: an interpreter of pickle opcodes in which no name is ever imported or called.
+"""Pickles of numpy arrays read as plain data: an interpreter of pickle opcodes in which no name is
+ever imported or called.
 
-`pickle.Unpickler` with a strict `find_class` runs nothing either, but eight bytes with a large memo index make it allocate gigabytes,
-and a dictionary key of tuples nested 100,000 deep overflows the C stack while it is hashed. Here a global is only a name, REDUCE knows
-five of them, keys are small integers, text or bytes (large integers can be chosen so that all of them hash alike, and every insertion
-walks past all others), and everything that is built is smaller than a fixed multiple of the file.
-"""
+`pickle.Unpickler` with a strict `find_class` runs nothing either, but eight bytes with a large memo
+index make it allocate gigabytes, and a dictionary key of tuples nested 100,000 deep overflows the C
+stack while it is hashed. Here a global is only a name, REDUCE knows five of them, keys are small
+integers, text or bytes (large integers can be chosen so that all of them hash alike, and every
+insertion walks past all others), and everything that is built is smaller than a fixed multiple of
+the file."""
 
 import math
 import pickle
@@ -12,18 +14,55 @@ import pickletools
 
 import numpy as np
 
-MAX_OPCODES = 4_000_000  # about 24 per array; each one costs a microsecond or two and at most 100 bytes
-SMALL = 100_000  # opcodes of a file of any size; a larger one has four bytes for each, or is made of nothing else
+MAX_OPCODES = (
+    4_000_000  # about 24 per array; each one costs a microsecond or two and at most 100 bytes
+)
+# opcodes of a file of any size; a larger one has four bytes for each, or is made of nothing else
+SMALL = 100_000
 MAX_BYTES = 1 << 30  # of a pickle; CIFAR-10 takes 154 MB as int8, 614 MB as float32
 MAX_KEY = 1 << 32  # below 2^61 integers hash to themselves
 DTYPES = frozenset({"i1", "i2", "i4", "i8", "u1", "f2", "f4", "f8"})
-ERRORS = (pickle.UnpicklingError, ValueError, TypeError, LookupError, OverflowError, MemoryError)  # of `loads` on hostile bytes
+ERRORS = (
+    pickle.UnpicklingError,
+    ValueError,
+    TypeError,
+    LookupError,
+    OverflowError,
+    MemoryError,
+)  # of `loads` on hostile bytes
 
-PUSHED = frozenset({
-    "INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT", "STRING", "BINSTRING", "SHORT_BINSTRING",
-    "BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BYTEARRAY8", "UNICODE", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8",
-})  # fmt: skip
-FRESH = {"EMPTY_LIST": list, "EMPTY_DICT": dict, "EMPTY_TUPLE": tuple, "NEWTRUE": lambda: True, "NEWFALSE": bool, "NONE": lambda: None}
+PUSHED = frozenset(
+    {
+        "INT",
+        "BININT",
+        "BININT1",
+        "BININT2",
+        "LONG",
+        "LONG1",
+        "LONG4",
+        "FLOAT",
+        "BINFLOAT",
+        "STRING",
+        "BINSTRING",
+        "SHORT_BINSTRING",
+        "BINBYTES",
+        "SHORT_BINBYTES",
+        "BINBYTES8",
+        "BYTEARRAY8",
+        "UNICODE",
+        "BINUNICODE",
+        "SHORT_BINUNICODE",
+        "BINUNICODE8",
+    }
+)
+FRESH = {
+    "EMPTY_LIST": list,
+    "EMPTY_DICT": dict,
+    "EMPTY_TUPLE": tuple,
+    "NEWTRUE": lambda: True,
+    "NEWFALSE": bool,
+    "NONE": lambda: None,
+}
 SHORT_TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 
 
@@ -71,7 +110,11 @@ class Array:
     def build(self, _, shape, dtype, fortran, raw):
         if type(dtype) is not _Dtype or type(raw) not in (bytes, bytearray):
             raise refused("an array without plain bytes")
-        if type(shape) is not tuple or len(shape) > 4 or not all(type(side) is int and 0 < side <= len(raw) for side in shape):
+        if (
+            type(shape) is not tuple
+            or len(shape) > 4
+            or not all(type(side) is int and 0 < side <= len(raw) for side in shape)
+        ):
             raise refused("an array whose shape is not 0 to 4 positive integers within its bytes")
         declared = math.prod(shape) * int(dtype.code[1])
         if declared != len(raw):
@@ -88,16 +131,20 @@ class Array:
 
 
 def loads(raw):
-    """The value of a pickle (bytes, protocol 0 to 5): numbers, text, bytes, list, tuple, dict and `Array`; numpy scalars as numbers.
+    """The value of a pickle (bytes, protocol 0 to 5): numbers, text, bytes, list, tuple, dict and
+    `Array`; numpy scalars as numbers.
 
-    Errors: one of ERRORS, whose text names what was refused. Takes at most 4,000,000 opcodes, of a small file fewer; memory is
+    Errors: one of ERRORS, whose text names what was refused. Takes at most 4,000,000 opcodes, of a
+        small file fewer; memory is
     bounded by them and by a small multiple of len(raw), whatever sizes the pickle declares.
     """
     return Machine(len(raw)).run(raw)
 
 
 class Machine:
-    """The interpreter. A subclass may know other calls and `persistent` objects, and change what `build` does."""
+    """The interpreter. A subclass may know other calls and `persistent` objects, and change what
+    `build` does.
+    """
 
     def __init__(self, size, calls=None):
         self.calls = CALLS if calls is None else calls
@@ -126,7 +173,9 @@ class Machine:
                     raise refused("an unknown memo index")
                 self.stack.append(self.memo[argument])
             elif name in SHORT_TUPLES:
-                self.stack.append(tuple([self.stack.pop() for _ in range(SHORT_TUPLES[name])][::-1]))
+                self.stack.append(
+                    tuple([self.stack.pop() for _ in range(SHORT_TUPLES[name])][::-1])
+                )
             elif name == "MARK":
                 self.below.append(self.stack)
                 self.stack = []
@@ -157,7 +206,9 @@ class Machine:
 
     def update(self, items):
         if type(self.stack[-1]) is not dict or not all(map(_is_key, items[::2])):
-            raise refused(f"a dict whose keys are not integers from 0 to {MAX_KEY - 1}, text or bytes")
+            raise refused(
+                f"a dict whose keys are not integers from 0 to {MAX_KEY - 1}, text or bytes"
+            )
         self.stack[-1].update(zip(items[::2], items[1::2], strict=True))
 
     def name(self, module, name):
@@ -188,7 +239,9 @@ class Machine:
         target.build(*state)
 
     def encode(self, text, encoding):
-        """Bytes as protocols 0 to 2 write them. A memoised text could be encoded again and again: the sum is bounded by the file."""
+        """Bytes as protocols 0 to 2 write them. A memoised text could be encoded again and again:
+        the sum is bounded by the file.
+        """
         if type(text) is not str or encoding != "latin1":
             raise refused("an encoding other than latin1")
         self.encoded += len(text)
@@ -200,7 +253,11 @@ class Machine:
         """Protocol 5: order "C", "F", or "K": C and then transposed by `axes`."""
         result = Array()
         result.build(1, shape, dtype, order == "F", raw)
-        permutation = type(axes) is tuple and all(type(axis) is int for axis in axes) and sorted(axes) == list(range(len(shape)))
+        permutation = (
+            type(axes) is tuple
+            and all(type(axis) is int for axis in axes)
+            and sorted(axes) == list(range(len(shape)))
+        )
         if order not in ("C", "F") and not (order == "K" and permutation):
             raise refused("an array of unknown order")
         result.axes = axes if order == "K" else None
@@ -221,7 +278,9 @@ STEPS = {
     "SETITEM": lambda machine, _: machine.update([machine.stack.pop(), machine.stack.pop()][::-1]),
     "SETITEMS": lambda machine, _: machine.update(machine.marked()),
     "GLOBAL": lambda machine, argument: machine.name(*argument.split(" ", 1)),
-    "STACK_GLOBAL": lambda machine, _: machine.name(*[machine.stack.pop(), machine.stack.pop()][::-1]),
+    "STACK_GLOBAL": lambda machine, _: machine.name(
+        *[machine.stack.pop(), machine.stack.pop()][::-1]
+    ),
     "REDUCE": lambda machine, _: machine.call(),
     "BUILD": lambda machine, _: machine.build(),
     "BINPERSID": lambda machine, _: machine.push(machine.persistent(machine.stack.pop())),

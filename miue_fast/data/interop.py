@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .._checks import describe, fail
+from ..support.messages import describe, fail
 from . import inert
 from .files import read_bytes
 from .images import one_line
@@ -15,21 +15,29 @@ CHANNELS = (1, 3)
 
 
 def channels_first(delta):
-    """[N, H, W, C] as [N, C, H, W] where that is unambiguous: last side 1 or 3, second one not. Anything else comes back as it is."""
-    last = isinstance(delta, torch.Tensor) and delta.dim() == 4 and delta.shape[3] in CHANNELS and delta.shape[1] not in CHANNELS
+    """[N, H, W, C] as [N, C, H, W] where that is unambiguous: last side 1 or 3, second one not.
+    Anything else comes back as it is.
+    """
+    last = (
+        isinstance(delta, torch.Tensor)
+        and delta.dim() == 4
+        and delta.shape[3] in CHANNELS
+        and delta.shape[1] not in CHANNELS
+    )
     return delta.permute(0, 3, 1, 2) if last else delta
 
 
 def read_pickle(path, names=None):
-    """The perturbations of a .pkl or .pickle file as a float tensor [N, C, H, W] on the [0, 1] scale.
+    """The perturbations of a .pkl or .pickle file as a float tensor [N, C, H, W] on the [0, 1]
+    scale.
 
-    The file holds one numpy array of four sides, or a list, tuple or dict of arrays of three: one per image (or class). Keys are 0 to
-    N - 1, or image names, which are put in the order of `names`.
-    Integers (int8 to int64, values within int8) are levels of 1/255, exact: level / 255. Floats (16 to 64 bits) are on [0, 1] and
-    rounded to nearest at application.
-    Nothing in the file is run (see `inert`); sizes are checked before memory is taken: at most 1 GiB of file, arrays that share bytes
-    are refused. ValueError, one line: what was refused, object or unsigned values, levels out of range, unequal or ambiguous shapes.
-    """
+    The file holds one numpy array of four sides, or a list, tuple or dict of arrays of three: one
+    per image (or class). Keys are 0 to N - 1, or image names, which are put in the order of
+    `names`. Integers (int8 to int64, values within int8) are levels of 1/255, exact: level / 255.
+    Floats (16 to 64 bits) are on [0, 1] and rounded to nearest at application.
+    Nothing in the file is run (see `inert`); sizes are checked before memory is taken: at most 1
+    GiB of file, arrays that share bytes are refused. ValueError, one line: what was refused, object
+    or unsigned values, levels out of range, unequal or ambiguous shapes."""
     path = Path(path)
     try:
         raw = read_bytes(path, inert.MAX_BYTES)
@@ -39,12 +47,22 @@ def read_pickle(path, names=None):
     del raw
     delta = torch.from_numpy(values)
     if (delta.shape[1] in CHANNELS) == (delta.shape[3] in CHANNELS):
-        fail("poison", str(path), "[N, C, H, W] or [N, H, W, C], C = 1 or 3, and no doubt which", describe(delta))
+        fail(
+            "poison",
+            str(path),
+            "[N, C, H, W] or [N, H, W, C], C = 1 or 3, and no doubt which",
+            describe(delta),
+        )
     delta = channels_first(delta)
     if delta.is_floating_point():
         return delta
     if delta.min() < -128 or delta.max() > 127:
-        fail("poison", str(path), "levels of 1/255 within int8", f"values from {int(delta.min())} to {int(delta.max())}")
+        fail(
+            "poison",
+            str(path),
+            "levels of 1/255 within int8",
+            f"values from {int(delta.min())} to {int(delta.max())}",
+        )
     return delta.float().div_(255)
 
 
@@ -55,16 +73,23 @@ def _stacked(content, names, size):
     else:
         arrays = _in_order(content, names)
     if not arrays or not all(isinstance(array, inert.Array) for array in arrays):
-        raise ValueError(f"a {type(content).__name__} that is not one array or a list, tuple or dict of arrays")
+        raise ValueError(
+            f"a {type(content).__name__} that is not one array or a list, tuple or dict of arrays"
+        )
     arrays = [array.numpy() for array in arrays]
     if sum(array.nbytes for array in arrays) > size:
         raise ValueError("arrays that share their bytes")
     kinds = {(str(array.dtype), array.shape) for array in arrays}
     if len(kinds) != 1:
-        raise ValueError(f"arrays of different types or shapes ({' and '.join(f'{t} {list(s)}' for t, s in sorted(kinds)[:2])})")
+        raise ValueError(
+            "arrays of different types or shapes "
+            f"({' and '.join(f'{t} {list(s)}' for t, s in sorted(kinds)[:2])})"
+        )
     whole = arrays[0] if isinstance(content, inert.Array) else np.stack(arrays)
     if whole.ndim != 4 or whole.dtype.kind == "u":
-        raise ValueError(f"{whole.dtype} {list(whole.shape)}, not signed or float [N, C, H, W] or [N, H, W, C]")
+        raise ValueError(
+            f"{whole.dtype} {list(whole.shape)}, not signed or float [N, C, H, W] or [N, H, W, C]"
+        )
     return whole.astype(whole.dtype.newbyteorder("="))
 
 
@@ -79,5 +104,8 @@ def _in_order(content, names):
         raise ValueError("a dict whose keys are not 0 to N - 1 (image names need the data set)")
     if set(wanted) != set(content):
         missing = min(map(str, set(wanted) ^ set(content)))
-        raise ValueError(f"a dict of {len(content)} keys where {len(wanted)} were expected, differing in {missing[:80]!r}")
+        raise ValueError(
+            f"a dict of {len(content)} keys where {len(wanted)} were expected, "
+            f"differing in {missing[:80]!r}"
+        )
     return [content[key] for key in wanted]

@@ -1,4 +1,6 @@
-"""Finished parts of a longer work as JSON files, named after what they depend on: as they were written, or refused."""
+"""Finished parts of a longer work as JSON files, named after what they depend on: as they were
+written, or refused.
+"""
 
 import hashlib
 import json
@@ -16,16 +18,22 @@ def digest(key):
 
 def checksum(content):
     """sha256 of what `pack` gives, without that entry itself."""
-    return hashlib.sha256(json.dumps({name: value for name, value in content.items() if name != "sha256"}).encode()).hexdigest()
+    return hashlib.sha256(
+        json.dumps({name: value for name, value in content.items() if name != "sha256"}).encode()
+    ).hexdigest()
 
 
 def pack(content):
     """The bytes of a JSON file whose last key is the sha256 of the rest."""
-    return (json.dumps({**content, "sha256": checksum(content)}, indent=1, allow_nan=False) + "\n").encode()
+    return (
+        json.dumps({**content, "sha256": checksum(content)}, indent=1, allow_nan=False) + "\n"
+    ).encode()
 
 
 def read_json(path, op):
-    """What a JSON file holds. ValueError of one line: no regular file, larger than 128 MiB, no JSON, NaN or infinity in it, a key twice."""
+    """What a JSON file holds. ValueError of one line: no regular file, larger than 128 MiB, no
+    JSON, NaN or infinity in it, a key twice.
+    """
     try:
         return parse_json(read_bytes(path, LARGEST).decode("utf-8-sig"))
     except FileNotFoundError:
@@ -35,7 +43,9 @@ def read_json(path, op):
 
 
 def read_part(path, key):
-    """What `pack` gave for the key that is its entry `key`; None if the file is damaged, or another one. Errors: OSError."""
+    """What `pack` gave for the key that is its entry `key`; None if the file is damaged, or another
+    one. Errors: OSError.
+    """
     try:
         found = read_json(path, "part")
     except ValueError:

@@ -1,4 +1,6 @@
-"""Which files are this package's own: a list of checksums beside them, and the rule that nothing else is ever replaced or removed."""
+"""Which files are this package's own: a list of checksums beside them, and the rule that nothing
+else is ever replaced or removed.
+"""
 
 import contextlib
 import errno
@@ -9,12 +11,16 @@ from collections.abc import Callable, Iterable
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
-from .._checks import fail
+from ..support.messages import fail
 from .atomic import check_system, locked, sha256_of, write_file, write_files
 from .files import open_regular
 
-LIST = "miue-files.sha256"  # as sha256sum writes it: `sha256sum -c miue-files.sha256` checks what a folder holds
-HEADER = "# What miue_fast wrote here. It replaces or removes nothing that is not on this list with its checksum."
+# as sha256sum writes it: `sha256sum -c miue-files.sha256` checks what a folder holds
+LIST = "miue-files.sha256"
+HEADER = (
+    "# What miue_fast wrote here. "
+    "It replaces or removes nothing that is not on this list with its checksum."
+)
 MOST = 1 << 28  # bytes of a list: two million names of 60 bytes
 log = logging.getLogger("miue_fast")
 
@@ -22,29 +28,43 @@ log = logging.getLogger("miue_fast")
 class Owned:
     """The files in and below one folder that this package wrote and nobody has changed since.
 
-    A file is owned if `miue-files.sha256` in that folder names it with the sha256 that it has now. The list gets a file's new checksum
-    before the file takes its name, so a killed process leaves either the old file or the new one, and owns both. Names are posix paths
-    relative to the folder. An object may be used by several threads. ValueError: the list is damaged or somebody else's.
+    A file is owned if `miue-files.sha256` in that folder names it with the sha256 that it has now.
+    The list gets a file's new checksum before the file takes its name, so a killed process leaves
+    either the old file or the new one, and owns both. Names are posix paths relative to the folder.
+    An object may be used by several threads. ValueError: the list is damaged or somebody else's.
     """
 
     def __init__(self, folder: str | os.PathLike):
         self.folder = Path(folder)
         self._lock = threading.Lock()
-        self._known, self._read = _read(self.folder / LIST)  # name -> checksums, the newest last; how much of which file that was
+        self._known, self._read = _read(
+            self.folder / LIST
+        )  # name -> checksums, the newest last; how much of which file that was
         self._seen = {}  # name -> (state, checksum) of files that were hashed here
 
     def names(self) -> list[str]:
-        """The names on the list, sorted; whether they still are what was written is for `owns` to say."""
+        """The names on the list, sorted; whether they still are what was written is for `owns` to
+        say.
+        """
         return sorted(self._known)
 
     def checksums(self, name: str) -> list[str]:
-        """The sha256 (hex) that the list gives `name`: one, but for a file whose writing was cut short."""
+        """The sha256 (hex) that the list gives `name`: one, but for a file whose writing was cut
+        short.
+        """
         return self._known.get(name, [])
 
     def owns(self, name: str) -> bool:
-        """Whether the file `name` is there, is a file of its own (no link), and is what the list says."""
+        """Whether the file `name` is there, is a file of its own (no link), and is what the list
+        says.
+        """
         path = self.folder / name
-        if name not in self._known or path.is_symlink() or not path.is_file() or not self._inside(path):
+        if (
+            name not in self._known
+            or path.is_symlink()
+            or not path.is_file()
+            or not self._inside(path)
+        ):
             return False
         state = _state(path)
         if self._seen.get(name, (None,))[0] != state:
@@ -57,14 +77,28 @@ class Owned:
             path = self.folder / name
             if os.path.lexists(path) and not self.owns(name):
                 reason = "was changed since" if name in self._known else "miue_fast did not write"
-                fail(op, "output", "a new name, or a file that miue_fast wrote and nobody changed",
-                     f"{path}, which {reason}; move it away or choose another place")  # fmt: skip
+                fail(
+                    op,
+                    "output",
+                    "a new name, or a file that miue_fast wrote and nobody changed",
+                    f"{path}, which {reason}; move it away or choose another place",
+                )
 
     def check_access(self, op: str) -> None:
-        """ValueError if this process may not change the list, or a folder with files on it: for before the work, as `check`."""
-        for path in [self.folder / LIST, *sorted({self.folder / os.path.dirname(name) for name in self._known})]:
+        """ValueError if this process may not change the list, or a folder with files on it: for
+        before the work, as `check`.
+        """
+        for path in [
+            self.folder / LIST,
+            *sorted({self.folder / os.path.dirname(name) for name in self._known}),
+        ]:
             if os.path.exists(path) and not os.access(path, os.W_OK):
-                fail(op, "output", "files and folders that may be changed", f"{path}: {os.strerror(errno.EACCES)}; choose another place")
+                fail(
+                    op,
+                    "output",
+                    "files and folders that may be changed",
+                    f"{path}: {os.strerror(errno.EACCES)}; choose another place",
+                )
 
     def adopt(self, name: str) -> None:
         """Puts a file on the list that proved to be this package's by a checksum of its own."""
@@ -72,35 +106,58 @@ class Owned:
             with self._list() as file:
                 self._record(file, {name: sha256_of(self.folder / name)}, durable=True, adopts=True)
 
-    def write(self, writers: dict[str, Callable[[BinaryIO], object]], *, durable: bool = True, tidy: bool = True) -> None:
-        """`atomic.write_files` of {name: function of one binary stream}, for new names and owned files alone.
+    def write(
+        self,
+        writers: dict[str, Callable[[BinaryIO], object]],
+        *,
+        durable: bool = True,
+        tidy: bool = True,
+    ) -> None:
+        """`atomic.write_files` of {name: function of one binary stream}, for new names and owned
+        files alone.
 
-        tidy=False leaves older entries on the list, for `tidy` to remove once: writing many files, or several processes in one folder.
+        tidy=False leaves older entries on the list, for `tidy` to remove once: writing many files,
+        or several processes in one folder.
         Errors: ValueError (somebody else's file), OSError; then everything is as it was.
         """
         recorded = []
 
         try:
-            with contextlib.ExitStack() as held:  # until the files have their names: nobody tidies away what is on the list before
+            with (
+                contextlib.ExitStack() as held
+            ):  # until the files have their names: nobody tidies away what is on the list before
 
                 def before(digests):
-                    self._record(held.enter_context(self._list()), dict(zip(writers, digests.values())), durable)
+                    self._record(
+                        held.enter_context(self._list()),
+                        dict(zip(writers, digests.values())),
+                        durable,
+                    )
                     recorded.extend(writers)
 
-                write_files({self.folder / name: writer for name, writer in writers.items()}, durable=durable, before=before)
+                write_files(
+                    {self.folder / name: writer for name, writer in writers.items()},
+                    durable=durable,
+                    before=before,
+                )
         except BaseException:
             if recorded and tidy:
-                with contextlib.suppress(OSError):  # what caused this is raised; a line too many does no harm
+                with contextlib.suppress(
+                    OSError
+                ):  # what caused this is raised; a line too many does no harm
                     self.tidy()
             raise
         for name in writers:
             self._seen[name] = _state(self.folder / name), self._known[name][-1]
         if tidy:
-            with contextlib.suppress(OSError):  # the files are there, and an untidy list is a right one
+            with contextlib.suppress(
+                OSError
+            ):  # the files are there, and an untidy list is a right one
                 self.tidy()
 
     def remove(self, names: Iterable[str]) -> list[str]:
-        """Removes the owned files among `names`, and folders below this one that are then empty; returns those that were not owned.
+        """Removes the owned files among `names`, and folders below this one that are then empty;
+        returns those that were not owned.
 
         They stay, and a log line names the first.
         """
@@ -117,13 +174,20 @@ class Owned:
                 kept.append(name)
         if kept:
             log.warning(
-                "%d files that were changed since miue_fast wrote them are left as they are, first: %s", len(kept), self.folder / kept[0]
+                (
+                    "%d files that were changed since miue_fast wrote them are left "
+                    "as they are, first: %s"
+                ),
+                len(kept),
+                self.folder / kept[0],
             )
         self.tidy()
         return kept
 
     def tidy(self) -> None:
-        """Writes the list anew, sorted, with one line for each file that is there; an empty one is removed."""
+        """Writes the list anew, sorted, with one line for each file that is there; an empty one is
+        removed.
+        """
         path = self.folder / LIST
         if not os.path.lexists(path):
             return
@@ -133,19 +197,29 @@ class Owned:
             for name in self.names():
                 there = self.folder / name
                 if os.path.lexists(there):
-                    digests = self._known[name] if len(self._known[name]) == 1 or not self.owns(name) else [self._seen[name][1]]
+                    digests = (
+                        self._known[name]
+                        if len(self._known[name]) == 1 or not self.owns(name)
+                        else [self._seen[name][1]]
+                    )
                     lines += [_line(digest, name) for digest in digests]
                     self._known[name] = digests
                 else:
                     del self._known[name]
             if lines:
-                write_file(path, lambda file: file.write("".join([f"{HEADER}\n", *lines]).encode()), durable=False)
+                write_file(
+                    path,
+                    lambda file: file.write("".join([f"{HEADER}\n", *lines]).encode()),
+                    durable=False,
+                )
             else:
                 path.unlink(missing_ok=True)
 
     @contextlib.contextmanager
     def _list(self):
-        """The open list, made where there is none, held against whoever else writes it: another process, or another thread of this one."""
+        """The open list, made where there is none, held against whoever else writes it: another
+        process, or another thread of this one.
+        """
         check_system()
         path = self.folder / LIST
         flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
@@ -157,7 +231,9 @@ class Owned:
             with file, contextlib.ExitStack() as held:
                 with contextlib.suppress(OSError):  # network file systems: as without a lock
                     held.enter_context(locked(file.fileno()))
-                if os.path.lexists(path) and os.path.samestat(os.fstat(file.fileno()), os.lstat(path)):  # nobody tidied meanwhile
+                if os.path.lexists(path) and os.path.samestat(
+                    os.fstat(file.fileno()), os.lstat(path)
+                ):  # nobody tidied meanwhile
                     try:
                         yield file
                     finally:
@@ -178,11 +254,16 @@ class Owned:
         if not adopts:
             self.check("output", digests)
         text = "".join(_line(digest, name) for name, digest in digests.items())
-        torn = file.seek(-1, os.SEEK_END) >= 0 and file.read(1) != b"\n"  # a process died in the middle of a line
+        torn = (
+            file.seek(-1, os.SEEK_END) >= 0 and file.read(1) != b"\n"
+        )  # a process died in the middle of a line
         self._append(file, f"{chr(10) * torn}{text}", durable)
         with self._lock:
             for name, digest in digests.items():
-                self._known[name] = [*(known for known in self._known.get(name, []) if known != digest), digest]
+                self._known[name] = [
+                    *(known for known in self._known.get(name, []) if known != digest),
+                    digest,
+                ]
             self._read = _amount(file)
 
     def _append(self, file, text, durable):
@@ -198,20 +279,33 @@ class Owned:
             raise self._unwritten(error) from error
 
     def _unwritten(self, error):
-        return OSError(error.errno, f"cannot write {self.folder / LIST}: {error.strerror}; what was there before is unchanged")
+        return OSError(
+            error.errno,
+            (
+                f"cannot write {self.folder / LIST}: {error.strerror}; "
+                "what was there before is unchanged"
+            ),
+        )
 
     def _inside(self, path):
         return path.parent.resolve().is_relative_to(self.folder.resolve())
 
 
 def write_owned(writers: dict[Path, Callable[[BinaryIO], object]], *, durable: bool = True) -> None:
-    """Writes {path: function of one binary stream} through the lists of their folders. Errors: as `Owned.write`."""
+    """Writes {path: function of one binary stream} through the lists of their folders. Errors: as
+    `Owned.write`.
+    """
     for folder in {path.parent for path in writers}:
-        Owned(folder).write({path.name: writer for path, writer in writers.items() if path.parent == folder}, durable=durable)
+        Owned(folder).write(
+            {path.name: writer for path, writer in writers.items() if path.parent == folder},
+            durable=durable,
+        )
 
 
 def check_owned(op: str, paths: Iterable[Path]) -> None:
-    """ValueError if one of `paths` exists and is somebody else's, or the list beside it: for before the work that ends in writing it."""
+    """ValueError if one of `paths` exists and is somebody else's, or the list beside it: for before
+    the work that ends in writing it.
+    """
     for path in paths:
         files = Owned(path.parent)
         files.check(op, [path.name])
@@ -224,7 +318,9 @@ def _state(path):
 
 
 def _line(digest, name):
-    """One line of sha256sum: a name with a line break or a backslash is escaped, which a backslash before the line says."""
+    """One line of sha256sum: a name with a line break or a backslash is escaped, which a backslash
+    before the line says.
+    """
     plain = name.replace("\\", "\\\\").replace("\n", "\\n").replace("\r", "\\r")
     return f"{chr(92) if plain != name else ''}{digest}  {plain}\n"
 
@@ -236,11 +332,18 @@ def _amount(file):
 
 
 def _read(path):
-    """({name: [checksum, ...]}, `_amount` of what was read) of a list; ({}, None) without one. A line that is not whole says nothing."""
+    """({name: [checksum, ...]}, `_amount` of what was read) of a list; ({}, None) without one. A
+    line that is not whole says nothing.
+    """
     if not os.path.lexists(path):
         return {}, None
     if path.is_symlink():  # it would be written through
-        fail("output", LIST, "the list of checksums that miue_fast writes", f"{path}, a link; move it away")
+        fail(
+            "output",
+            LIST,
+            "the list of checksums that miue_fast writes",
+            f"{path}, a link; move it away",
+        )
     try:
         with open_regular(path) as file:
             amount = _amount(file)
@@ -248,12 +351,27 @@ def _read(path):
     except FileNotFoundError:  # another process emptied it
         return {}, None
     except OSError as error:
-        fail("output", LIST, "the list of checksums that miue_fast writes", f"{path}: {error.strerror}; move it away")
+        fail(
+            "output",
+            LIST,
+            "the list of checksums that miue_fast writes",
+            f"{path}: {error.strerror}; move it away",
+        )
     if len(content) > MOST:
-        fail("output", LIST, f"a list of at most {MOST} bytes", f"{path}, which is larger; move it away")
+        fail(
+            "output",
+            LIST,
+            f"a list of at most {MOST} bytes",
+            f"{path}, which is larger; move it away",
+        )
     lines = content.split(b"\n")
     if lines[0] != HEADER.encode():
-        fail("output", LIST, "the list of checksums that miue_fast writes", f"somebody else's file: {path}; move it away")
+        fail(
+            "output",
+            LIST,
+            "the list of checksums that miue_fast writes",
+            f"somebody else's file: {path}; move it away",
+        )
     known = {}
     for line in lines[1:]:
         entry = _parse(line)
@@ -264,7 +382,9 @@ def _read(path):
 
 
 def _parse(line):
-    """(checksum, name), or None for what no list of ours holds: a torn line, a name that leaves the folder."""
+    """(checksum, name), or None for what no list of ours holds: a torn line, a name that leaves the
+    folder.
+    """
     try:
         text = line.decode()
     except UnicodeDecodeError:

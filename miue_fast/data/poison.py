@@ -11,8 +11,8 @@ import safetensors
 import safetensors.torch
 import torch
 
-from .. import _ranges
-from .._checks import describe, fail, printable
+from ..support import ranges
+from ..support.messages import describe, fail, printable
 from . import inert
 from .archive import read_arrays
 from .atomic import check_writable
@@ -26,8 +26,17 @@ FORMAT = "miue_fast poison 1"
 TENSOR_FILE, MANIFEST_FILE = "poison.safetensors", "manifest.json"
 STORES = {torch.float32: "float32", torch.float16: "float16", torch.int8: "int8"}
 POISON_FILES = (TENSOR_FILE, MANIFEST_FILE)
-KINDS = {"store": str, "shape": list, "eps": (int, float), "fingerprint": str, "classes": list, "names_sha256": str, "options": dict,
-         "versions": dict, "files": dict}  # fmt: skip
+KINDS = {
+    "store": str,
+    "shape": list,
+    "eps": (int, float),
+    "fingerprint": str,
+    "classes": list,
+    "names_sha256": str,
+    "options": dict,
+    "versions": dict,
+    "files": dict,
+}
 TEXTS = ("classes", "versions", "files")  # lists and dicts of nothing but text
 MAX_MANIFEST = 1 << 24  # bytes
 ROUNDINGS = ("nearest", "truncate")
@@ -40,12 +49,16 @@ MAX_STORE = 1 << 40  # bytes of a poison that is read without its data set
 
 def budget(eps):
     """eps on the [0, 1] scale as whole levels of 1/255, rounded down (8/255 -> 8)."""
-    _ranges.budget("poison", "eps", eps, zero=True)
+    ranges.budget("poison", "eps", eps, zero=True)
     return int(eps * 255 + 1e-4)
 
 
 def check_delta(delta):
-    if not isinstance(delta, torch.Tensor) or delta.dim() != 4 or delta.dtype not in (torch.float32, torch.float16, torch.float64):
+    if (
+        not isinstance(delta, torch.Tensor)
+        or delta.dim() != 4
+        or delta.dtype not in (torch.float32, torch.float16, torch.float64)
+    ):
         fail("poison", "delta", "a float tensor [N, C, H, W]", describe(delta))
     if len(delta) and not (delta.min() >= -1 and delta.max() <= 1):
         found = f"values from {float(delta.min())} to {float(delta.max())}"
@@ -53,7 +66,9 @@ def check_delta(delta):
 
 
 def quantise(delta, eps):
-    """round(255 * delta) half to even, clamped to the budget: int16 levels of 1/255, [N, C, H, W]. Never more than eps."""
+    """round(255 * delta) half to even, clamped to the budget: int16 levels of 1/255, [N, C, H, W].
+    Never more than eps.
+    """
     check_delta(delta)
     levels = budget(eps)
     result = torch.empty(delta.shape, dtype=torch.int16)
@@ -66,11 +81,15 @@ def quantise(delta, eps):
 def apply_poison(images, delta, eps, *, rounding="nearest"):
     """Poisoned 8-bit images, uint8 [N, C, H, W], on the CPU.
 
-    "nearest": y = clamp(x + q, 0, 255), q = `quantise(delta, eps)`: |y - x| <= 255 * eps holds exactly.
-    "truncate": floor(255 * clamp(x / 255 + delta, 0, 1)) in fp32, as existing scripts do; it shifts the mean by half a level and can
-    exceed the budget by one. For comparison only.
+    "nearest": y = clamp(x + q, 0, 255), q = `quantise(delta, eps)`: |y - x| <= 255 * eps holds
+    exactly. "truncate": floor(255 * clamp(x / 255 + delta, 0, 1)) in fp32, as existing scripts do;
+    it shifts the mean by half a level and can exceed the budget by one. For comparison only.
     """
-    if not isinstance(images, torch.Tensor) or images.dtype != torch.uint8 or images.shape != delta.shape:
+    if (
+        not isinstance(images, torch.Tensor)
+        or images.dtype != torch.uint8
+        or images.shape != delta.shape
+    ):
         fail("poison", "images", f"a uint8 tensor {list(delta.shape)}", describe(images))
     if rounding not in ROUNDINGS:
         fail("poison", "rounding", " or ".join(map(repr, ROUNDINGS)), repr(rounding))
@@ -82,18 +101,33 @@ def apply_poison(images, delta, eps, *, rounding="nearest"):
         if rounding == "nearest":
             result[part] = (x.to(torch.int16) + quantise(delta[part], eps)).clamp_(0, 255)
         else:
-            result[part] = ((x.float() / 255 + delta[part].cpu().float().clamp(-eps, eps)).clamp_(0, 1) * 255).floor_()
+            result[part] = (
+                (x.float() / 255 + delta[part].cpu().float().clamp(-eps, eps)).clamp_(0, 1) * 255
+            ).floor_()
     return result
 
 
 def random_noise(dataset, eps, seed, kind="uniform"):
-    """Class-free noise of the same budget, fp32 like the images: "uniform" in [-eps, eps], or "sign": -eps or +eps per value."""
+    """Class-free noise of the same budget, fp32 like the images: "uniform" in [-eps, eps], or
+    "sign": -eps or +eps per value.
+    """
     budget(eps)
     generator = torch.Generator().manual_seed(seed)
     if kind == "uniform":
-        return torch.rand(dataset.images.shape, generator=generator, dtype=torch.float32).mul_(2 * eps).sub_(eps).clamp_(-eps, eps)
+        return (
+            torch.rand(dataset.images.shape, generator=generator, dtype=torch.float32)
+            .mul_(2 * eps)
+            .sub_(eps)
+            .clamp_(-eps, eps)
+        )
     if kind == "sign":
-        return torch.randint(0, 2, dataset.images.shape, generator=generator).float().mul_(2).sub_(1).mul_(eps)
+        return (
+            torch.randint(0, 2, dataset.images.shape, generator=generator)
+            .float()
+            .mul_(2)
+            .sub_(1)
+            .mul_(eps)
+        )
     fail("random_noise", "kind", "'uniform' or 'sign'", repr(kind))
 
 
@@ -101,15 +135,27 @@ def random_noise(dataset, eps, seed, kind="uniform"):
 
 
 def save_poison(folder, delta, dataset, options):
-    """Writes poison.safetensors (tensor `delta`) and manifest.json into `folder`, as one step: on any failure the old pair stays.
+    """Writes poison.safetensors (tensor `delta`) and manifest.json into `folder`, as one step: on
+    any failure the old pair stays.
 
-    Files of these names that this package did not write, or that were changed since, are refused (`Owned`).
+    Files of these names that this package did not write, or that were changed since, are refused
+    (`Owned`).
 
-    delta: [N, C, H, W] float32, float16, or int8 levels of eps / 127. options: a dict with `eps`, JSON values.
+    delta: [N, C, H, W] float32, float16, or int8 levels of eps / 127. options: a dict with `eps`,
+        JSON values.
     Errors: ValueError, OSError (one line). The same input gives the same bytes.
     """
-    if not isinstance(delta, torch.Tensor) or delta.dtype not in STORES or delta.shape != dataset.images.shape:
-        fail("poison", "delta", f"float32, float16 or int8 levels {list(dataset.images.shape)}", describe(delta))
+    if (
+        not isinstance(delta, torch.Tensor)
+        or delta.dtype not in STORES
+        or delta.shape != dataset.images.shape
+    ):
+        fail(
+            "poison",
+            "delta",
+            f"float32, float16 or int8 levels {list(dataset.images.shape)}",
+            describe(delta),
+        )
     budget(options.get("eps"))
     folder = check_writable(folder)
     delta = delta.detach().cpu().contiguous()
@@ -124,24 +170,38 @@ def save_poison(folder, delta, dataset, options):
         "classes": dataset.classes,
         "names_sha256": hashlib.sha256("\0".join(dataset.names).encode()).hexdigest(),
         "options": options,
-        "versions": {"miue_fast": _version(), "torch": torch.__version__, "python": platform.python_version()},
+        "versions": {
+            "miue_fast": _version(),
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        },
         "files": {TENSOR_FILE: hashlib.sha256(content).hexdigest()},
     }
     text = _manifest_text(manifest)
-    Owned(folder).write({TENSOR_FILE: lambda file: file.write(content), MANIFEST_FILE: lambda file: file.write(text)})
+    Owned(folder).write(
+        {
+            TENSOR_FILE: lambda file: file.write(content),
+            MANIFEST_FILE: lambda file: file.write(text),
+        }
+    )
 
 
 def _version():
-    from .. import __version__
+    from ..support.version import __version__
 
     return __version__
 
 
 def _manifest_text(manifest):
-    """JSON whose last key is the sha256 of the rest: reading demands these very bytes, so any changed bit is found."""
+    """JSON whose last key is the sha256 of the rest: reading demands these very bytes, so any
+    changed bit is found.
+    """
     body = {key: value for key, value in manifest.items() if key != "manifest_sha256"}
     digest = hashlib.sha256(json.dumps(body, default=str, allow_nan=False).encode()).hexdigest()
-    return (json.dumps({**body, "manifest_sha256": digest}, indent=1, default=str, allow_nan=False) + "\n").encode()
+    return (
+        json.dumps({**body, "manifest_sha256": digest}, indent=1, default=str, allow_nan=False)
+        + "\n"
+    ).encode()
 
 
 def read_manifest(path):
@@ -158,9 +218,14 @@ def read_manifest(path):
             if not isinstance(value, kind) or isinstance(value, bool):
                 raise ValueError(f"{key} is {printable(repr(value), most=60)}")
         for key in TEXTS:
-            if not all(isinstance(value, str) for value in (manifest[key].values() if key != "classes" else manifest[key])):
+            if not all(
+                isinstance(value, str)
+                for value in (manifest[key].values() if key != "classes" else manifest[key])
+            ):
                 raise ValueError(f"{key} is no list of texts")
-        if len(manifest["shape"]) != 4 or not all(type(side) is int and side >= 0 for side in manifest["shape"]):
+        if len(manifest["shape"]) != 4 or not all(
+            type(side) is int and side >= 0 for side in manifest["shape"]
+        ):
             raise ValueError("shape is no list of four sizes")
         budget(manifest["eps"])
         return manifest
@@ -169,23 +234,37 @@ def read_manifest(path):
 
 
 ROOM = 1 << 24  # bytes of a file beside its values
-SAFETENSORS_ERRORS = (safetensors.SafetensorError, LookupError, ValueError, TypeError, AssertionError, RuntimeError)
+SAFETENSORS_ERRORS = (
+    safetensors.SafetensorError,
+    LookupError,
+    ValueError,
+    TypeError,
+    AssertionError,
+    RuntimeError,
+)
 
 
 def room_for(dataset):
-    """The bytes that a poison of these images can take at most: float64, and what is written around it."""
+    """The bytes that a poison of these images can take at most: float64, and what is written around
+    it.
+    """
     return ROOM + 8 * dataset.images.numel()
 
 
 def load_poison(path, dataset=None):
     """(delta fp32 [N, C, H, W], manifest or None).
 
-    path: the folder of `save_poison` or its poison.safetensors; poison.pt / perturbation.pt (one bare float tensor, read as
-    plain data: `torchfile`) or an .npz with `delta`: float on [0, 1], rounded to nearest at application; .pkl / .pickle as `read_pickle`
-    takes it: integers are levels of 1/255, exact. Channels may come last where that is unambiguous (last side 1 or 3, second one not).
+    path: the folder of `save_poison` or its poison.safetensors; poison.pt / perturbation.pt (one
+        bare float tensor, read as
+    plain data: `torchfile`) or an .npz with `delta`: float on [0, 1], rounded to nearest at
+        application; .pkl / .pickle as `read_pickle`
+    takes it: integers are levels of 1/255, exact. Channels may come last where that is unambiguous
+        (last side 1 or 3, second one not).
     Bare files may hold [classes, C, H, W], expanded by label if `dataset` is given.
-    Checked: sha256 of both files of a store (zip checksums of .pt and .npz), format, shape, range and, with `dataset`, the fingerprint
-    (bare files carry none) and the size: no more is read than a poison of these images can take. The result is a copy: nothing that
+    Checked: sha256 of both files of a store (zip checksums of .pt and .npz), format, shape, range
+        and, with `dataset`, the fingerprint
+    (bare files carry none) and the size: no more is read than a poison of these images can take.
+        The result is a copy: nothing that
     happens to the file later changes it. ValueError: one line that says which of them failed.
     """
     path = Path(path)
@@ -198,7 +277,11 @@ def load_poison(path, dataset=None):
         return _load_store(path, dataset)
     if suffix in BARE:
         names = None if dataset is None else dataset.names
-        delta = read_pickle(path, names) if suffix in PICKLES else channels_first(_load_bare(path, dataset))
+        delta = (
+            read_pickle(path, names)
+            if suffix in PICKLES
+            else channels_first(_load_bare(path, dataset))
+        )
         check_delta(delta)
         delta = delta.detach().float().contiguous()
         return (delta if dataset is None else _expand(delta, dataset)), None
@@ -206,7 +289,9 @@ def load_poison(path, dataset=None):
 
 
 def is_poison(path):
-    """True for a file or folder that holds perturbations, as `load_poison` reads them, and not images. A damaged archive does not."""
+    """True for a file or folder that holds perturbations, as `load_poison` reads them, and not
+    images. A damaged archive does not.
+    """
     path = Path(path)
     suffix = path.suffix.lower()
     if suffix == ".npz":
@@ -226,9 +311,19 @@ def _load_store(path, dataset):
     except OSError as error:
         fail("poison", str(path), f"a safetensors file of {manifest['shape']}", one_line(error))
     if hashlib.sha256(content).hexdigest() != manifest["files"].get(path.name):
-        fail("poison", str(path), "the file its manifest describes (sha256)", "a damaged file, or one of another run")
+        fail(
+            "poison",
+            str(path),
+            "the file its manifest describes (sha256)",
+            "a damaged file, or one of another run",
+        )
     if dataset is not None and manifest["fingerprint"] != dataset.fingerprint:
-        fail("poison", str(path), "a poison made for this data set (fingerprint)", "one made for other images, labels or size")
+        fail(
+            "poison",
+            str(path),
+            "a poison made for this data set (fingerprint)",
+            "one made for other images, labels or size",
+        )
     try:
         delta = safetensors.torch.load(content)["delta"]
     except SAFETENSORS_ERRORS as error:
@@ -253,9 +348,13 @@ def _load_bare(path, dataset=None):
             return torch.from_numpy(read_arrays(path, ("delta",), most)["delta"])
         return read_torch(path, MAX_STORE if most is None else most)
     except NotDenseError as error:
-        fail("poison", str(path), "a dense tensor with memory of its own for every value", str(error))
+        fail(
+            "poison", str(path), "a dense tensor with memory of its own for every value", str(error)
+        )
     except PT_ERRORS as error:
-        fail("poison", str(path), "one bare tensor", f"a damaged or foreign file ({one_line(error)})")
+        fail(
+            "poison", str(path), "one bare tensor", f"a damaged or foreign file ({one_line(error)})"
+        )
 
 
 def _expand(delta, dataset):
@@ -263,5 +362,8 @@ def _expand(delta, dataset):
         return delta
     if delta.shape == (len(dataset.classes), *dataset.images.shape[1:]):
         return delta[dataset.labels]
-    wanted = f"{list(dataset.images.shape)} or class-wise {[len(dataset.classes), *dataset.images.shape[1:]]}"
+    wanted = (
+        f"{list(dataset.images.shape)} or class-wise "
+        f"{[len(dataset.classes), *dataset.images.shape[1:]]}"
+    )
     fail("poison", "delta", wanted, describe(delta))

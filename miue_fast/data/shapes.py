@@ -3,14 +3,16 @@
 import numpy as np
 import torch
 
-from .._checks import fail
+from ..support.messages import fail
 from .dataset import Dataset
 
 CLASSES = ["bars", "crescent", "cross", "disc", "dots", "ell", "ring", "square", "star", "triangle"]
 
 
 def _box(x, y, half_width, half_height):
-    """Signed distance to an axis-parallel box (exact inside, a lower bound near corners is enough for the edge)."""
+    """Signed distance to an axis-parallel box (exact inside, a lower bound near corners is enough
+    for the edge).
+    """
     return np.maximum(np.abs(x) - half_width, np.abs(y) - half_height)
 
 
@@ -37,7 +39,8 @@ def _triangle():
     return [(np.cos(a), np.sin(a)) for a in (np.pi / 2, np.pi * 7 / 6, np.pi * 11 / 6)]
 
 
-# Signed distances in units of the shape's radius: negative inside. All have a similar area, so size does not give the class away.
+# Signed distances in units of the shape's radius: negative inside. All have a similar area, so size
+# does not give the class away.
 SHAPES = {
     "bars": lambda x, y: np.minimum(_box(x, np.abs(y) - 0.62, 0.8, 0.2), _box(x, y, 0.8, 0.2)),
     "crescent": lambda x, y: np.maximum(np.hypot(x, y) - 0.95, 0.7 - np.hypot(x - 0.5, y)),
@@ -53,21 +56,27 @@ SHAPES = {
 
 
 def shapes(count, *, seed=0, size=32, classes=10, difficulty=0.5):
-    """Labelled drawings: one shape per image, random place, size, angle, colours, textured ground and noise.
+    """Labelled drawings: one shape per image, random place, size, angle, colours, textured ground
+    and noise.
 
-    Colour, position, size and texture are drawn independently of the class, so only the outline tells it.
+    Colour, position, size and texture are drawn independently of the class, so only the outline
+    tells it.
 
     Args:
-        count: number of images, classes in turn (N // classes each, shuffled). size: pixels. classes: 2 to 10.
-        difficulty: 0 (clean, upright, large) to 1 (noisy, turned, weaker contrast). A small CNN trained on 2,000 images
-            reaches about 96 % at 0.75 and 90 % at 1.0 (flips only, 16 epochs); a linear classifier on the pixels stays below 35 %.
+        count: number of images, classes in turn (N // classes each, shuffled). size: pixels.
+            classes: 2 to 10.
+        difficulty: 0 (clean, upright, large) to 1 (noisy, turned, weaker contrast). A small CNN
+            trained on 2,000 images reaches about 96 % at 0.75 and 90 % at 1.0 (flips only, 16
+            epochs); a linear classifier on the pixels stays below 35 %.
 
-    Returns a Dataset, uint8 [count, 3, size, size]. The same arguments give the same bits on one machine.
-    """
+    Returns a Dataset, uint8 [count, 3, size, size]. The same arguments give the same bits on one
+    machine."""
     if type(classes) is not int or not 2 <= classes <= len(CLASSES):
         fail("shapes", "classes", f"2 to {len(CLASSES)}", classes)
     if type(count) is not int or count < 1 or type(size) is not int or size < 8:
-        fail("shapes", "count and size", "integers, count >= 1 and size >= 8", f"{count} and {size}")
+        fail(
+            "shapes", "count and size", "integers, count >= 1 and size >= 8", f"{count} and {size}"
+        )
     if not 0 <= difficulty <= 1:
         fail("shapes", "difficulty", "a number from 0 to 1", difficulty)
     random = np.random.default_rng(seed)
@@ -77,7 +86,12 @@ def shapes(count, *, seed=0, size=32, classes=10, difficulty=0.5):
         part = slice(start, start + 1024)
         images[part] = _draw(random, labels[part], size, difficulty)
     names = [f"{i:08d}" for i in range(count)]
-    return Dataset(torch.from_numpy(images.transpose(0, 3, 1, 2).copy()), torch.from_numpy(labels), CLASSES[:classes], names)
+    return Dataset(
+        torch.from_numpy(images.transpose(0, 3, 1, 2).copy()),
+        torch.from_numpy(labels),
+        CLASSES[:classes],
+        names,
+    )
 
 
 def _draw(random, labels, size, difficulty):
@@ -100,22 +114,34 @@ def _draw(random, labels, size, difficulty):
         distance[rows] = SHAPES[CLASSES[label]](u[rows], v[rows])
     cover = np.clip(0.5 - distance * radius * size / 2, 0, 1)[..., None]  # one pixel of soft edge
     ground = uniform(0.15, 0.85, 1, 1, 3)
-    side = random.choice([-1, 1], size=(count, 1, 1, 1))  # lighter or darker than the ground: no linear map of the pixels can tell a shape
-    direction = (random.normal(size=(count, 1, 1, 3)) + (2 - 0.8 * difficulty) * side).astype(np.float32)
+    side = random.choice(
+        [-1, 1], size=(count, 1, 1, 1)
+    )  # lighter or darker than the ground: no linear map of the pixels can tell a shape
+    direction = (random.normal(size=(count, 1, 1, 3)) + (2 - 0.8 * difficulty) * side).astype(
+        np.float32
+    )
     direction /= np.linalg.norm(direction, axis=3, keepdims=True)
     paint = ground + direction * uniform(0.55, 0.8, 1, 1, 1) * (1 - 0.2 * difficulty)
     strength = 0.05 + 0.08 * difficulty
-    picture = (ground + strength * _texture(random, count, size)) * (1 - cover) + (paint + strength * _texture(random, count, size)) * cover
+    picture = (ground + strength * _texture(random, count, size)) * (1 - cover) + (
+        paint + strength * _texture(random, count, size)
+    ) * cover
     picture += random.standard_normal(picture.shape, dtype=np.float32) * (0.02 + 0.03 * difficulty)
     return np.rint(np.clip(picture, 0, 1) * 255).astype(np.uint8)
 
 
 def _texture(random, count, size):
-    """Waves of random direction, length and colour, [count, size, size, 3], about unit amplitude."""
+    """Waves of random direction, length and colour, [count, size, size, 3], about unit
+    amplitude.
+    """
     place = (np.arange(size, dtype=np.float32) / size)[None]
     total = np.zeros((count, size, size, 3), dtype=np.float32)
     for _ in range(3):
-        turn, waves, phase = random.uniform((0, 1, 0), (np.pi, 8, 2 * np.pi), (count, 3)).astype(np.float32).T[..., None]
+        turn, waves, phase = (
+            random.uniform((0, 1, 0), (np.pi, 8, 2 * np.pi), (count, 3))
+            .astype(np.float32)
+            .T[..., None]
+        )
         wave_x = 2 * np.pi * waves * np.cos(turn) * place
         wave_y = 2 * np.pi * waves * np.sin(turn) * place + phase
         wave = np.sin(wave_x[:, None, :] + wave_y[:, :, None])

@@ -10,9 +10,10 @@ import numpy as np
 import torch
 from PIL import Image
 
-from .. import _ranges
-from .._checks import INTEGERS, describe, fail
-from .._written import option
+from ..dispatch.checks import INTEGERS
+from ..support import ranges
+from ..support.messages import describe, fail
+from ..support.written import option
 from . import cifar
 from .archive import read_arrays
 from .dataset import Dataset
@@ -31,19 +32,24 @@ def load(source, *, size=None, split=None, per_class=None):
     """Labelled images as one `Dataset`.
 
     Args:
-        source: an ImageFolder root (ROOT/CLASS/**/image: png jpg jpeg webp bmp tif tiff ppm gif; classes and names sorted;
-            pixels as in `images.read_image`), a folder of CIFAR-10/100 python files, an .npz file with `images` and `labels`,
-            a pair (images, labels), or a Dataset.
-            Arrays: [N, C, H, W] or [N, H, W, C], C = 1 or 3, uint8, or float in [0, 1], then rounded to the nearest multiple of 1/255
-            (half to even; a warning says so if that changes a value). Labels: integers; the sorted values become the classes.
-        size: model size in pixels: every image is resized to size x size (bilinear, antialiased). None: all must agree already.
-        split: "train" or "test". CIFAR files: default "train". A folder: ROOT/split is read. Not for archives and arrays.
+        source: an ImageFolder root (ROOT/CLASS/**/image: png jpg jpeg webp bmp tif tiff ppm gif;
+            classes and names sorted; pixels as in `images.read_image`), a folder of CIFAR-10/100
+            python files, an .npz file with `images` and `labels`, a pair (images, labels), or a
+            Dataset.
+            Arrays: [N, C, H, W] or [N, H, W, C], C = 1 or 3, uint8, or float in [0, 1], then
+                rounded to the nearest multiple of 1/255
+            (half to even; a warning says so if that changes a value). Labels: integers; the sorted
+            values become the classes.
+        size: model size in pixels: every image is resized to size x size (bilinear, antialiased).
+            None: all must agree already.
+        split: "train" or "test". CIFAR files: default "train". A folder: ROOT/split is read. Not
+            for archives and arrays.
         per_class: keep only the first images of each class (folders: by name; else: in order).
 
-    Files that cannot be used (damaged, bombs, over 8 bits per channel, links to folders or out of the root) are left out and
-    listed in `unreadable`; files in class folders that are not images (Thumbs.db, notes.txt) in `skipped`, and told in one log line.
-    Deterministic. ValueError: empty, fewer than 2 classes, unequal sizes with size=None, wrong arrays.
-    """
+    Files that cannot be used (damaged, bombs, over 8 bits per channel, links to folders or out of
+    the root) are left out and listed in `unreadable`; files in class folders that are not images
+    (Thumbs.db, notes.txt) in `skipped`, and told in one log line. Deterministic. ValueError: empty,
+    fewer than 2 classes, unequal sizes with size=None, wrong arrays."""
     check_selection(size, per_class)
     if isinstance(source, (str, os.PathLike)):
         path = Path(source)
@@ -53,14 +59,21 @@ def load(source, *, size=None, split=None, per_class=None):
                 return _two_classes(_load_folder(path / (split or ""), size, per_class), path)
             return _finish(_from_cifar(*found, split or "train"), size, per_class, path)
         if not path.exists() or path.suffix.lower() != ".npz":
-            fail("data", "source", "a folder of images or CIFAR files, or an .npz file (unpack archives first)", _what(path))
+            fail(
+                "data",
+                "source",
+                "a folder of images or CIFAR files, or an .npz file (unpack archives first)",
+                _what(path),
+            )
         data, name = _load_npz(path), path
     elif isinstance(source, Dataset):
         data, name = source, "data set"
     elif isinstance(source, (tuple, list)) and len(source) == 2:
         data, name = from_arrays(*source), "arrays"
     else:
-        fail("data", "source", "a path, a pair (images, labels) or a Dataset", type(source).__name__)
+        fail(
+            "data", "source", "a path, a pair (images, labels) or a Dataset", type(source).__name__
+        )
     if split is not None:
         fail("data", "split", "None for arrays and archives", repr(split))
     return _finish(data, size, per_class, name)
@@ -69,9 +82,9 @@ def load(source, *, size=None, split=None, per_class=None):
 def check_selection(size, per_class):
     """What `load` does before it looks at its source."""
     if size is not None:
-        _ranges.whole("data", "size", size, 1, MAX_SIZE)
+        ranges.whole("data", "size", size, 1, MAX_SIZE)
     if per_class is not None:
-        _ranges.whole("data", "per_class", per_class)
+        ranges.whole("data", "per_class", per_class)
 
 
 def is_tree(path):
@@ -80,8 +93,15 @@ def is_tree(path):
 
 
 def load_test(source, *, size=None, split=None, per_class=None):
-    """`load` for test images: of a folder of CIFAR python files the test part, unless `split` says otherwise."""
-    if split is None and isinstance(source, (str, os.PathLike)) and Path(source).is_dir() and cifar.find(Path(source)) is not None:
+    """`load` for test images: of a folder of CIFAR python files the test part, unless `split` says
+    otherwise.
+    """
+    if (
+        split is None
+        and isinstance(source, (str, os.PathLike))
+        and Path(source).is_dir()
+        and cifar.find(Path(source)) is not None
+    ):
         split = "test"
     return load(source, size=size, split=split, per_class=per_class)
 
@@ -93,8 +113,17 @@ def _what(path):
 def _two_classes(data, name):
     found = len(data.labels.unique())
     if found < 2:
-        reason = f" ({len(data.unreadable)} unreadable, first: {': '.join(data.unreadable[0])})" if data.unreadable else ""
-        fail("data", str(name), "readable images of at least 2 classes", f"{len(data)} images of {found} classes{reason}")
+        reason = (
+            f" ({len(data.unreadable)} unreadable, first: {': '.join(data.unreadable[0])})"
+            if data.unreadable
+            else ""
+        )
+        fail(
+            "data",
+            str(name),
+            "readable images of at least 2 classes",
+            f"{len(data)} images of {found} classes{reason}",
+        )
     return data
 
 
@@ -103,7 +132,15 @@ def _finish(data, size, per_class, name):
         data = data.select(_first_rows(data.labels, per_class))
     if size is not None and len(data) and tuple(data.images.shape[2:]) != (size, size):
         if data.root is not None:
-            fail("data", "size", f"the size this folder was loaded at, {list(data.images.shape[2:])} (load it again)", size)
+            fail(
+                "data",
+                "size",
+                (
+                    "the size this folder was loaded at, "
+                    f"{list(data.images.shape[2:])} (load it again)"
+                ),
+                size,
+            )
         planes = data.images.reshape(-1, *data.images.shape[2:]).numpy()
         resized = np.stack([resize(Image.fromarray(plane), size) for plane in planes])
         images = torch.from_numpy(resized).reshape(*data.images.shape[:2], size, size)
@@ -115,13 +152,19 @@ def _first_rows(labels, per_class):
     """The first rows of each class, ascending; one sort, however many classes there are."""
     order = labels.argsort(stable=True)
     counts = labels.bincount()
-    starts = (counts.cumsum(0) - counts).repeat_interleave(counts)  # of the class of each sorted row
+    starts = (counts.cumsum(0) - counts).repeat_interleave(
+        counts
+    )  # of the class of each sorted row
     return order[torch.arange(len(labels)) - starts < per_class].sort().values
 
 
 def resize(image, size):
     """uint8 [size, size, ...]: as `load` resizes an image."""
-    return np.asarray(image if image.size == (size, size) else image.resize((size, size), Image.Resampling.BILINEAR))
+    return np.asarray(
+        image
+        if image.size == (size, size)
+        else image.resize((size, size), Image.Resampling.BILINEAR)
+    )
 
 
 def _load_folder(root, size, per_class):
@@ -135,7 +178,11 @@ def _load_folder(root, size, per_class):
         try:
             raw = read_file(root / name)
             image = read_image(root / name, raw=raw)
-            return image.size, np.asarray(image) if size is None else resize(image, size), hashlib.sha256(raw).hexdigest()
+            return (
+                image.size,
+                np.asarray(image) if size is None else resize(image, size),
+                hashlib.sha256(raw).hexdigest(),
+            )
         except UnreadableError as error:
             return None, str(error), None
 
@@ -147,8 +194,19 @@ def _load_folder(root, size, per_class):
                     unreadable.append((name, result))
                     continue
                 if pixels and result.shape != pixels[0].shape:
-                    first = f"{kept[0]} is {sizes[0][0]} x {sizes[0][1]}, {name} is {original[0]} x {original[1]}"
-                    fail("data", "size", f"images of one size, or {option('size', 'N')} to resize them for the model", first)
+                    first = (
+                        f"{kept[0]} is {sizes[0][0]} x {sizes[0][1]}, "
+                        f"{name} is {original[0]} x {original[1]}"
+                    )
+                    fail(
+                        "data",
+                        "size",
+                        (
+                            f"images of one size, or {option('size', 'N')} to resize "
+                            "them for the model"
+                        ),
+                        first,
+                    )
                 kept.append(name)
                 pixels.append(result)
                 sizes.append(original)
@@ -156,14 +214,22 @@ def _load_folder(root, size, per_class):
         finally:
             pool.shutdown(cancel_futures=True)
     filled = {name.split("/")[0] for name in kept}
-    unreadable += [(label, "class folder without a readable image") for label in classes if label not in filled]
+    unreadable += [
+        (label, "class folder without a readable image") for label in classes if label not in filled
+    ]
     classes = [label for label in classes if label in filled]
     number = {label: k for k, label in enumerate(classes)}
     labels = torch.tensor([number[name.split("/")[0]] for name in kept], dtype=torch.int64)
-    images = torch.empty((len(kept), 3, *(pixels[0].shape[:2] if pixels else (1, 1))), dtype=torch.uint8)
-    for row in range(len(kept) - 1, -1, -1):  # from the end, so that each decoded image is freed once copied
+    images = torch.empty(
+        (len(kept), 3, *(pixels[0].shape[:2] if pixels else (1, 1))), dtype=torch.uint8
+    )
+    for row in range(
+        len(kept) - 1, -1, -1
+    ):  # from the end, so that each decoded image is freed once copied
         images[row] = torch.from_numpy(pixels.pop().copy()).permute(2, 0, 1)
-    return Dataset(images, labels, classes, kept, root.absolute(), sizes, sorted(unreadable), skipped, digests)
+    return Dataset(
+        images, labels, classes, kept, root.absolute(), sizes, sorted(unreadable), skipped, digests
+    )
 
 
 # archives and arrays
@@ -171,7 +237,9 @@ def _load_folder(root, size, per_class):
 
 def _from_cifar(folder, form, split):
     images, labels, classes = cifar.read(folder, form, split)
-    return Dataset(torch.from_numpy(images), torch.from_numpy(labels), classes, _numbered(len(images)))
+    return Dataset(
+        torch.from_numpy(images), torch.from_numpy(labels), classes, _numbered(len(images))
+    )
 
 
 def _numbered(count):
@@ -182,22 +250,39 @@ def _load_npz(path):
     try:
         content = read_arrays(path, ("images", "labels", "classes", "names"))
     except ARCHIVE_ERRORS as error:
-        fail("data", str(path), "an .npz of plain arrays", f"a damaged or foreign file ({one_line(error)})")
+        fail(
+            "data",
+            str(path),
+            "an .npz of plain arrays",
+            f"a damaged or foreign file ({one_line(error)})",
+        )
     for key in ("images", "labels"):
         if key not in content:
             fail("data", str(path), "the arrays 'images' and 'labels'", f"{sorted(content)}")
-    texts = {key: _texts(content.pop(key), f"{path}: {key}") for key in ("classes", "names") if key in content}
-    return from_arrays(_tensor(content.pop("images"), "images", copy=False), _tensor(content.pop("labels"), "labels"), **texts)
+    texts = {
+        key: _texts(content.pop(key), f"{path}: {key}")
+        for key in ("classes", "names")
+        if key in content
+    }
+    return from_arrays(
+        _tensor(content.pop("images"), "images", copy=False),
+        _tensor(content.pop("labels"), "labels"),
+        **texts,
+    )
 
 
 def _texts(array, name):
     if not isinstance(array, np.ndarray) or array.ndim != 1 or array.dtype.kind != "U":
-        fail("data", name, "an array of text [N]", f"{getattr(array, 'dtype', type(array).__name__)}")
+        fail(
+            "data", name, "an array of text [N]", f"{getattr(array, 'dtype', type(array).__name__)}"
+        )
     return array.tolist()
 
 
 def from_arrays(images, labels, *, classes=None, names=None):
-    """A Dataset of arrays or tensors as `load` describes them. With `classes` (list of str) labels are indices into it."""
+    """A Dataset of arrays or tensors as `load` describes them. With `classes` (list of str) labels
+    are indices into it.
+    """
     images, labels = _tensor(images, "images"), _tensor(labels, "labels")
     if images.dim() != 4 or not (images.shape[1] in (1, 3) or images.shape[3] in (1, 3)):
         fail("data", "images", "[N, C, H, W] or [N, H, W, C] with C = 1 or 3", describe(images))
@@ -216,7 +301,9 @@ def from_arrays(images, labels, *, classes=None, names=None):
         values, labels = labels.unique(return_inverse=True)
         classes = [str(value) for value in values.tolist()]
     names = _numbered(len(images)) if names is None else list(names)
-    return Dataset(images.clone(memory_format=torch.contiguous_format), labels.clone(), list(classes), names)
+    return Dataset(
+        images.clone(memory_format=torch.contiguous_format), labels.clone(), list(classes), names
+    )
 
 
 def _tensor(value, name, copy=True):
@@ -225,12 +312,20 @@ def _tensor(value, name, copy=True):
     try:
         return torch.from_numpy(np.array(value, copy=copy or None))
     except (TypeError, ValueError) as error:
-        raise ValueError(f"data: {name}: expected an array of numbers, got {type(value).__name__} ({one_line(error)})") from error
+        raise ValueError(
+            f"data: {name}: expected an array of numbers, got {type(value).__name__} "
+            f"({one_line(error)})"
+        ) from error
 
 
 def _to_8_bits(images):
     if len(images) and not (images.min() >= 0 and images.max() <= 1):
-        fail("data", "images", "floats in [0, 1]", f"values from {float(images.min())} to {float(images.max())}")
+        fail(
+            "data",
+            "images",
+            "floats in [0, 1]",
+            f"values from {float(images.min())} to {float(images.max())}",
+        )
     result = torch.empty_like(images, dtype=torch.uint8)
     farthest = 0
     for part, made in zip(images.split(CHUNK), result.split(CHUNK)):  # bounds the temporaries

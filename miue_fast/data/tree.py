@@ -6,7 +6,7 @@ import os
 from collections import Counter
 from pathlib import Path
 
-from .._checks import printable
+from ..support.messages import printable
 from .atomic import TEMPORARY
 from .files import open_regular
 from .images import SUFFIXES
@@ -14,20 +14,59 @@ from .images import SUFFIXES
 log = logging.getLogger("miue_fast.data")
 # Pictures that somebody would miss, of kinds that are not read here.
 PICTURES = (
-    ".apng", ".arw", ".avif", ".cr2", ".cr3", ".dng", ".emf", ".eps", ".exr", ".hdr", ".heic", ".heif", ".hif", ".icns", ".ico",
-    ".j2k", ".jfif", ".jp2", ".jpe", ".jpf", ".jpx", ".jxl", ".mpo", ".nef", ".nrw", ".orf", ".pbm", ".pcx", ".pef", ".pgm", ".pnm",
-    ".psd", ".raf", ".raw", ".rw2", ".srw", ".svg", ".svgz", ".tga", ".wmf", ".xcf",
-)  # fmt: skip
+    ".apng",
+    ".arw",
+    ".avif",
+    ".cr2",
+    ".cr3",
+    ".dng",
+    ".emf",
+    ".eps",
+    ".exr",
+    ".hdr",
+    ".heic",
+    ".heif",
+    ".hif",
+    ".icns",
+    ".ico",
+    ".j2k",
+    ".jfif",
+    ".jp2",
+    ".jpe",
+    ".jpf",
+    ".jpx",
+    ".jxl",
+    ".mpo",
+    ".nef",
+    ".nrw",
+    ".orf",
+    ".pbm",
+    ".pcx",
+    ".pef",
+    ".pgm",
+    ".pnm",
+    ".psd",
+    ".raf",
+    ".raw",
+    ".rw2",
+    ".srw",
+    ".svg",
+    ".svgz",
+    ".tga",
+    ".wmf",
+    ".xcf",
+)
 MAGIC = (b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"II*\0", b"MM\0*")  # an image under another name
 
 
 def list_tree(root):
-    """(class names, image names, refused, skipped) of ROOT/CLASS/**/image, sorted; refused: (name, reason).
+    """(class names, image names, refused, skipped) of ROOT/CLASS/**/image, sorted; refused: (name,
+    reason).
 
-    Links to folders are not followed, so there are no loops; links to files must stay inside the root. Skipped are the files in class
-    folders that are no images by name and content (Thumbs.db, .DS_Store, notes.txt). Hidden images are ignored, and so are other files
-    beside the class folders.
-    """
+    Links to folders are not followed, so there are no loops; links to files must stay inside the
+    root. Skipped are the files in class folders that are no images by name and content (Thumbs.db,
+    .DS_Store, notes.txt). Hidden images are ignored, and so are other files beside the class
+    folders."""
     root = Path(root)
     real = root.resolve()
     names, refused, skipped = [], [], []
@@ -43,7 +82,11 @@ def list_tree(root):
         for entry in entries:
             name = prefix + entry.name
             if entry.name.startswith("."):
-                if prefix and not entry.name.lower().endswith((*SUFFIXES, TEMPORARY)) and entry.is_file(follow_symlinks=False):
+                if (
+                    prefix
+                    and not entry.name.lower().endswith((*SUFFIXES, TEMPORARY))
+                    and entry.is_file(follow_symlinks=False)
+                ):
                     skipped.append(name.encode(errors="backslashreplace").decode())
                 continue
             reason = _refuse(entry, real, inside=bool(prefix))
@@ -60,11 +103,17 @@ def list_tree(root):
 
 
 def tell_skipped(skipped):
-    """One log line about the files that are not images; the worker processes of a report leave it to their parent."""
+    """One log line about the files that are not images; the worker processes of a report leave it
+    to their parent.
+    """
     if skipped and multiprocessing.parent_process() is None:
         shown = [printable(name, most=80) for name in skipped[:5]]
         more = [f"{len(skipped) - len(shown)} more"] if len(skipped) > len(shown) else []
-        log.warning("%d files that are not images were skipped: %s", len(skipped), ", ".join([*shown, *more]))
+        log.warning(
+            "%d files that are not images were skipped: %s",
+            len(skipped),
+            ", ".join([*shown, *more]),
+        )
 
 
 def _refuse(entry, real, inside):
@@ -90,13 +139,19 @@ def _refuse(entry, real, inside):
     if not inside:
         return "not in a class folder" if image else None
     try:
-        return None if image or not _is_picture(entry) else f"not an image type that is read here ({', '.join(s[1:] for s in SUFFIXES)})"
+        return (
+            None
+            if image or not _is_picture(entry)
+            else f"not an image type that is read here ({', '.join(s[1:] for s in SUFFIXES)})"
+        )
     except OSError as error:
         return f"cannot be read: {error.strerror}"
 
 
 def _is_picture(entry):
-    """Whether a file whose name is none that is read here is a picture all the same, by its suffix or its first bytes."""
+    """Whether a file whose name is none that is read here is a picture all the same, by its suffix
+    or its first bytes.
+    """
     if entry.name.lower().endswith(PICTURES):
         return True
     with open_regular(entry.path) as file:
@@ -118,14 +173,19 @@ def first_per_class(names, per_class):
 
 
 def target_names(names, others, suffix):
-    """{name: name after an export}: the suffix replaced, or kept in the stem where two files would meet ("a.jpg.png", "a.png.png").
+    """{name: name after an export}: the suffix replaced, or kept in the stem where two files would
+    meet ("a.jpg.png", "a.png.png").
 
-    `others`: image names of the tree that are not exported; they count, so that the result does not depend on which files are damaged.
+    `others`: image names of the tree that are not exported; they count, so that the result does not
+        depend on which files are damaged.
     """
     everything = sorted({*names, *(name for name in others if name.lower().endswith(SUFFIXES))})
     kept_suffix = set()
     while True:
-        target = {name: name + suffix if name in kept_suffix else _stem(name) + suffix for name in everything}
+        target = {
+            name: name + suffix if name in kept_suffix else _stem(name) + suffix
+            for name in everything
+        }
         count = Counter(target.values())
         clashing = {name for name in everything if count[target[name]] > 1} - kept_suffix
         if not clashing:

@@ -1,4 +1,6 @@
-"""Proof, from the files alone, that a poisoned copy is complete, within its budget and as it was written."""
+"""Proof, from the files alone, that a poisoned copy is complete, within its budget and as it was
+written.
+"""
 
 import hashlib
 import json
@@ -11,10 +13,19 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .._checks import LONGEST, printable
+from ..support.messages import LONGEST, printable
 from . import cifar
 from .dataset import Dataset
-from .export import NOTE, NOTE_FORMAT, combined_digest, exported_files, files_digest, image_digest, pixels_digest, tree_paths
+from .export import (
+    NOTE,
+    NOTE_FORMAT,
+    combined_digest,
+    exported_files,
+    files_digest,
+    image_digest,
+    pixels_digest,
+    tree_paths,
+)
 from .images import UnreadableError, quiet_decoding, read_file, read_image
 from .owned import LIST, Owned
 from .poison import apply_poison, budget, is_poison, load_poison
@@ -26,8 +37,9 @@ LISTED = 20
 
 @dataclass
 class Report:
-    """What `verify` found. count: images compared, `unchanged` of them equal to their clean originals. max_linf: largest difference in
-    levels of 1/255. problems: the first 20. unreadable: (name, reason) of clean files that cannot be read, so nobody could poison them.
+    """What `verify` found. count: images compared, `unchanged` of them equal to their clean
+    originals. max_linf: largest difference in levels of 1/255. problems: the first 20. unreadable:
+    (name, reason) of clean files that cannot be read, so nobody could poison them.
     listed: whether an exported folder has a list of checksums; None: it was no folder of images.
     """
 
@@ -51,19 +63,24 @@ class Report:
 
 
 def verify(clean, out, *, eps, per_class=None):
-    """Re-reads `out` and proves count, names, sizes, modes, labels and L-inf <= 255 * eps against `clean`.
+    """Re-reads `out` and proves count, names, sizes, modes, labels and L-inf <= 255 * eps against
+    `clean`.
 
-    Of a folder that `export_folder` wrote also that every file has the checksum on its list, and that the clean images are those that were
-    poisoned (their pixels at the size they were loaded at).
+    Of a folder that `export_folder` wrote also that every file has the checksum on its list, and
+    that the clean images are those that were poisoned (their pixels at the size they were loaded
+    at).
 
     Args:
-        clean: a Dataset, or what `load` takes. out: an exported folder, an .npz or (images, labels) of poisoned images, or a poison
-            (whatever `load_poison` reads), whose own values are then held against eps.
+        clean: a Dataset, or what `load` takes. out: an exported folder, an .npz or (images, labels)
+            of poisoned images, or a poison (whatever `load_poison` reads), whose own values are
+            then held against eps.
         per_class: as in `load`, where `clean` is not a Dataset.
 
-    Returns a Report; `ok` is False if anything is missing, too many, changed in size or mode, or over the budget. Clean files that
+    Returns a Report; `ok` is False if anything is missing, too many, changed in size or mode, or
+    over the budget. Clean files that
     cannot be read and have no copy are not missing: they are listed in `unreadable`.
-    ValueError: `clean` or `out` is nothing that can be compared at all (missing folder, damaged poison).
+    ValueError: `clean` or `out` is nothing that can be compared at all (missing folder, damaged
+        poison).
     """
     check_selection(None, per_class)
     report = Report()
@@ -95,25 +112,38 @@ def _verify_poison(report, clean, delta, manifest, eps):
     if delta.shape != clean.images.shape:
         report.add(f"shape {list(delta.shape)}, the clean images have {list(clean.images.shape)}")
         return
-    over = delta.abs().flatten(1).amax(1).double() > eps * (1 + 1e-6)  # eps itself, rounded to fp32, passes
+    over = delta.abs().flatten(1).amax(1).double() > eps * (
+        1 + 1e-6
+    )  # eps itself, rounded to fp32, passes
     for row in over.nonzero()[:, 0].tolist():
-        report.add(f"{clean.names[row]}: {255 * float(delta[row].abs().max()):.3f} levels, more than {255 * eps:g}")
+        report.add(
+            f"{clean.names[row]}: {255 * float(delta[row].abs().max()):.3f} levels, "
+            f"more than {255 * eps:g}"
+        )
     _levels(report, clean, apply_poison(clean.images, delta, 1.0))
 
 
 def _levels(report, clean, images):
     """Largest difference of every image [N]."""
     linf = (images.to(torch.int16) - clean.images).abs().flatten(1).amax(1)
-    report.count, report.max_linf, report.unchanged = len(linf), int(linf.max()), int((linf == 0).sum())
+    report.count, report.max_linf, report.unchanged = (
+        len(linf),
+        int(linf.max()),
+        int((linf == 0).sum()),
+    )
     report.unreadable += clean.unreadable
     return linf
 
 
 def _verify_arrays(report, clean, copy, levels):
     if copy.images.shape != clean.images.shape:
-        report.add(f"shape {list(copy.images.shape)}, the clean images have {list(clean.images.shape)}")
+        report.add(
+            f"shape {list(copy.images.shape)}, the clean images have {list(clean.images.shape)}"
+        )
         return
-    if [copy.classes[k] for k in copy.labels] != [clean.classes[k] for k in clean.labels] and not torch.equal(copy.labels, clean.labels):
+    if [copy.classes[k] for k in copy.labels] != [
+        clean.classes[k] for k in clean.labels
+    ] and not torch.equal(copy.labels, clean.labels):
         report.add("labels differ from those of the clean images")
     linf = _levels(report, clean, copy.images)
     for row in (linf > levels).nonzero()[:, 0].tolist():
@@ -121,7 +151,9 @@ def _verify_arrays(report, clean, copy, levels):
 
 
 def _verify_folder(report, clean, out, levels, per_class):
-    if not isinstance(clean, Dataset) and (not isinstance(clean, (str, os.PathLike)) or not is_tree(Path(clean))):
+    if not isinstance(clean, Dataset) and (
+        not isinstance(clean, (str, os.PathLike)) or not is_tree(Path(clean))
+    ):
         clean = load(clean, per_class=per_class)
     if isinstance(clean, Dataset):
         paths, refused, root = tree_paths(clean), clean.unreadable, clean.root
@@ -134,7 +166,8 @@ def _verify_folder(report, clean, out, levels, per_class):
     gray = root is None and clean.images.shape[1] == 1
     _, found, strange, others = list_tree(out)
     files, note = Owned(out), None
-    # A list of other files (an evaluation's, in a folder that another program exported) says nothing about these.
+    # A list of other files (an evaluation's, in a folder that another program exported) says
+    # nothing about these.
     report.listed = os.path.lexists(out / NOTE) or bool(exported_files(out))
     if report.listed:
         note = _read_note(report, files)
@@ -143,7 +176,11 @@ def _verify_folder(report, clean, out, levels, per_class):
     for name in others:
         if not os.path.basename(name).startswith("."):  # what a file manager leaves there
             report.add(f"{name}: not an image type that is read here")
-    suffix = Counter(os.path.splitext(name)[1] for name in found).most_common(1)[0][0] if found else ".png"
+    suffix = (
+        Counter(os.path.splitext(name)[1] for name in found).most_common(1)[0][0]
+        if found
+        else ".png"
+    )
     targets = target_names(paths, [name for name, _ in refused], suffix)
     for name in sorted(set(found) - set(targets.values())):
         report.add(f"{name}: no such clean image")
@@ -160,19 +197,39 @@ def _verify_folder(report, clean, out, levels, per_class):
                 if note is not None:
                     loaded[name] = image_digest(_loaded(image, note["size"]))
         except UnreadableError as error:
-            return f"{targets[name]}: its clean image is unreadable" if targets[name] in present else error
+            return (
+                f"{targets[name]}: its clean image is unreadable"
+                if targets[name] in present
+                else error
+            )
         if targets[name] not in present:
             return f"{targets[name]}: missing"
         try:
             raw = read_file(out / targets[name])
-            after = np.asarray(read_image(out / targets[name], mode="L" if gray else "RGB", raw=raw))
+            after = np.asarray(
+                read_image(out / targets[name], mode="L" if gray else "RGB", raw=raw)
+            )
         except UnreadableError as error:
             return f"{targets[name]}: {error}"
         if after.shape[:2] != before.shape[:2]:
-            return f"{targets[name]}: {after.shape[1]} x {after.shape[0]}, the clean image is {before.shape[1]} x {before.shape[0]}"
-        linf = int(np.abs(after[..., :1].astype(np.int16) - before).max() if gray else np.abs(after.astype(np.int16) - before).max())
-        if linf <= levels and report.listed and hashlib.sha256(raw).hexdigest() not in files.checksums(targets[name]):
-            return f"{targets[name]}: within the budget, but not the file that was written (its sha256 is not on {LIST})"
+            return (
+                f"{targets[name]}: {after.shape[1]} x {after.shape[0]}, "
+                f"the clean image is {before.shape[1]} x {before.shape[0]}"
+            )
+        linf = int(
+            np.abs(after[..., :1].astype(np.int16) - before).max()
+            if gray
+            else np.abs(after.astype(np.int16) - before).max()
+        )
+        if (
+            linf <= levels
+            and report.listed
+            and hashlib.sha256(raw).hexdigest() not in files.checksums(targets[name])
+        ):
+            return (
+                f"{targets[name]}: within the budget, but not the file that was written "
+                f"(its sha256 is not on {LIST})"
+            )
         return linf
 
     with quiet_decoding(), ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
@@ -190,7 +247,10 @@ def _verify_folder(report, clean, out, levels, per_class):
     if note is not None:
         now = pixels_digest(clean) if root is None else combined_digest(loaded)
         if now != note["pixels_sha256"]:
-            report.add("the clean images are not those that were poisoned (fingerprint): one was replaced, added or removed since")
+            report.add(
+                "the clean images are not those that were poisoned (fingerprint): "
+                "one was replaced, added or removed since"
+            )
 
 
 def _read_note(report, files):
@@ -201,7 +261,11 @@ def _read_note(report, files):
     try:
         note = json.loads((files.folder / NOTE).read_bytes())
         sides = note["size"]
-        whole = note["format"] == NOTE_FORMAT and len(sides) == 2 and all(type(side) is int and side > 0 for side in sides)
+        whole = (
+            note["format"] == NOTE_FORMAT
+            and len(sides) == 2
+            and all(type(side) is int and side > 0 for side in sides)
+        )
         whole = whole and isinstance(note["pixels_sha256"], str)
         done = note["files_sha256"] == files_digest(files)
     except (ValueError, LookupError, TypeError, RecursionError):
@@ -215,7 +279,9 @@ def _read_note(report, files):
 
 
 def _loaded(image, size):
-    """The image's pixels at the (width, height) it was loaded at, [H, W, 3]; None if it could not have been."""
+    """The image's pixels at the (width, height) it was loaded at, [H, W, 3]; None if it could not
+    have been.
+    """
     if image.size == tuple(size):
         return np.asarray(image)
     return resize(image, size[0]) if size[0] == size[1] <= MAX_SIZE else None

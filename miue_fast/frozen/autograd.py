@@ -5,18 +5,19 @@ import threading
 
 import torch
 
-from .._calls import borrowed
-from .._checks import describe, fail
+from ..support.calls import borrowed
+from ..support.messages import describe, fail
 from .layers import wide
 from .net import NHWC, Chunks, Frozen
 
 
 class AutogradNet(Frozen):
-    """What `freeze` gives for a network that is not lowered: same calls, same results, PyTorch's speed and memory.
+    """What `freeze` gives for a network that is not lowered: same calls, same results, PyTorch's
+    speed and memory.
 
-    A batch of one launch keeps its graph; a larger one is computed twice, without a graph and then launch by launch with one. A call runs
-    the model itself, in eval mode and with frozen weights meanwhile: two threads need a model each, and the second is refused.
-    """
+    A batch of one launch keeps its graph; a larger one is computed twice, without a graph and then
+    launch by launch with one. A call runs the model itself, in eval mode and with frozen weights
+    meanwhile: two threads need a model each, and the second is refused."""
 
     fused = False
 
@@ -26,7 +27,12 @@ class AutogradNet(Frozen):
         self.channels_last = channels_last
         self.chunk = Chunks(chunk or 2**62)
         if any(tensor.is_inference() for tensor in [*model.parameters(), *model.buffers()]):
-            fail("freeze", "model", "ordinary tensors as weights", "tensors that were made in torch.inference_mode")
+            fail(
+                "freeze",
+                "model",
+                "ordinary tensors as weights",
+                "tensors that were made in torch.inference_mode",
+            )
 
     @property
     def layout(self):
@@ -39,7 +45,12 @@ class AutogradNet(Frozen):
 
     def check(self):
         if self.feature not in dict(self.model.named_modules()):
-            fail("FrozenNet", "model", f"a layer {self.feature!r}, as it was frozen", "none; call freeze again")
+            fail(
+                "FrozenNet",
+                "model",
+                f"a layer {self.feature!r}, as it was frozen",
+                "none; call freeze again",
+            )
 
     def refold(self):
         """Nothing to do: the model itself is run."""
@@ -77,13 +88,21 @@ class AutogradNet(Frozen):
         self.chunk.each(rows, work)
 
     def _weights(self):
-        """The model's floating weights and statistics in the type that computes, by name; those that have it already are left out."""
+        """The model's floating weights and statistics in the type that computes, by name; those
+        that have it already are left out.
+        """
         named = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
         kind = wide(self.dtype)
-        return {name: t.detach().to(kind) for name, t in named.items() if t.is_floating_point() and t.dtype != kind}
+        return {
+            name: t.detach().to(kind)
+            for name, t in named.items()
+            if t.is_floating_point() and t.dtype != kind
+        }
 
     def _features(self, x, graph):
-        """Eval mode, frozen parameters, the layer's output through a hook; modes and requires_grad are put back."""
+        """Eval mode, frozen parameters, the layer's output through a hook; modes and requires_grad
+        are put back.
+        """
         seen, me = [], threading.get_ident()
 
         def see(module, inputs, output):
@@ -93,13 +112,22 @@ class AutogradNet(Frozen):
         hook = dict(self.model.named_modules())[self.feature].register_forward_hook(see)
         modes = [(module, module.training) for module in self.model.modules()]
         needed = [(parameter, parameter.requires_grad) for parameter in self.model.parameters()]
-        halves = self.dtype in (torch.float16, torch.bfloat16)  # not cached: a caller's autocast would keep what was cast before training
-        half = torch.autocast(x.device.type, self.dtype, cache_enabled=False) if halves else contextlib.nullcontext()
+        halves = self.dtype in (
+            torch.float16,
+            torch.bfloat16,
+        )  # not cached: a caller's autocast would keep what was cast before training
+        half = (
+            torch.autocast(x.device.type, self.dtype, cache_enabled=False)
+            if halves
+            else contextlib.nullcontext()
+        )
         try:
             self.model.eval()
             self.model.requires_grad_(False)
             with torch.set_grad_enabled(graph), half:
-                torch.func.functional_call(self.model, weights, (x,)) if (weights := self._weights()) else self.model(x)
+                torch.func.functional_call(self.model, weights, (x,)) if (
+                    weights := self._weights()
+                ) else self.model(x)
         finally:
             hook.remove()
             for parameter, value in needed:
@@ -107,12 +135,27 @@ class AutogradNet(Frozen):
             for module, mode in modes:
                 module.training = mode
         if len(seen) != 1:
-            fail("freeze", "feature", "a layer that runs once per forward pass", f"{self.feature!r}, which ran {len(seen)} times")
+            fail(
+                "freeze",
+                "feature",
+                "a layer that runs once per forward pass",
+                f"{self.feature!r}, which ran {len(seen)} times",
+            )
         output, version = seen.pop()
         if not isinstance(output, torch.Tensor) or output.dim() < 2 or len(output) != len(x):
-            fail("freeze", "feature", f"a layer with one output [{len(x)}, ...]", f"{self.feature!r}: {describe(output)}")
+            fail(
+                "freeze",
+                "feature",
+                f"a layer with one output [{len(x)}, ...]",
+                f"{self.feature!r}: {describe(output)}",
+            )
         if output._version != version:
-            fail("freeze", "feature", "a layer whose output is not changed in place", f"{self.feature!r}; choose the layer after it")
+            fail(
+                "freeze",
+                "feature",
+                "a layer whose output is not changed in place",
+                f"{self.feature!r}; choose the layer after it",
+            )
         with torch.set_grad_enabled(graph):  # the caller may have switched gradients off
             return output.flatten(1)
 

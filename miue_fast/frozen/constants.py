@@ -1,5 +1,5 @@
-"""What a traced network computes from its weights, buffers and numbers alone: kept as data that copies and pickles, read anew at every
-refold."""
+"""What a traced network computes from its weights, buffers and numbers alone: kept as data that
+copies and pickles, read anew at every refold."""
 
 import operator
 from dataclasses import dataclass
@@ -31,7 +31,11 @@ class Call:
     @torch.no_grad()
     def read(self):
         args, kwargs = value_of(self.args), value_of(self.kwargs)
-        return getattr(args[0], self.target)(*args[1:], **kwargs) if isinstance(self.target, str) else self.target(*args, **kwargs)
+        return (
+            getattr(args[0], self.target)(*args[1:], **kwargs)
+            if isinstance(self.target, str)
+            else self.target(*args, **kwargs)
+        )
 
 
 @dataclass(eq=False)
@@ -45,12 +49,16 @@ class Norm:
         a = torch.rsqrt(norm.running_var.double() + norm.eps)
         a = a if norm.weight is None else a * norm.weight.detach().double()
         b = -norm.running_mean.double() * a
-        return a.to(device), (b if norm.bias is None else b + norm.bias.detach().double()).to(device)
+        return a.to(device), (b if norm.bias is None else b + norm.bias.detach().double()).to(
+            device
+        )
 
 
 @dataclass(eq=False)
 class Arithmetic:
-    """x + c, x - c, c - x, x * c, x / c with c a number or one number per channel, as x * scale + shift."""
+    """x + c, x - c, c - x, x * c, x / c with c a number or one number per channel, as x * scale +
+    shift.
+    """
 
     name: str
     target: object  # operator.add, sub, mul or truediv
@@ -60,7 +68,9 @@ class Arithmetic:
     def read(self, device):
         c = torch.as_tensor(value_of(self.constant), dtype=torch.float64, device=device).detach()
         if c.numel() > 1 and (c.dim() not in (3, 4) or c.numel() != c.shape[-3]):
-            raise NotLowered(f"{self.name}: a constant of shape {list(c.shape)} (one number, or one per channel)")
+            raise NotLowered(
+                f"{self.name}: a constant of shape {list(c.shape)} (one number, or one per channel)"
+            )
         c = c.flatten()
         one, zero = torch.ones_like(c), torch.zeros_like(c)
         if self.target is operator.add:

@@ -1,18 +1,19 @@
-"""The fused layers of a FrozenNet: what each computes, what it keeps between forward and input gradient, and its input gradient.
+"""The fused layers of a FrozenNet: what each computes, what it keeps between forward and input
+gradient, and its input gradient.
 
-Values are numbered; 0 is the network's input. 4-D activations are channels-last. A layer with `relu` leaves the bits of its result's
-ReLU in `tape.masks`; whoever delivers the last part of that value's gradient applies them (`Gradients`).
-"""
+Values are numbered; 0 is the network's input. 4-D activations are channels-last. A layer with
+`relu` leaves the bits of its result's ReLU in `tape.masks`; whoever delivers the last part of that
+value's gradient applies them (`Gradients`)."""
 
 from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 
-from .._checks import fail
 from ..ops import conv_epilogue_, conv_forward, conv_grad_epilogue_, conv_input_grad
 from ..ops.conv_epilogue import mask_bytes
 from ..ops.convolution import out_size, quantised
+from ..support.messages import fail
 
 NHWC = torch.channels_last
 
@@ -27,14 +28,19 @@ def device_of(model):
 
 @dataclass
 class Tape:
-    """What one chunk of images leaves behind for its input gradient: ReLU bits, pool positions, shapes. No activations."""
+    """What one chunk of images leaves behind for its input gradient: ReLU bits, pool positions,
+    shapes. No activations.
+    """
 
     masks: dict = field(default_factory=dict)  # value -> bits
     kept: dict = field(default_factory=dict)  # layer's value -> what its gradient needs
     sizes: dict = field(default_factory=dict)  # value -> shape
 
     def bytes(self):
-        tensors = [*self.masks.values(), *(t for t in self.kept.values() if isinstance(t, torch.Tensor))]
+        tensors = [
+            *self.masks.values(),
+            *(t for t in self.kept.values() if isinstance(t, torch.Tensor)),
+        ]
         return sum(t.numel() * t.element_size() for t in tensors)
 
 
@@ -50,7 +56,9 @@ class Gradients:
         return None if self.left[value] else self.tape.masks.get(value)
 
     def compute(self, value, fn):
-        """fn(addend, mask) -> the sum of its own part and the addend, masked, in memory of its own."""
+        """fn(addend, mask) -> the sum of its own part and the addend, masked, in memory of its
+        own.
+        """
         self.sums[value] = fn(self.sums.pop(value, None), self._mask(value))
         self.owned[value] = True
 
@@ -83,21 +91,33 @@ class Layer:
 
     def _same(self, what, then, now, value=None):
         if then != now:
-            fail("freeze", "model", f"{what} of {self.name} as they were frozen, {then}", f"{now}; call freeze again")
+            fail(
+                "freeze",
+                "model",
+                f"{what} of {self.name} as they were frozen, {then}",
+                f"{now}; call freeze again",
+            )
         return value
 
     def _finish(self, tape, y, bias, residual, backend):
         mask = None
         if self.relu:
-            mask = tape.masks[self.out] = torch.empty(mask_bytes(y.numel()), dtype=torch.uint8, device=y.device)
+            mask = tape.masks[self.out] = torch.empty(
+                mask_bytes(y.numel()), dtype=torch.uint8, device=y.device
+            )
         if self.relu or bias is not None or residual is not None:
             conv_epilogue_(y, bias, residual, relu=self.relu, mask=mask, backend=backend)
         return y
 
 
 def scale_and_shift(norms, channels, device):
-    """The composition of affine maps per channel (batch norms in eval mode and constants), in float64: x * scale + shift."""
-    scale, shift = torch.ones(channels, dtype=torch.float64, device=device), torch.zeros(channels, dtype=torch.float64, device=device)
+    """The composition of affine maps per channel (batch norms in eval mode and constants), in
+    float64: x * scale + shift.
+    """
+    scale, shift = (
+        torch.ones(channels, dtype=torch.float64, device=device),
+        torch.zeros(channels, dtype=torch.float64, device=device),
+    )
     for norm in norms:
         a, b = norm.read(device)
         scale, shift = scale * a, shift * a + b
@@ -105,7 +125,9 @@ def scale_and_shift(norms, channels, device):
 
 
 def _keep(holder, name, value):
-    """The tensor of a refold: written in place where there is one, so that captured graphs stay right."""
+    """The tensor of a refold: written in place where there is one, so that captured graphs stay
+    right.
+    """
     there = getattr(holder, name, None)
     if there is None:
         setattr(holder, name, value.clone(memory_format=torch.preserve_format))
@@ -118,8 +140,12 @@ class Conv(Layer):
     """relu(conv(inputs[0]) * scale + shift + inputs[1])"""
 
     module: torch.nn.Module = None
-    pick: int = 1  # only every pick-th pixel of the input is looked at (a slice before a 1x1 convolution)
-    norms: list = field(default_factory=list)  # of `constants.py`: (scale, shift) per output channel
+    pick: int = (
+        1  # only every pick-th pixel of the input is looked at (a slice before a 1x1 convolution)
+    )
+    norms: list = field(
+        default_factory=list
+    )  # of `constants.py`: (scale, shift) per output channel
     fp8: bool = False  # e4m3 operands, each tensor with a scale of its own
 
     def __post_init__(self):
@@ -127,11 +153,21 @@ class Conv(Layer):
 
     def _geometry(self):
         m = self.module
-        return {"stride": [self.pick * s for s in m.stride], "padding": list(m.padding), "dilation": list(m.dilation), "groups": m.groups}
+        return {
+            "stride": [self.pick * s for s in m.stride],
+            "padding": list(m.padding),
+            "dilation": list(m.dilation),
+            "groups": m.groups,
+        }
 
     def refold(self, dtype, device, input_scale=None):
         self._same("geometry", self.geometry, self._geometry())
-        w = self._same("weights", self.shape, list(self.module.weight.shape), self.module.weight.detach().double())
+        w = self._same(
+            "weights",
+            self.shape,
+            list(self.module.weight.shape),
+            self.module.weight.detach().double(),
+        )
         scale, shift = scale_and_shift(self.norms, len(w), w.device)
         if self.module.bias is not None:
             shift = shift + self.module.bias.detach().double() * scale
@@ -141,13 +177,19 @@ class Conv(Layer):
             w, weight_scale = quantised(w)
             _keep(self, "weight_scale", weight_scale)
             _keep(self, "weight", w.contiguous(memory_format=NHWC))
-            _keep(self, "back_weight", w.permute(1, 2, 3, 0).contiguous().permute(3, 0, 1, 2))  # as the Triton kernel reads it
+            _keep(
+                self, "back_weight", w.permute(1, 2, 3, 0).contiguous().permute(3, 0, 1, 2)
+            )  # as the Triton kernel reads it
             return
         _keep(self, "weight", w.to(dtype).contiguous(memory_format=NHWC))
         if input_scale is None:
             self.back_weight = self.weight
         else:
-            _keep(self, "back_weight", (w * input_scale[:, None, None]).to(dtype).contiguous(memory_format=NHWC))
+            _keep(
+                self,
+                "back_weight",
+                (w * input_scale[:, None, None]).to(dtype).contiguous(memory_format=NHWC),
+            )
 
     def _operand(self, x):
         """The values that are multiplied with the weights, and the scale of the products."""
@@ -160,13 +202,17 @@ class Conv(Layer):
         tape.sizes[self.inputs[0]] = x.shape
         x, scale = self._operand(x)
         rest = {"scale": scale, "backend": backend, **self.geometry}
-        if residual is not None and list(residual.shape) != out_size(x.shape, self.weight, **self.geometry):  # a sum that broadcasts
+        if residual is not None and list(residual.shape) != out_size(
+            x.shape, self.weight, **self.geometry
+        ):  # a sum that broadcasts
             y, _ = conv_forward(x, self.weight, self.bias, relu=False, want_mask=False, **rest)
             tape.kept[self.out] = y.shape
             tape.sizes[self.inputs[1]] = residual.shape
             y, residual = spread(y, residual)
             return self._finish(tape, y.clone(memory_format=NHWC), None, residual, backend)
-        y, mask = conv_forward(x, self.weight, self.bias, residual, relu=self.relu, want_mask=self.relu, **rest)
+        y, mask = conv_forward(
+            x, self.weight, self.bias, residual, relu=self.relu, want_mask=self.relu, **rest
+        )
         if self.relu:
             tape.masks[self.out] = mask
         return y
@@ -185,7 +231,11 @@ class Conv(Layer):
         gradients.compute(self.inputs[0], fn)
         if len(self.inputs) == 2:
             apart = self.out in tape.kept
-            gradients.add(self.inputs[1], gather(whole, tape.sizes[self.inputs[1]]) if apart else whole, owned and not apart)
+            gradients.add(
+                self.inputs[1],
+                gather(whole, tape.sizes[self.inputs[1]]) if apart else whole,
+                owned and not apart,
+            )
 
 
 @dataclass(eq=False)
@@ -199,7 +249,12 @@ class Linear(Layer):
         self.shape = list(self.module.weight.shape)
 
     def refold(self, dtype, device):
-        w = self._same("weights", self.shape, list(self.module.weight.shape), self.module.weight.detach().double())
+        w = self._same(
+            "weights",
+            self.shape,
+            list(self.module.weight.shape),
+            self.module.weight.detach().double(),
+        )
         scale, shift = scale_and_shift(self.norms, len(w), w.device)
         if self.module.bias is not None:
             shift = shift + self.module.bias.detach().double() * scale
@@ -208,7 +263,12 @@ class Linear(Layer):
 
     def forward(self, tape, x, *, backend):
         if x.dim() != 2 or x.shape[1] != self.weight.shape[1]:
-            fail("FrozenNet", "images", f"a size that gives {self.name} {self.weight.shape[1]} values per image", list(x.shape[1:]))
+            fail(
+                "FrozenNet",
+                "images",
+                f"a size that gives {self.name} {self.weight.shape[1]} values per image",
+                list(x.shape[1:]),
+            )
         return self._finish(tape, F.linear(x, self.weight), self.bias, None, backend)
 
     def backward(self, tape, grad, owned, gradients):
@@ -238,18 +298,28 @@ class Affine(Layer):
 
     def backward(self, tape, grad, owned, gradients):
         scale = self.scale.flatten() if grad.dim() == 2 else self.scale
-        gradients.add(self.inputs[0], gather((grad * scale).to(grad.dtype), tape.sizes[self.inputs[0]]), True)
+        gradients.add(
+            self.inputs[0], gather((grad * scale).to(grad.dtype), tape.sizes[self.inputs[0]]), True
+        )
 
 
 @dataclass(eq=False)
 class Add(Layer):
-    """relu(inputs[0] + inputs[1]), where no convolution takes the sum into its epilogue; with one input: a ReLU of its own"""
+    """relu(inputs[0] + inputs[1]), where no convolution takes the sum into its epilogue; with one
+    input: a ReLU of its own
+    """
 
     def forward(self, tape, x, other=None, *, backend):
         if other is not None and other.shape != x.shape:
             tape.kept[self.out] = x.shape, other.shape
             x, other = spread(x, other)
-        return self._finish(tape, x.clone(memory_format=NHWC if x.dim() == 4 else torch.contiguous_format), None, other, backend)
+        return self._finish(
+            tape,
+            x.clone(memory_format=NHWC if x.dim() == 4 else torch.contiguous_format),
+            None,
+            other,
+            backend,
+        )
 
     def backward(self, tape, grad, owned, gradients):
         shapes = tape.kept.get(self.out, [grad.shape] * len(self.inputs))
@@ -263,13 +333,17 @@ class Concat(Layer):
         for value, part in zip(self.inputs, parts):
             tape.sizes[value] = part.shape
         y = torch.cat(parts, 1)
-        return self._finish(tape, y.contiguous(memory_format=NHWC) if y.dim() == 4 else y, None, None, backend)
+        return self._finish(
+            tape, y.contiguous(memory_format=NHWC) if y.dim() == 4 else y, None, None, backend
+        )
 
     def backward(self, tape, grad, owned, gradients):
         start = 0
         for value in self.inputs:
             stop = start + tape.sizes[value][1]
-            part = grad[:, start:stop].clone(memory_format=NHWC if grad.dim() == 4 else torch.contiguous_format)
+            part = grad[:, start:stop].clone(
+                memory_format=NHWC if grad.dim() == 4 else torch.contiguous_format
+            )
             gradients.add(value, part, True)
             start = stop
 
@@ -284,13 +358,20 @@ class MaxPool(Layer):
     ceil: bool = False
 
     def _corner(self, shape, width, device):
-        """Index of each window's corner in its plane; it may lie outside, before the first pixel."""
-        top, left = (torch.arange(n, device=device) * s - p for n, s, p in zip(shape[2:], self.stride, self.padding))
+        """Index of each window's corner in its plane; it may lie outside, before the first
+        pixel.
+        """
+        top, left = (
+            torch.arange(n, device=device) * s - p
+            for n, s, p in zip(shape[2:], self.stride, self.padding)
+        )
         return top[:, None], left[None, :]
 
     def forward(self, tape, x, *, backend):
         tape.sizes[self.inputs[0]] = x.shape
-        y, index = F.max_pool2d(x, self.kernel, self.stride, self.padding, 1, self.ceil, return_indices=True)
+        y, index = F.max_pool2d(
+            x, self.kernel, self.stride, self.padding, 1, self.ceil, return_indices=True
+        )
         top, left = self._corner(y.shape, x.shape[3], x.device)
         place = (index // x.shape[3] - top) * self.kernel[1] + index % x.shape[3] - left
         tape.kept[self.out] = place.to(torch.uint8)
@@ -302,7 +383,11 @@ class MaxPool(Layer):
         index = (place // self.kernel[1] + top) * size[3] + place % self.kernel[1] + left
         x = torch.empty(size, dtype=grad.dtype, device=grad.device, memory_format=NHWC)
         back = torch.ops.aten.max_pool2d_with_indices_backward
-        gradients.add(self.inputs[0], dense(back(grad, x, self.kernel, self.stride, self.padding, [1, 1], self.ceil, index)), True)
+        gradients.add(
+            self.inputs[0],
+            dense(back(grad, x, self.kernel, self.stride, self.padding, [1, 1], self.ceil, index)),
+            True,
+        )
 
 
 @dataclass(eq=False)
@@ -320,7 +405,9 @@ class AvgPool(Layer):
         if self.kernel is None:
             y = F.adaptive_avg_pool2d(x, self.stride)
         else:
-            y = F.avg_pool2d(x, self.kernel, self.stride, self.padding, self.ceil, self.count_padding)
+            y = F.avg_pool2d(
+                x, self.kernel, self.stride, self.padding, self.ceil, self.count_padding
+            )
         return self._finish(tape, dense(y), None, None, backend)
 
     def backward(self, tape, grad, owned, gradients):
@@ -333,7 +420,16 @@ class AvgPool(Layer):
                 part = torch.ops.aten._adaptive_avg_pool2d_backward(grad, x)
             else:
                 back = torch.ops.aten.avg_pool2d_backward
-                part = back(grad, x, self.kernel, self.stride, self.padding, self.ceil, self.count_padding, None)
+                part = back(
+                    grad,
+                    x,
+                    self.kernel,
+                    self.stride,
+                    self.padding,
+                    self.ceil,
+                    self.count_padding,
+                    None,
+                )
         gradients.add(self.inputs[0], dense(part), True)
 
 
@@ -347,8 +443,19 @@ class Flatten(Layer):
         tape.sizes[self.inputs[0]] = x.shape
         y = x.flatten(1)
         if self.expected not in (-1, y.shape[1]):
-            fail("FrozenNet", "images", f"a size that gives {self.name} {self.expected} values per image", y.shape[1])
-        return self._finish(tape, y.contiguous() if not self.relu else y.clone(memory_format=torch.contiguous_format), None, None, backend)
+            fail(
+                "FrozenNet",
+                "images",
+                f"a size that gives {self.name} {self.expected} values per image",
+                y.shape[1],
+            )
+        return self._finish(
+            tape,
+            y.contiguous() if not self.relu else y.clone(memory_format=torch.contiguous_format),
+            None,
+            None,
+            backend,
+        )
 
     def backward(self, tape, grad, owned, gradients):
         gradients.add(self.inputs[0], dense(grad.view(tape.sizes[self.inputs[0]])), owned)

@@ -1,7 +1,8 @@
-"""From a module to fused layers: its forward is traced, every operation becomes a layer, and layers are fused where they meet.
+"""From a module to fused layers: its forward is traced, every operation becomes a layer, and layers
+are fused where they meet.
 
-What has no layer raises NotLowered with the name of the first such thing; `freeze` then keeps PyTorch's autograd.
-"""
+What has no layer raises NotLowered with the name of the first such thing; `freeze` then keeps
+PyTorch's autograd."""
 
 import operator
 from dataclasses import dataclass, replace
@@ -9,8 +10,8 @@ from dataclasses import dataclass, replace
 import torch.nn.functional as F
 from torch import fx, nn
 
-from .._checks import fail
-from .._random import NoDraws
+from ..support.draws import NoDraws
+from ..support.messages import fail
 from .constants import Arithmetic, Attribute, Call, Norm, flat
 from .layers import Add, Affine, AvgPool, Concat, Conv, Flatten, Layer, Linear, MaxPool, device_of
 from .trace import NotLowered, Tracer
@@ -18,8 +19,8 @@ from .trace import NotLowered, Tracer
 
 @dataclass
 class Plan:
-    """layers in order of execution; `norms`: affine maps of the input (its normalisation); `out`: the features' value; `places`: where in
-    the model the modules are that were run for it."""
+    """layers in order of execution; `norms`: affine maps of the input (its normalisation); `out`:
+    the features' value; `places`: where in the model the modules are that were run for it."""
 
     layers: list
     norms: list
@@ -29,7 +30,9 @@ class Plan:
 
 @dataclass
 class Cell:
-    """What a traced name stands for: a numbered value; a later in-place operation gives the same cell another value."""
+    """What a traced name stands for: a numbered value; a later in-place operation gives the same
+    cell another value.
+    """
 
     value: int
     shared: bool = False  # a view of another cell, or viewed by one
@@ -44,7 +47,9 @@ class Slice(Layer):
 
 
 def lower(model, feature):
-    """The Plan of a model in eval mode up to the output of the layer called `feature`. The model is only read."""
+    """The Plan of a model in eval mode up to the output of the layer called `feature`. The model is
+    only read.
+    """
     with NoDraws(_noise):
         return _lower(model, feature)
 
@@ -57,9 +62,19 @@ def _noise(name):
 def _lower(model, feature):
     tracer, graph = _traced(model, feature)
     if len(tracer.found) != 1:
-        fail("freeze", "feature", "a layer that runs once per forward pass", f"{feature!r}, which ran {len(tracer.found)} times")
+        fail(
+            "freeze",
+            "feature",
+            "a layer that runs once per forward pass",
+            f"{feature!r}, which ran {len(tracer.found)} times",
+        )
     if not isinstance(tracer.found[0], fx.Proxy):
-        fail("freeze", "feature", "a layer with one tensor as its output", f"{feature!r}: {type(tracer.found[0]).__name__}")
+        fail(
+            "freeze",
+            "feature",
+            "a layer with one tensor as its output",
+            f"{feature!r}: {type(tracer.found[0]).__name__}",
+        )
     reader = _Reader(model, tracer.constants)
     for node in graph.nodes:
         reader.read(node)
@@ -67,7 +82,12 @@ def _lower(model, feature):
             break
     node = tracer.found[0].node
     if any(_overwrites(user, node, reader.modules) for user in node.users):
-        fail("freeze", "feature", "a layer whose output is not changed in place", f"{feature!r}; choose the layer after it")
+        fail(
+            "freeze",
+            "feature",
+            "a layer whose output is not changed in place",
+            f"{feature!r}; choose the layer after it",
+        )
     out = reader.env[node]
     if not isinstance(out, Cell):
         raise NotLowered(f"{feature}: not a tensor of activations")
@@ -81,13 +101,16 @@ def _traced(model, feature):
             return tracer, tracer.run()
         except NotLowered:
             raise
-        except Exception as error:  # noqa: BLE001 - the user's forward runs here, with stand-ins for tensors: it may raise anything
+        # The user's forward runs here, with stand-ins for tensors: it may raise anything.
+        except Exception as error:  # noqa: BLE001
             said = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
     raise NotLowered(f"torch.fx cannot trace it ({said})")
 
 
 def _places(model, modules):
-    """(parent, name, module, whether it ran) of these modules and of all that contain them; the model itself has no parent."""
+    """(parent, name, module, whether it ran) of these modules and of all that contain them; the
+    model itself has no parent.
+    """
     ran, found = {id(module) for module in modules}, {(id(model), ""): (None, "", model, True)}
     for path, module in model.named_modules(remove_duplicate=False):
         steps = path.split(".") if path and id(module) in ran else []
@@ -105,7 +128,11 @@ def _overwrites(user, node, modules):
     if user.op == "call_module":
         return getattr(modules[user.target], "inplace", False)
     name = user.target if isinstance(user.target, str) else user.target.__name__
-    return name.endswith("_") or name in ("iadd", "isub", "imul", "itruediv") or user.kwargs.get("inplace", False)
+    return (
+        name.endswith("_")
+        or name in ("iadd", "isub", "imul", "itruediv")
+        or user.kwargs.get("inplace", False)
+    )
 
 
 def _two(value):
@@ -124,7 +151,11 @@ class _Reader:
     def read(self, node):
         if node.op == "placeholder":
             if node.args or self.env:
-                raise NotLowered(f"{node.name}: a second input") if self.env else NotLowered(f"{node.name}: an optional input")
+                raise (
+                    NotLowered(f"{node.name}: a second input")
+                    if self.env
+                    else NotLowered(f"{node.name}: an optional input")
+                )
             self.env[node] = Cell(0, shared=True)
         elif node.op == "get_attr":
             kept = self.constants.get(node.target)
@@ -151,7 +182,14 @@ class _Reader:
     def _emit(self, kind, node, inputs, inplace=None, **fields):
         """A new layer; `inplace`: the cell whose memory PyTorch overwrites."""
         self.values += 1
-        self.layers.append(kind(str(node.target) if node.op == "call_module" else node.name, inputs, self.values, **fields))
+        self.layers.append(
+            kind(
+                str(node.target) if node.op == "call_module" else node.name,
+                inputs,
+                self.values,
+                **fields,
+            )
+        )
         if inplace is None:
             return Cell(self.values)
         if inplace.shared:
@@ -176,7 +214,15 @@ class _Reader:
         norm = Arithmetic(node.name, target, constant, left)
         scale, _ = norm.read(self.device)
         fixed = bool((scale != 0).all() and scale.isfinite().all())
-        return self._emit(Affine, node, [cell.value], cell if inplace else None, norms=[norm], channels=len(scale), constant=fixed)
+        return self._emit(
+            Affine,
+            node,
+            [cell.value],
+            cell if inplace else None,
+            norms=[norm],
+            channels=len(scale),
+            constant=fixed,
+        )
 
     def _view(self, node, cell, kind, **fields):
         out = self._emit(kind, node, [cell.value], **fields)
@@ -199,27 +245,76 @@ class _Reader:
         if kind is nn.Identity or isinstance(m, (nn.modules.dropout._DropoutNd,)):
             return x
         if kind is nn.MaxPool2d:
-            return self._max_pool(node, x, m.kernel_size, m.stride, m.padding, m.dilation, m.ceil_mode, m.return_indices)
+            return self._max_pool(
+                node,
+                x,
+                m.kernel_size,
+                m.stride,
+                m.padding,
+                m.dilation,
+                m.ceil_mode,
+                m.return_indices,
+            )
         if kind is nn.AvgPool2d and m.divisor_override is None:
-            return self._avg_pool(node, x, m.kernel_size, m.stride, m.padding, m.ceil_mode, m.count_include_pad)
+            return self._avg_pool(
+                node, x, m.kernel_size, m.stride, m.padding, m.ceil_mode, m.count_include_pad
+            )
         if kind is nn.AdaptiveAvgPool2d:
             return self._adaptive(node, x, m.output_size)
         if kind is nn.Flatten and (m.start_dim, m.end_dim) == (1, -1):
             return self._view(node, x, Flatten)
         raise NotLowered(f"{node.target}: {m}".split("\n")[0])
 
-    def _max_pool(self, node, x, kernel_size, stride=None, padding=0, dilation=1, ceil_mode=False, return_indices=False):
+    def _max_pool(
+        self,
+        node,
+        x,
+        kernel_size,
+        stride=None,
+        padding=0,
+        dilation=1,
+        ceil_mode=False,
+        return_indices=False,
+    ):
         kernel = _two(kernel_size)
         if _two(dilation) != (1, 1) or return_indices or kernel[0] * kernel[1] > 256:
-            raise NotLowered(f"{node.name}: max pooling with dilation, indices or a window of more than 256")
-        return self._emit(MaxPool, node, [x.value], kernel=kernel, stride=_two(stride or kernel), padding=_two(padding), ceil=ceil_mode)
+            raise NotLowered(
+                f"{node.name}: max pooling with dilation, indices or a window of more than 256"
+            )
+        return self._emit(
+            MaxPool,
+            node,
+            [x.value],
+            kernel=kernel,
+            stride=_two(stride or kernel),
+            padding=_two(padding),
+            ceil=ceil_mode,
+        )
 
-    def _avg_pool(self, node, x, kernel_size, stride=None, padding=0, ceil_mode=False, count_include_pad=True, divisor_override=None):
+    def _avg_pool(
+        self,
+        node,
+        x,
+        kernel_size,
+        stride=None,
+        padding=0,
+        ceil_mode=False,
+        count_include_pad=True,
+        divisor_override=None,
+    ):
         if divisor_override is not None:
             raise NotLowered(f"{node.name}: average pooling with divisor_override")
         kernel = _two(kernel_size)
-        return self._emit(AvgPool, node, [x.value], kernel=kernel, stride=_two(stride or kernel), padding=_two(padding), ceil=ceil_mode,
-                          count_padding=count_include_pad)  # fmt: skip
+        return self._emit(
+            AvgPool,
+            node,
+            [x.value],
+            kernel=kernel,
+            stride=_two(stride or kernel),
+            padding=_two(padding),
+            ceil=ceil_mode,
+            count_padding=count_include_pad,
+        )
 
     def _adaptive(self, node, x, output_size):
         size = _two(output_size)
@@ -232,9 +327,20 @@ class _Reader:
         x = args[0] if args else kwargs.get("input")
         rest, kwargs = args[1:], {k: v for k, v in kwargs.items() if k != "input"}
         plain = not rest and not kwargs
-        # torch.add, operator.add, Tensor.add and the like carry the same name; `i...` is Python's in-place operator
-        arithmetic = {"add": operator.add, "sub": operator.sub, "mul": operator.mul, "truediv": operator.truediv, "div": operator.truediv}
-        base = name.rstrip("_").removeprefix("i") if name in ("iadd", "isub", "imul", "itruediv") else name.rstrip("_")
+        # torch.add, operator.add, Tensor.add and the like carry the same name; `i...` is Python's
+        # in-place operator
+        arithmetic = {
+            "add": operator.add,
+            "sub": operator.sub,
+            "mul": operator.mul,
+            "truediv": operator.truediv,
+            "div": operator.truediv,
+        }
+        base = (
+            name.rstrip("_").removeprefix("i")
+            if name in ("iadd", "isub", "imul", "itruediv")
+            else name.rstrip("_")
+        )
         inplace = name.endswith("_") or base != name.rstrip("_")
         if base in arithmetic and len(rest) == 1 and not kwargs:
             if base == "add":
@@ -252,19 +358,40 @@ class _Reader:
         if name == "flatten" and (*rest, *kwargs.values()) in ((1,), (1, -1)):
             return self._view(node, x, Flatten)
         if name in ("view", "reshape") and not kwargs:
-            shape = tuple(rest[0]) if len(rest) == 1 and isinstance(rest[0], (tuple, list)) else rest
-            if len(shape) == 2 and isinstance(shape[1], int) and (shape[0] is BATCH or (shape[0] == -1 and shape[1] > 0)):
+            shape = (
+                tuple(rest[0]) if len(rest) == 1 and isinstance(rest[0], (tuple, list)) else rest
+            )
+            if (
+                len(shape) == 2
+                and isinstance(shape[1], int)
+                and (shape[0] is BATCH or (shape[0] == -1 and shape[1] > 0))
+            ):
                 return self._view(node, x, Flatten, expected=shape[1])
-        if (name == "size" and rest == (0,)) or (name == "getattr" and rest == ("shape",)) or (name == "size" and plain):
+        if (
+            (name == "size" and rest == (0,))
+            or (name == "getattr" and rest == ("shape",))
+            or (name == "size" and plain)
+        ):
             return BATCH  # only [0] of it is read; see _constant
         if name == "contiguous" and not rest:
             return x
         if "dropout" in name:
             if (*rest, kwargs.get("training", True))[min(1, len(rest))]:
-                fail("freeze", "model", "no active dropout (pass training=self.training)", f"{node.name}: {name} with training=True")
+                fail(
+                    "freeze",
+                    "model",
+                    "no active dropout (pass training=self.training)",
+                    f"{node.name}: {name} with training=True",
+                )
             return x
         if name in ("avg_pool2d", "max_pool2d", "boolean_dispatch", "fn"):
-            pool = self._avg_pool if node.target is F.avg_pool2d else self._max_pool if node.target is F.max_pool2d else None
+            pool = (
+                self._avg_pool
+                if node.target is F.avg_pool2d
+                else self._max_pool
+                if node.target is F.max_pool2d
+                else None
+            )
             if pool:
                 return pool(node, x, *rest, **kwargs)
         if name == "adaptive_avg_pool2d":
@@ -308,9 +435,18 @@ def _fuse(layers, out, places):
     made, fused, norms = {}, [], []
 
     def only(value, *kinds):
-        """The layer that makes `value` for one reader, if it is of one of the kinds and open for fusion."""
+        """The layer that makes `value` for one reader, if it is of one of the kinds and open for
+        fusion.
+        """
         maker = made.get(value)
-        return maker if isinstance(maker, kinds) and uses[value] == 1 and not maker.relu and len(maker.inputs) == 1 else None
+        return (
+            maker
+            if isinstance(maker, kinds)
+            and uses[value] == 1
+            and not maker.relu
+            and len(maker.inputs) == 1
+            else None
+        )
 
     for layer in layers:
         if isinstance(layer, Affine):
@@ -318,20 +454,38 @@ def _fuse(layers, out, places):
             if maker:
                 maker.norms.extend(layer.norms)
                 if isinstance(maker, Affine):
-                    maker.channels, maker.constant = max(maker.channels, layer.channels), maker.constant and layer.constant
+                    maker.channels, maker.constant = (
+                        max(maker.channels, layer.channels),
+                        maker.constant and layer.constant,
+                    )
                 maker.out = layer.out
                 made[layer.out] = maker
                 continue
         elif isinstance(layer, Add) and layer.relu:
             maker = made.get(layer.inputs[0])
-            if maker and uses[layer.inputs[0]] == 1 and not maker.relu and not isinstance(maker, Slice):
+            if (
+                maker
+                and uses[layer.inputs[0]] == 1
+                and not maker.relu
+                and not isinstance(maker, Slice)
+            ):
                 maker.relu, maker.out = True, layer.out
                 made[layer.out] = maker
                 continue
         elif isinstance(layer, Add):
             a, b = layer.inputs
-            makers = [(fused.index(m), m, other) for m, other in ((only(a, Conv), b), (only(b, Conv), a)) if m] if a != b else []
-            if makers:  # the later convolution takes the other branch as its residual, and moves to where both are there
+            makers = (
+                [
+                    (fused.index(m), m, other)
+                    for m, other in ((only(a, Conv), b), (only(b, Conv), a))
+                    if m
+                ]
+                if a != b
+                else []
+            )
+            # the later convolution takes the other branch as its residual, and moves to where both
+            # are there
+            if makers:
                 _, maker, other = max(makers, key=lambda entry: entry[0])
                 fused.remove(maker)
                 maker.inputs, maker.out = [*maker.inputs, other], layer.out

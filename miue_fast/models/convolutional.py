@@ -8,9 +8,11 @@ from .base import Network
 
 
 class VGG(Network):
-    """Simonyan & Zisserman 2015 with batch normalisation; one linear layer after the average pool instead of three.
+    """Simonyan & Zisserman 2015 with batch normalisation; one linear layer after the average pool
+    instead of three.
 
-    convolutions: how many 3x3 layers each of the five stages has; a stage ends in 2x2 max-pooling while there is more than one pixel
+    convolutions: how many 3x3 layers each of the five stages has; a stage ends in 2x2 max-pooling
+        while there is more than one pixel
     (five times at 32). The convolutions have no bias: the norm behind each would take it out again.
     """
 
@@ -20,7 +22,11 @@ class VGG(Network):
         for stage, count in enumerate(convolutions):
             outer = width << min(stage, 3)
             for _ in range(count):
-                layers += [nn.Conv2d(inner, outer, 3, 1, 1, bias=False), nn.BatchNorm2d(outer), nn.ReLU(inplace=True)]
+                layers += [
+                    nn.Conv2d(inner, outer, 3, 1, 1, bias=False),
+                    nn.BatchNorm2d(outer),
+                    nn.ReLU(inplace=True),
+                ]
                 inner = outer
             if size > 1:
                 layers.append(nn.MaxPool2d(2))
@@ -35,12 +41,17 @@ class VGG(Network):
 
 
 class DenseLayer(nn.Module):
-    """Norm, ReLU, 1x1 to four times the growth, norm, ReLU, 3x3 to `growth` new channels, which join the input."""
+    """Norm, ReLU, 1x1 to four times the growth, norm, ReLU, 3x3 to `growth` new channels, which
+    join the input.
+    """
 
     def __init__(self, inner, growth):
         super().__init__()
         self.bn1, self.conv1 = nn.BatchNorm2d(inner), nn.Conv2d(inner, 4 * growth, 1, bias=False)
-        self.bn2, self.conv2 = nn.BatchNorm2d(4 * growth), nn.Conv2d(4 * growth, growth, 3, 1, 1, bias=False)
+        self.bn2, self.conv2 = (
+            nn.BatchNorm2d(4 * growth),
+            nn.Conv2d(4 * growth, growth, 3, 1, 1, bias=False),
+        )
 
     def forward(self, x):
         y = self.conv1(F.relu(self.bn1(x), inplace=True))
@@ -52,14 +63,20 @@ class Transition(nn.Module):
 
     def __init__(self, inner):
         super().__init__()
-        self.bn, self.conv, self.pool = nn.BatchNorm2d(inner), nn.Conv2d(inner, inner // 2, 1, bias=False), nn.AvgPool2d(2)
+        self.bn, self.conv, self.pool = (
+            nn.BatchNorm2d(inner),
+            nn.Conv2d(inner, inner // 2, 1, bias=False),
+            nn.AvgPool2d(2),
+        )
 
     def forward(self, x):
         return self.pool(self.conv(F.relu(self.bn(x), inplace=True)))
 
 
 class DenseNet(Network):
-    """Huang et al. 2017, DenseNet-BC: compression 1/2, a 3x3 stride-1 stem of two growths without norm or max-pool."""
+    """Huang et al. 2017, DenseNet-BC: compression 1/2, a 3x3 stride-1 stem of two growths without
+    norm or max-pool.
+    """
 
     def __init__(self, growth, blocks, num_classes, normalize, channels):
         super().__init__(normalize, channels)
@@ -84,7 +101,9 @@ class DenseNet(Network):
 
 
 class LeNet5(Network):
-    """LeCun et al. 1998 as it is used on CIFAR today: ReLU and max-pooling, 5x5 convolutions without padding, widths 6, 16, 120, 84."""
+    """LeCun et al. 1998 as it is used on CIFAR today: ReLU and max-pooling, 5x5 convolutions
+    without padding, widths 6, 16, 120, 84.
+    """
 
     def __init__(self, num_classes, normalize, size, channels):
         super().__init__(normalize, channels)

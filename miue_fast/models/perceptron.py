@@ -1,4 +1,6 @@
-"""Networks without convolutions over the whole image: linear, multi-layer perceptrons, a small vision transformer."""
+"""Networks without convolutions over the whole image: linear, multi-layer perceptrons, a small
+vision transformer.
+"""
 
 import torch
 import torch.nn.functional as F
@@ -8,7 +10,9 @@ from .base import Network
 
 
 class MLP(Network):
-    """`hidden` layers of `width` units with ReLU; `features` is what the classifier reads (with no hidden layer: the pixels)."""
+    """`hidden` layers of `width` units with ReLU; `features` is what the classifier reads (with no
+    hidden layer: the pixels).
+    """
 
     def __init__(self, hidden, width, num_classes, normalize, size, channels):
         super().__init__(normalize, channels)
@@ -24,25 +28,34 @@ class MLP(Network):
 
 
 class EncoderBlock(nn.Module):
-    """Pre-norm self-attention and a GELU perceptron of four times the width, each added to its input."""
+    """Pre-norm self-attention and a GELU perceptron of four times the width, each added to its
+    input.
+    """
 
     def __init__(self, width, heads):
         super().__init__()
         self.heads = heads
         self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.qkv, self.project = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+        self.mlp = nn.Sequential(
+            nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
+        )
 
     def forward(self, x):
         batch, tokens, width = x.shape
-        q, k, v = self.qkv(self.norm1(x)).view(batch, tokens, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
+        q, k, v = (
+            self.qkv(self.norm1(x))
+            .view(batch, tokens, 3, self.heads, width // self.heads)
+            .permute(2, 0, 3, 1, 4)
+        )
         y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(batch, tokens, width)
         x = x + self.project(y)
         return x + self.mlp(self.norm2(x))
 
 
 class ViT(Network):
-    """Dosovitskiy et al. 2021, small: 4x4 patches, six blocks, a class token. `norm` gives the features [B, width], of that token.
+    """Dosovitskiy et al. 2021, small: 4x4 patches, six blocks, a class token. `norm` gives the
+    features [B, width], of that token.
 
     Linear layers and embeddings: truncated normal of deviation 0.02, biases 0.
     """

@@ -7,10 +7,11 @@ from .base import Network
 
 
 def _shortcut(inner, outer, stride):
-    """Of a block that changes the shape: how many pixels are picked before its 1x1 convolution, the convolution and its norm.
+    """Of a block that changes the shape: how many pixels are picked before its 1x1 convolution, the
+    convolution and its norm.
 
-    oneDNN (issue 6035) writes past its buffer in the weight gradient of a strided 1x1 with few channels, channels-last: there the
-    pixels are picked first.
+    oneDNN (issue 6035) writes past its buffer in the weight gradient of a strided 1x1 with few
+    channels, channels-last: there the pixels are picked first.
     """
     pick = stride if inner < 16 else 1
     return pick, nn.Conv2d(inner, outer, 1, stride // pick, bias=False), nn.BatchNorm2d(outer)
@@ -65,7 +66,9 @@ class Bottleneck(nn.Module):
 
 
 class ResNet(Network):
-    """`avgpool` gives the features [B, D, 1, 1], after ReLU. widths: one per stage; blocks: per stage, or one number for all."""
+    """`avgpool` gives the features [B, D, 1, 1], after ReLU. widths: one per stage; blocks: per
+    stage, or one number for all.
+    """
 
     def __init__(self, widths, blocks, num_classes, normalize, channels, block=BasicBlock):
         super().__init__(normalize, channels)

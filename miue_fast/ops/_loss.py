@@ -1,27 +1,39 @@
-"""What the three loss ops share: fake outputs, the autograd rule, the float64 oracle and the feature samples."""
+"""What the three loss ops share: fake outputs, the autograd rule, the float64 oracle and the
+feature samples.
+"""
 
 import torch
 
-from .. import _checks, _native
-from .._measured import faster_loss
-from .._registry import LIB
+from ..dispatch import checks, native
+from ..dispatch.measured import faster_loss
+from ..dispatch.registry import LIB
 
 
 def fake(features, labels, *args):
-    """(loss, grad) as the kernels return them: float32 (float64 for float64); grad is empty when the op's `want_grad` is False."""
+    """(loss, grad) as the kernels return them: float32 (float64 for float64); grad is empty when
+    the op's `want_grad` is False.
+    """
     want_grad = args[-2] if isinstance(args[-2], bool) else True
     wide = torch.float64 if features.dtype == torch.float64 else torch.float32
     loss = torch.empty((), dtype=wide, device=features.device)
-    return loss, torch.empty(features.shape if want_grad else (0,), dtype=wide, device=features.device)
+    return loss, torch.empty(
+        features.shape if want_grad else (0,), dtype=wide, device=features.device
+    )
 
 
 def route(op):
-    """For `define`: "cuda" where this GPU's table says that it is faster, else the first that can."""
-    return lambda features, *args: "cuda" if faster_loss(op, features) == "cuda" and not _native.cuda_missing() else "auto"
+    """For `define`: "cuda" where this GPU's table says that it is faster, else the first that
+    can.
+    """
+    return lambda features, *args: (
+        "cuda" if faster_loss(op, features) == "cuda" and not native.cuda_missing() else "auto"
+    )
 
 
 def truth(formula, drop):
-    """Loss and autograd gradient of `formula` in float64; the op's last `drop` arguments are not the formula's."""
+    """Loss and autograd gradient of `formula` in float64; the op's last `drop` arguments are not
+    the formula's.
+    """
 
     def oracle(features, labels, *args):
         leaf = features.detach().double().requires_grad_()
@@ -37,35 +49,46 @@ def truth(formula, drop):
 
 
 def differentiable_in_features(name):
-    """The op returns its gradient beside its value; backward only scales it. Second derivatives are refused.
+    """The op returns its gradient beside its value; backward only scales it. Second derivatives are
+    refused.
 
-    Half-precision features get theirs rounded after the scale, so that loss scaling lifts it out of their underflow.
-    Returns the differentiable loss, a function of the op's arguments without `want_grad`.
-    """
+    Half-precision features get theirs rounded after the scale, so that loss scaling lifts it out of
+    their underflow. Returns the differentiable loss, a function of the op's arguments without
+    `want_grad`."""
 
     def setup(ctx, inputs, output):
         if not inputs[-2]:
-            raise RuntimeError(f"{name}: called with want_grad=False on features that require a gradient")
+            raise RuntimeError(
+                f"{name}: called with want_grad=False on features that require a gradient"
+            )
         ctx.mark_non_differentiable(output[1])
         ctx.save_for_backward(inputs[0], output[1])
         ctx.unused = len(inputs) - 1
 
     def backward(ctx, grad_loss, _):
         features, grad = ctx.saved_tensors
-        return torch.ops.miue_fast.scaled_gradient(grad, grad_loss, features), *([None] * ctx.unused)
+        return torch.ops.miue_fast.scaled_gradient(grad, grad_loss, features), *(
+            [None] * ctx.unused
+        )
 
     torch.library.register_autograd(f"miue_fast::{name}", backward, setup_context=setup, lib=LIB)
     op = getattr(torch.ops.miue_fast, name)
 
-    made = []  # when it is wanted: torch.compiler.disable loads sympy, which changes the caller's warnings
+    # when it is wanted: torch.compiler.disable loads sympy, which changes the caller's warnings
+    made = []
 
     def transformed():
         if not made:
-            made.append(torch.compiler.disable(_transformed(op).apply, reason=f"{name} under torch.func runs in eager mode only"))
+            made.append(
+                torch.compiler.disable(
+                    _transformed(op).apply,
+                    reason=f"{name} under torch.func runs in eager mode only",
+                )
+            )
         return made[0]
 
     def scalar(features, *args):
-        if _checks.transformed():
+        if checks.transformed():
             return transformed()(features, *args)[0]
         *args, backend = args
         return op(features, *args, features.requires_grad and torch.is_grad_enabled(), backend)[0]
@@ -74,7 +97,9 @@ def differentiable_in_features(name):
 
 
 def _transformed(op):
-    """`op` for torch.func and forward-mode derivatives, which its own autograd rule does not reach. Arguments: without `want_grad`."""
+    """`op` for torch.func and forward-mode derivatives, which its own autograd rule does not reach.
+    Arguments: without `want_grad`.
+    """
 
     def call(features, *args):
         *args, backend = args
@@ -98,18 +123,25 @@ def _transformed(op):
         @staticmethod
         def jvp(ctx, tangent, *_):
             features, grad = ctx.saved_tensors
-            return (_Once.apply(grad, grad.new_ones(()), features.to(grad.dtype)) * tangent).sum(), None
+            return (
+                _Once.apply(grad, grad.new_ones(()), features.to(grad.dtype)) * tangent
+            ).sum(), None
 
         @staticmethod
         def vmap(info, in_dims, *args):
-            rows = [[a if d is None else a.select(d, k) for a, d in zip(args, in_dims)] for k in range(info.batch_size)]
+            rows = [
+                [a if d is None else a.select(d, k) for a, d in zip(args, in_dims)]
+                for k in range(info.batch_size)
+            ]
             return tuple(torch.stack(parts) for parts in zip(*(call(*row) for row in rows))), (0, 0)
 
     return Transformed
 
 
 def _no_second_derivative(ctx, *_):
-    raise RuntimeError("miue_fast: nt_xent and intra_class_distance can be differentiated once only")
+    raise RuntimeError(
+        "miue_fast: nt_xent and intra_class_distance can be differentiated once only"
+    )
 
 
 class _Once(torch.autograd.Function):
@@ -128,16 +160,27 @@ class _Once(torch.autograd.Function):
     backward = jvp = staticmethod(_no_second_derivative)
 
 
-LIB.define("scaled_gradient(Tensor grad, Tensor scale, Tensor features) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
-LIB.impl("scaled_gradient", lambda grad, scale, features: (grad * scale).to(features.dtype), "CompositeExplicitAutograd")
+LIB.define(
+    "scaled_gradient(Tensor grad, Tensor scale, Tensor features) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+LIB.impl(
+    "scaled_gradient",
+    lambda grad, scale, features: (grad * scale).to(features.dtype),
+    "CompositeExplicitAutograd",
+)
 torch.library.register_fake(
-    "miue_fast::scaled_gradient", lambda grad, scale, features: grad.new_empty(grad.shape, dtype=features.dtype), lib=LIB
+    "miue_fast::scaled_gradient",
+    lambda grad, scale, features: grad.new_empty(grad.shape, dtype=features.dtype),
+    lib=LIB,
 )
 torch.library.register_autograd("miue_fast::scaled_gradient", _no_second_derivative, lib=LIB)
 
 
 def samples(device, dtype):
-    """(features, labels): one, ragged, workload-sized; duplicates, zero rows, lone members, tight clusters, strange labels, strides."""
+    """(features, labels): one, ragged, workload-sized; duplicates, zero rows, lone members, tight
+    clusters, strange labels, strides.
+    """
     gen = torch.Generator().manual_seed(7)
 
     def make(batch, width, classes, *, spread=1.0, offset=0):

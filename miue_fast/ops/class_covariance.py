@@ -1,16 +1,21 @@
-"""Count, mean and covariance of every class: what the analysis of features sums over a whole data set."""
+"""Count, mean and covariance of every class: what the analysis of features sums over a whole data
+set.
+"""
 
 import torch
 
-from .. import _checks, _native, _triton
-from .._registry import DOUBLES, FLOATS, Impl, define
+from ..dispatch import checks, native, triton
+from ..dispatch.registry import DOUBLES, FLOATS, Impl, define
 from ..reference.class_covariance import class_covariance as _reference
+from ..support import messages
 
 OP = "class_covariance"
 
 
 def _samples(device, dtype):
-    """One row to several tiles, a class longer than a chain of sums; empty, lone, equal and collapsed classes far from zero; strides."""
+    """One row to several tiles, a class longer than a chain of sums; empty, lone, equal and
+    collapsed classes far from zero; strides.
+    """
     gen = torch.Generator().manual_seed(7)
 
     def make(batch, width, classes, *, spread=1.0, shift=0.0, num_classes=None):
@@ -24,7 +29,9 @@ def _samples(device, dtype):
     yield make(7, 3, 2, num_classes=5)
     yield make(33, 17, 4)
     yield make(40, 36, 3, spread=0.02, shift=100)  # collapsed: the one-pass form has no digit left
-    yield make(20, 6, 2, spread=2e-5, shift=100)  # ... and in float32 the rounding of the mean is as large as the spread
+    yield make(
+        20, 6, 2, spread=2e-5, shift=100
+    )  # ... and in float32 the rounding of the mean is as large as the spread
     features, labels, classes = make(24, 16, 3)
     features[labels == 1] = features[0].clone()  # no variance at all
     yield features, labels, classes
@@ -39,9 +46,13 @@ def _samples(device, dtype):
 def _check(features, labels, num_classes):
     if labels.numel():
         low, high = labels.aminmax()
-        low, high = (low.item(), high.item()) if labels.device.type == "cpu" else torch.stack((low, high)).tolist()  # one wait on a GPU
+        low, high = (
+            (low.item(), high.item())
+            if labels.device.type == "cpu"
+            else torch.stack((low, high)).tolist()
+        )  # one wait on a GPU
         if low < 0 or high >= num_classes:
-            _checks.fail(OP, "labels", f"values from 0 to {num_classes - 1}", f"{low} to {high}")
+            messages.fail(OP, "labels", f"values from 0 to {num_classes - 1}", f"{low} to {high}")
 
 
 def _fake(features, labels, num_classes, backend):
@@ -52,16 +63,19 @@ def _fake(features, labels, num_classes, backend):
 
 
 define(
-    f"{OP}(Tensor features, Tensor labels, int num_classes, str backend) -> (Tensor, Tensor, Tensor)",
+    (
+        f"{OP}(Tensor features, Tensor labels, int num_classes, str backend) "
+        "-> (Tensor, Tensor, Tensor)"
+    ),
     reference=_reference,
     fake=_fake,
     samples=_samples,
     dtypes=DOUBLES,
     check=_check,
     impls=[
-        Impl("triton", _triton.lazy(OP), _triton.DEVICES, FLOATS, _triton.missing),
-        Impl("cuda", _native.class_covariance, frozenset({"cuda"}), FLOATS, _native.cuda_missing),
-        Impl("cpu", _native.class_covariance, frozenset({"cpu"}), DOUBLES, _native.cpu_missing),
+        Impl("triton", triton.lazy(OP), triton.DEVICES, FLOATS, triton.missing),
+        Impl("cuda", native.class_covariance, frozenset({"cuda"}), FLOATS, native.cuda_missing),
+        Impl("cpu", native.class_covariance, frozenset({"cpu"}), DOUBLES, native.cpu_missing),
     ],
 )
 
@@ -69,8 +83,9 @@ define(
 def class_covariance(features, labels, num_classes=None, *, backend="auto"):
     """Count, mean and covariance of the features of every class.
 
-    C_k = 1/n_k sum_{i: y_i = k} (f_i - m_k) (f_i - m_k)^T with the class mean m_k, in two passes: sums of squares less squared means
-    cancel where classes have collapsed, which is where MI-UE ends. Means are summed in float64, products in float32 (float64 for float64).
+    C_k = 1/n_k sum_{i: y_i = k} (f_i - m_k) (f_i - m_k)^T with the class mean m_k, in two passes:
+    sums of squares less squared means cancel where classes have collapsed, which is where MI-UE
+    ends. Means are summed in float64, products in float32 (float64 for float64).
 
     Args:
         features: [B, D] float32, float16, bfloat16 (float64 on the CPU), any strides.
@@ -78,17 +93,27 @@ def class_covariance(features, labels, num_classes=None, *, backend="auto"):
         num_classes: K, or None for the largest label + 1.
         backend: "auto", "triton", "cuda", "cpu" or "reference".
 
-    Returns: counts int64 [K], means [K, D] and covariances [K, D, D], float32 (float64 for float64). An empty class has 0 everywhere; NaN
-    features give NaN in their class. Triton and CUDA C++ give inf where a class's sum of products is beyond float32 (values above about
-    1e19); the others do so only where the covariance is. A covariance is symmetric to the bit, and 0 where all rows of a class are equal.
-    Memory: K * D^2 values of result; on the CPU O(B * D) besides. Deterministic: the same bits on one machine for any thread count.
-    Not differentiable: features that require a gradient are refused. On a GPU the check of the labels waits for the device.
-    Errors: ValueError (shape, dtype, device, values of the labels), BackendError (the backend cannot serve this here).
+    Returns: counts int64 [K], means [K, D] and covariances [K, D, D], float32 (float64 for
+        float64). An empty class has 0 everywhere; NaN
+    features give NaN in their class. Triton and CUDA C++ give inf where a class's sum of products
+    is beyond float32 (values above about 1e19); the others do so only where the covariance is. A
+    covariance is symmetric to the bit, and 0 where all rows of a class are equal.
+    Memory: K * D^2 values of result; on the CPU O(B * D) besides. Deterministic: the same bits on
+        one machine for any thread count.
+    Not differentiable: features that require a gradient are refused. On a GPU the check of the
+        labels waits for the device.
+    Errors: ValueError (shape, dtype, device, values of the labels), BackendError (the backend
+        cannot serve this here).
     """
-    labels = _checks.features_and_labels(OP, features, labels)
-    _checks.no_gradient(OP, features=features)  # an autograd rule that says so costs every call 9 us
+    labels = checks.features_and_labels(OP, features, labels)
+    checks.no_gradient(OP, features=features)  # an autograd rule that says so costs every call 9 us
     if num_classes is None:
         num_classes = int(labels.max()) + 1 if len(labels) else 0
     if isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 0:
-        _checks.fail(OP, "num_classes", "a whole number from 0, or None", f"{type(num_classes).__name__} {num_classes!r}")
+        messages.fail(
+            OP,
+            "num_classes",
+            "a whole number from 0, or None",
+            f"{type(num_classes).__name__} {num_classes!r}",
+        )
     return torch.ops.miue_fast.class_covariance(features, labels, num_classes, backend)

@@ -1,12 +1,15 @@
-"""What follows a frozen convolution and what follows its input gradient, in place on the result; ReLU leaves one bit per value."""
+"""What follows a frozen convolution and what follows its input gradient, in place on the result;
+ReLU leaves one bit per value.
+"""
 
 import torch
 
-from .. import _checks, _native, _triton
-from .._registry import DOUBLES, FLOATS, Impl, define
+from ..dispatch import checks, native, triton
+from ..dispatch.registry import DOUBLES, FLOATS, Impl, define
 from ..reference.conv_epilogue import conv_epilogue_ as reference
 from ..reference.conv_epilogue import conv_grad_epilogue_ as reference_grad
 from ..reference.conv_epilogue import mask_bytes
+from ..support import messages
 
 NHWC = torch.channels_last
 
@@ -23,7 +26,17 @@ def activations(device, dtype, *shape, seed=7):
     return y.contiguous(memory_format=NHWC) if y.dim() == 4 else y
 
 
-SHAPES = [(0, 16, 2, 2), (1, 1, 1, 1), (2, 3, 5, 7), (3, 16, 4, 4), (1, 33, 3, 3), (2, 64, 8, 8), (5, 10), (4, 130), (1, 8, 17, 1)]
+SHAPES = [
+    (0, 16, 2, 2),
+    (1, 1, 1, 1),
+    (2, 3, 5, 7),
+    (3, 16, 4, 4),
+    (1, 33, 3, 3),
+    (2, 64, 8, 8),
+    (5, 10),
+    (4, 130),
+    (1, 8, 17, 1),
+]
 
 
 def _bias(device, dtype, count):
@@ -53,7 +66,10 @@ def _grad_samples(device, dtype):
         y = activations(device, dtype, *shape)
         mask = _mask(y)
         reference(y.clone(memory_format=torch.preserve_format), None, None, True, mask)
-        grad, other = activations(device, dtype, *shape, seed=9), activations(device, dtype, *shape, seed=10)
+        grad, other = (
+            activations(device, dtype, *shape, seed=9),
+            activations(device, dtype, *shape, seed=10),
+        )
         yield grad, None, mask
         yield grad, other, mask
         yield grad, other, None
@@ -61,9 +77,9 @@ def _grad_samples(device, dtype):
 
 def _impls(name):
     return [
-        Impl("triton", _triton.lazy(name, "conv_epilogue"), _triton.DEVICES, FLOATS, _triton.missing),
-        Impl("cuda", getattr(_native, name), frozenset({"cuda"}), FLOATS, _native.cuda_missing),
-        Impl("cpu", getattr(_native, name), frozenset({"cpu"}), DOUBLES, _native.cpu_missing),
+        Impl("triton", triton.lazy(name, "conv_epilogue"), triton.DEVICES, FLOATS, triton.missing),
+        Impl("cuda", getattr(native, name), frozenset({"cuda"}), FLOATS, native.cuda_missing),
+        Impl("cpu", getattr(native, name), frozenset({"cpu"}), DOUBLES, native.cpu_missing),
     ]
 
 
@@ -74,13 +90,21 @@ def aligned(op, position):
         mask = args[position]
         if mask is not None and mask.data_ptr() % 8:
             got = f"an address {mask.data_ptr() % 8} bytes past one"
-            _checks.fail(op, "mask", "memory that starts at a multiple of 8 bytes (a tensor of its own does)", got)
+            messages.fail(
+                op,
+                "mask",
+                "memory that starts at a multiple of 8 bytes (a tensor of its own does)",
+                got,
+            )
 
     return check
 
 
 define(
-    "conv_epilogue_(Tensor(a!) y, Tensor? bias, Tensor? residual, bool relu, Tensor(b!)? mask, str backend) -> ()",
+    (
+        "conv_epilogue_(Tensor(a!) y, Tensor? bias, Tensor? residual, bool relu, Tensor(b!)? mask, "
+        "str backend) -> ()"
+    ),
     reference=reference,
     fake=lambda *args: None,
     samples=_samples,
@@ -104,62 +128,101 @@ define(
 
 
 def dense(op, name, tensor, like=None, dtypes=DOUBLES):
-    """A channels-last [B, C, H, W] or contiguous [B, C] float tensor; `like`: another one of its shape, dtype and device."""
-    if not isinstance(tensor, torch.Tensor) or tensor.dtype not in dtypes or tensor.dim() not in (2, 4):
-        _checks.fail(op, name, "a float tensor [B, C, H, W] or [B, C]", _checks.describe(tensor))
-    if not tensor.is_contiguous(memory_format=NHWC if tensor.dim() == 4 else torch.contiguous_format):
-        _checks.fail(op, name, "dense channels-last (or contiguous [B, C]) memory", f"strides {tuple(tensor.stride())}")
-    if like is not None and (tensor.shape != like.shape or tensor.dtype != like.dtype or tensor.device != like.device):
-        _checks.fail(op, name, _checks.describe(like), _checks.describe(tensor))
+    """A channels-last [B, C, H, W] or contiguous [B, C] float tensor; `like`: another one of its
+    shape, dtype and device.
+    """
+    if (
+        not isinstance(tensor, torch.Tensor)
+        or tensor.dtype not in dtypes
+        or tensor.dim() not in (2, 4)
+    ):
+        messages.fail(op, name, "a float tensor [B, C, H, W] or [B, C]", messages.describe(tensor))
+    if not tensor.is_contiguous(
+        memory_format=NHWC if tensor.dim() == 4 else torch.contiguous_format
+    ):
+        messages.fail(
+            op,
+            name,
+            "dense channels-last (or contiguous [B, C]) memory",
+            f"strides {tuple(tensor.stride())}",
+        )
+    if like is not None and (
+        tensor.shape != like.shape or tensor.dtype != like.dtype or tensor.device != like.device
+    ):
+        messages.fail(op, name, messages.describe(like), messages.describe(tensor))
 
 
 def check_mask(op, mask, count, device):
     expected = mask_bytes(count)
-    if mask.dtype != torch.uint8 or mask.shape != (expected,) or mask.device != device or not mask.is_contiguous():
-        _checks.fail(op, "mask", f"a contiguous uint8 tensor [{expected}] on {device}", _checks.describe(mask))
+    if (
+        mask.dtype != torch.uint8
+        or mask.shape != (expected,)
+        or mask.device != device
+        or not mask.is_contiguous()
+    ):
+        messages.fail(
+            op,
+            "mask",
+            f"a contiguous uint8 tensor [{expected}] on {device}",
+            messages.describe(mask),
+        )
 
 
 def check_bias(op, bias, channels, like):
     wide = torch.float64 if like.dtype == torch.float64 else torch.float32
-    if bias.shape != (channels,) or bias.dtype != wide or bias.device != like.device or not bias.is_contiguous():
-        _checks.fail(op, "bias", f"a contiguous {str(wide)[6:]} tensor [{channels}] on {like.device}", _checks.describe(bias))
+    if (
+        bias.shape != (channels,)
+        or bias.dtype != wide
+        or bias.device != like.device
+        or not bias.is_contiguous()
+    ):
+        messages.fail(
+            op,
+            "bias",
+            f"a contiguous {str(wide)[6:]} tensor [{channels}] on {like.device}",
+            messages.describe(bias),
+        )
 
 
 def conv_epilogue_(y, bias=None, residual=None, *, relu=True, mask=None, backend="auto"):
     """y = relu(y + bias + residual) in place, and the ReLU's bits.
 
     Args:
-        y: [B, C, H, W] channels-last or [B, C] contiguous; float32, float16, bfloat16 (float64 on the CPU): a convolution's result.
+        y: [B, C, H, W] channels-last or [B, C] contiguous; float32, float16, bfloat16 (float64 on
+            the CPU): a convolution's result.
         bias: [C] float32 (float64 for float64) or None. residual: like y, or None.
         relu: False leaves the sum as it is.
-        mask: uint8 [mask_bytes(y.numel())] or None: bit k of byte b is 1 where value 8 b + k of y, in memory order, is not <= 0
-            after rounding (NaN counts as 1, as in PyTorch's ReLU). Bits past the end are 0.
+        mask: uint8 [mask_bytes(y.numel())] or None: bit k of byte b is 1 where value 8 b + k of y,
+            in memory order, is not <= 0 after rounding (NaN counts as 1, as in PyTorch's ReLU).
+            Bits past the end are 0.
 
-    Sums in float32 (float64), rounded once. Bitwise the same on every backend. Errors: ValueError, BackendError.
-    """
+    Sums in float32 (float64), rounded once. Bitwise the same on every backend. Errors: ValueError,
+    BackendError."""
     op = "conv_epilogue_"
     dense(op, "y", y)
     if bias is not None:
         check_bias(op, bias, y.shape[1], y)
     if residual is not None:
         dense(op, "residual", residual, y)
-    _checks.no_gradient(op, y=y, bias=bias, residual=residual)
+    checks.no_gradient(op, y=y, bias=bias, residual=residual)
     if mask is not None:
         check_mask(op, mask, y.numel(), y.device)
     torch.ops.miue_fast.conv_epilogue_(y, bias, residual, relu, mask, backend)
 
 
 def conv_grad_epilogue_(grad, addend=None, mask=None, *, backend="auto"):
-    """grad = (grad + addend) where the mask's bit is set, else 0; in place. The counterpart of `conv_epilogue_`.
+    """grad = (grad + addend) where the mask's bit is set, else 0; in place. The counterpart of
+    `conv_epilogue_`.
 
-    Args: grad: [B, C, H, W] channels-last or [B, C] contiguous, floats as there. addend: like grad, or None. mask: as there, or None.
+    Args: grad: [B, C, H, W] channels-last or [B, C] contiguous, floats as there. addend: like grad,
+        or None. mask: as there, or None.
     Bitwise the same on every backend. Errors: ValueError, BackendError.
     """
     op = "conv_grad_epilogue_"
     dense(op, "grad", grad)
     if addend is not None:
         dense(op, "addend", addend, grad)
-    _checks.no_gradient(op, grad=grad, addend=addend)
+    checks.no_gradient(op, grad=grad, addend=addend)
     if mask is not None:
         check_mask(op, mask, grad.numel(), grad.device)
     torch.ops.miue_fast.conv_grad_epilogue_(grad, addend, mask, backend)

@@ -1,11 +1,14 @@
-"""The poison step's loss and its feature gradient in one call: what the inner loop calls, without autograd."""
+"""The poison step's loss and its feature gradient in one call: what the inner loop calls, without
+autograd.
+"""
 
 import torch
 
-from .. import _checks, _native, _triton
-from .._registry import DOUBLES, FLOATS, Impl, define
+from ..dispatch import checks, native, triton
+from ..dispatch.registry import DOUBLES, FLOATS, Impl, define
 from ..reference.mi_ue_value_and_grad import formula
 from ..reference.mi_ue_value_and_grad import mi_ue_value_and_grad as reference
+from ..support import messages
 from . import _loss
 
 
@@ -18,44 +21,64 @@ def _samples(device, dtype):
 
 
 define(
-    "mi_ue_value_and_grad(Tensor features, Tensor labels, float temperature, float zeta, str denominator, bool normalize_dim, "
-    "str backend) -> (Tensor, Tensor)",
+    (
+        "mi_ue_value_and_grad(Tensor features, Tensor labels, float temperature, float zeta, "
+        "str denominator, bool normalize_dim, str backend) -> (Tensor, Tensor)"
+    ),
     reference=reference,
     truth=_loss.truth(formula, drop=0),
     fake=lambda features, *args: _loss.fake(features, None, True, None),
     samples=_samples,
     dtypes=DOUBLES,
     impls=[
-        Impl("triton", _triton.lazy("mi_ue_value_and_grad"), _triton.DEVICES, FLOATS, _triton.missing),
-        Impl("cuda", _native.mi_ue_value_and_grad, frozenset({"cuda"}), FLOATS, _native.cuda_missing),
-        Impl("cpu", _native.mi_ue_value_and_grad, frozenset({"cpu"}), DOUBLES, _native.cpu_missing),
+        Impl("triton", triton.lazy("mi_ue_value_and_grad"), triton.DEVICES, FLOATS, triton.missing),
+        Impl("cuda", native.mi_ue_value_and_grad, frozenset({"cuda"}), FLOATS, native.cuda_missing),
+        Impl("cpu", native.mi_ue_value_and_grad, frozenset({"cpu"}), DOUBLES, native.cpu_missing),
     ],
     route=_loss.route("mi_ue_value_and_grad"),
 )
 
 
-def mi_ue_value_and_grad(features, labels, temperature=0.1, zeta=0.1, *, denominator="all", normalize_dim=True, backend="auto"):
+def mi_ue_value_and_grad(
+    features,
+    labels,
+    temperature=0.1,
+    zeta=0.1,
+    *,
+    denominator="all",
+    normalize_dim=True,
+    backend="auto",
+):
     """Loss nt_xent + zeta * intra_class_distance of a batch and its gradient, without autograd.
 
     Args:
-        features: [B, D] float32, float16, bfloat16 (float64 on the CPU). What a Hopper rounds of large batches: as in `nt_xent`.
+        features: [B, D] float32, float16, bfloat16 (float64 on the CPU). What a Hopper rounds of
+            large batches: as in `nt_xent`.
         labels: [B], any integer dtype, any values.
         temperature, denominator: as in `nt_xent`. normalize_dim: as in `intra_class_distance`.
         zeta: weight of the distance term; at 0 the term is not computed.
         backend: "auto", "triton", "cuda", "cpu" or "reference".
 
-    Returns: (loss, grad): a scalar and d loss / d features [B, D], both float32 (float64 for float64): scale it before you round it to
+    Returns: (loss, grad): a scalar and d loss / d features [B, D], both float32 (float64 for
+        float64): scale it before you round it to
     float16, or the smallest values are lost.
     Deterministic on one machine and thread count. Errors: ValueError, BackendError as in `nt_xent`.
     """
     op, limit = "mi_ue_value_and_grad", torch.finfo(torch.float64).max
-    temperature = _checks.temperature(op, temperature)
-    zeta = _checks.number(op, "zeta", zeta, "a finite number", -limit, limit)
-    _checks.denominator(op, denominator)
-    labels = _checks.features_and_labels(op, features, labels)
-    if _checks.transformed() and _checks.differentiated(features):
-        _checks.fail(op, "features", "no derivative (the gradient is returned; use nt_xent and intra_class_distance under torch.func, "
-                     "or detach them)", "features that one is taken of")  # fmt: skip
+    temperature = checks.temperature(op, temperature)
+    zeta = checks.number(op, "zeta", zeta, "a finite number", -limit, limit)
+    checks.denominator(op, denominator)
+    labels = checks.features_and_labels(op, features, labels)
+    if checks.transformed() and checks.differentiated(features):
+        messages.fail(
+            op,
+            "features",
+            (
+                "no derivative (the gradient is returned; "
+                "use nt_xent and intra_class_distance under torch.func, or detach them)"
+            ),
+            "features that one is taken of",
+        )
     with torch.no_grad():
         return torch.ops.miue_fast.mi_ue_value_and_grad(
             features.detach(), labels, temperature, zeta, denominator, bool(normalize_dim), backend

@@ -1,9 +1,10 @@
 """NT-Xent with several positives: mean_i -log(P_i / A_i) over cosine similarities."""
 
-from .. import _checks, _native, _triton
-from .._registry import DOUBLES, FLOATS, Form, Impl, define
+from ..dispatch import checks, native, triton
+from ..dispatch.registry import DOUBLES, FLOATS, Form, Impl, define
 from ..reference.nt_xent import formula
 from ..reference.nt_xent import nt_xent as reference
+from ..support import messages
 from . import _loss
 
 
@@ -20,55 +21,90 @@ def _samples(device, dtype):
 
 
 define(
-    "nt_xent(Tensor features, Tensor labels, float temperature, str denominator, bool want_grad, str backend) -> (Tensor, Tensor)",
+    (
+        "nt_xent(Tensor features, Tensor labels, float temperature, str denominator, "
+        "bool want_grad, str backend) -> (Tensor, Tensor)"
+    ),
     reference=reference,
     truth=_loss.truth(formula, drop=1),
     fake=_loss.fake,
     samples=_samples,
     dtypes=DOUBLES,
     impls=[
-        Impl("triton", _triton.lazy("nt_xent"), _triton.DEVICES, FLOATS, _triton.missing,
-             forms=(Form("triton, as a large batch", _triton.lazy("nt_xent_as_large", "nt_xent"), 2048, 2**-11),)),
-        Impl("cuda", _native.nt_xent, frozenset({"cuda"}), FLOATS, _native.cuda_missing,
-             forms=(Form("cuda, as a large batch", _native.nt_xent_large, 512, 2**-11),
-                    Form("cuda, several launches", _native.nt_xent_several, 8192))),
-        Impl("cpu", _native.nt_xent, frozenset({"cpu"}), DOUBLES, _native.cpu_missing),
+        Impl(
+            "triton",
+            triton.lazy("nt_xent"),
+            triton.DEVICES,
+            FLOATS,
+            triton.missing,
+            forms=(
+                Form(
+                    "triton, as a large batch",
+                    triton.lazy("nt_xent_as_large", "nt_xent"),
+                    2048,
+                    2**-11,
+                ),
+            ),
+        ),
+        Impl(
+            "cuda",
+            native.nt_xent,
+            frozenset({"cuda"}),
+            FLOATS,
+            native.cuda_missing,
+            forms=(
+                Form("cuda, as a large batch", native.nt_xent_large, 512, 2**-11),
+                Form("cuda, several launches", native.nt_xent_several, 8192),
+            ),
+        ),
+        Impl("cpu", native.nt_xent, frozenset({"cpu"}), DOUBLES, native.cpu_missing),
     ],
     route=_loss.route("nt_xent"),
-)  # fmt: skip
+)
 _scalar = _loss.differentiable_in_features("nt_xent")
 
 
 def nt_xent(features, labels, temperature=None, *, denominator="all", backend="auto", t=None):
     """NT-Xent loss of a batch, differentiable in `features`.
 
-    mean_i log(A_i / P_i), P_i = sum_{j: y_j = y_i} exp(cos(f_i, f_j) / t), A_i = the same sum over all j, the pair (i, i)
-    included in both (MI-UE, ICLR 2026). denominator="negatives": A_i sums over the pairs of other classes only; a batch of
-    one class then gives -inf.
+    mean_i log(A_i / P_i), P_i = sum_{j: y_j = y_i} exp(cos(f_i, f_j) / t), A_i = the same sum over
+    all j, the pair (i, i) included in both (MI-UE, ICLR 2026). denominator="negatives": A_i sums
+    over the pairs of other classes only; a batch of one class then gives -inf.
 
     Args:
-        features: [B, D] float32, float16, bfloat16 (float64 on the CPU). Norms are clamped at 1e-8 (the gradient of a row below that is
-            projected like any other row's, which the clamped formula would not do), and may be as large as the dtype's numbers (of rows
-            whose norm is none, the loss is right or, in CUDA C++, NaN). Gradients are float32 (float64 for float64) until they have been
-            multiplied by the loss's own: with loss scaling those of float16 features do not underflow.
-            On a Hopper the pairs' weights are rounded to float16 (2^-11 each), and a cosine is one sum of tensor cores (at most 2^-18 of
-            it is lost), for half-precision rows of at most 512 columns: Triton above 2,048 rows, CUDA C++ above 512.
+        features: [B, D] float32, float16, bfloat16 (float64 on the CPU). Norms are clamped at 1e-8
+            (the gradient of a row below that is projected like any other row's, which the clamped
+            formula would not do), and may be as large as the dtype's numbers (of rows whose norm is
+            none, the loss is right or, in CUDA C++, NaN). Gradients are float32 (float64 for
+            float64) until they have been multiplied by the loss's own: with loss scaling those of
+            float16 features do not underflow. On a Hopper the pairs' weights are rounded to float16
+            (2^-11 each), and a cosine is one sum of tensor cores (at most 2^-18 of it is lost), for
+            half-precision rows of at most 512 columns: Triton above 2,048 rows, CUDA C++ above 512.
         labels: [B], any integer dtype, any values.
-        temperature: a number from 1e-3 to 10, 0.1 if it is not given. `t` is another name for it; both at once are refused. Tensors are:
-            the loss is not differentiable in it.
+        temperature: a number from 1e-3 to 10, 0.1 if it is not given. `t` is another name for it;
+            both at once are refused. Tensors are: the loss is not differentiable in it.
         backend: "auto", "triton", "cuda", "cpu" or "reference".
 
-    Derivatives: once, backward (autograd, torch.func.grad, vjp, jacrev) or in forward mode (jvp, jacfwd); a second one raises RuntimeError.
+    Derivatives: once, backward (autograd, torch.func.grad, vjp, jacrev) or in forward mode (jvp,
+        jacfwd); a second one raises RuntimeError.
     vmap over batches calls the op for one after the other.
-    Returns: a scalar, float32 (float64 for float64). An empty batch gives NaN, NaN features give NaN.
-    Memory: O(B * D) and at most 32 MB. Deterministic: the same input gives the same bits on one machine and thread count.
-    Errors: ValueError (shape, dtype, device, temperature), BackendError (the backend cannot serve this here).
+    Returns: a scalar, float32 (float64 for float64). An empty batch gives NaN, NaN features give
+        NaN.
+    Memory: O(B * D) and at most 32 MB. Deterministic: the same input gives the same bits on one
+        machine and thread count.
+    Errors: ValueError (shape, dtype, device, temperature), BackendError (the backend cannot serve
+        this here).
     """
     if t is not None:
         if temperature is not None:
-            _checks.fail("nt_xent", "temperature and t", "one of the two (they are names for the same number)", "both")
+            messages.fail(
+                "nt_xent",
+                "temperature and t",
+                "one of the two (they are names for the same number)",
+                "both",
+            )
         temperature = t
-    temperature = _checks.temperature("nt_xent", 0.1 if temperature is None else temperature)
-    labels = _checks.features_and_labels("nt_xent", features, labels)
-    _checks.denominator("nt_xent", denominator)
+    temperature = checks.temperature("nt_xent", 0.1 if temperature is None else temperature)
+    labels = checks.features_and_labels("nt_xent", features, labels)
+    checks.denominator("nt_xent", denominator)
     return _scalar(features, labels, temperature, denominator, backend)

@@ -1,10 +1,13 @@
-"""Images plus perturbation, gathered, mirrored, normalised and laid out as the network wants them, in one pass."""
+"""Images plus perturbation, gathered, mirrored, normalised and laid out as the network wants them,
+in one pass.
+"""
 
 import torch
 
-from .. import _checks, _native, _triton
-from .._registry import FLOATS, Impl, define
+from ..dispatch import checks, native, triton
+from ..dispatch.registry import FLOATS, Impl, define
 from ..reference.perturbed_input import perturbed_input as reference
+from ..support import messages
 from .projected_step import store_samples
 
 MEAN, STD = [0.485, 0.456, 0.406, 0.5], [0.229, 0.224, 0.225, 0.25]
@@ -14,18 +17,32 @@ def _samples(device, dtype):
     for store in (torch.float32, torch.float16, torch.int8):
         for k, (delta, index, shape, images, flip) in enumerate(store_samples(device, store)):
             mean, std = (MEAN[: shape[1]], STD[: shape[1]]) if k % 3 else ([], [])
-            yield images, delta if k % 5 else None, index, flip, mean, std, 8 / 255, dtype, k % 4 < 2
+            yield (
+                images,
+                delta if k % 5 else None,
+                index,
+                flip,
+                mean,
+                std,
+                8 / 255,
+                dtype,
+                k % 4 < 2,
+            )
 
 
 def _fake(images, delta, index, flip, mean, std, eps, dtype, channels_last, backend):
     batch = images.shape[0] if index is None else index.shape[0]
     layout = torch.channels_last if channels_last else torch.contiguous_format
-    return torch.empty((batch, *images.shape[1:]), dtype=dtype, device=images.device, memory_format=layout)
+    return torch.empty(
+        (batch, *images.shape[1:]), dtype=dtype, device=images.device, memory_format=layout
+    )
 
 
 define(
-    "perturbed_input(Tensor images, Tensor? delta, Tensor? index, Tensor? flip, float[] mean, float[] std, float eps, "
-    "ScalarType dtype, bool channels_last, str backend) -> Tensor",
+    (
+        "perturbed_input(Tensor images, Tensor? delta, Tensor? index, Tensor? flip, float[] mean, "
+        "float[] std, float eps, ScalarType dtype, bool channels_last, str backend) -> Tensor"
+    ),
     reference=reference,
     fake=_fake,
     samples=_samples,
@@ -33,9 +50,9 @@ define(
     dtype_of=lambda *args: args[7],
     exact=True,
     impls=[
-        Impl("triton", _triton.lazy("perturbed_input"), _triton.DEVICES, FLOATS, _triton.missing),
-        Impl("cuda", _native.perturbed_input, frozenset({"cuda"}), FLOATS, _native.cuda_missing),
-        Impl("cpu", _native.perturbed_input, frozenset({"cpu"}), FLOATS, _native.cpu_missing),
+        Impl("triton", triton.lazy("perturbed_input"), triton.DEVICES, FLOATS, triton.missing),
+        Impl("cuda", native.perturbed_input, frozenset({"cuda"}), FLOATS, native.cuda_missing),
+        Impl("cpu", native.perturbed_input, frozenset({"cpu"}), FLOATS, native.cpu_missing),
     ],
 )
 
@@ -44,42 +61,69 @@ def _constants(op, values):
     """Mean or std as a list of floats; None is an empty one."""
     expected, limit = "finite numbers, one per channel", torch.finfo(torch.float32).max
     if isinstance(values, str):
-        _checks.fail(op, "mean and std", expected, f"str {values!r}")
-    return [_checks.number(op, "mean and std", value, expected, -limit, limit) for value in (() if values is None else values)]
+        messages.fail(op, "mean and std", expected, f"str {values!r}")
+    return [
+        checks.number(op, "mean and std", value, expected, -limit, limit)
+        for value in (() if values is None else values)
+    ]
 
 
-def perturbed_input(images, delta=None, index=None, flip=None, mean=None, std=None, *, eps=None, dtype=torch.float32,
-                    channels_last=True, backend="auto"):  # fmt: skip
+def perturbed_input(
+    images,
+    delta=None,
+    index=None,
+    flip=None,
+    mean=None,
+    std=None,
+    *,
+    eps=None,
+    dtype=torch.float32,
+    channels_last=True,
+    backend="auto",
+):
     """(flip(images[index]) + delta[index] - mean) / std as a new network input [B, C, H, W].
 
     Args:
-        images: [N, C, H, W] uint8 (value / 255) or float32, contiguous; of any range: nothing is clamped here.
-        delta: the poison store [N, C, H, W], float32, float16 or int8 levels (value = level * eps / 127; needs `eps`), or None.
-        index: int64 [B] in [0, N) (out of range: ValueError on the CPU, undefined on a GPU), or None for all rows.
+        images: [N, C, H, W] uint8 (value / 255) or float32, contiguous; of any range: nothing is
+            clamped here.
+        delta: the poison store [N, C, H, W], float32, float16 or int8 levels (value = level * eps /
+            127; needs `eps`), or None.
+        index: int64 [B] in [0, N) (out of range: ValueError on the CPU, undefined on a GPU), or
+            None for all rows.
         flip: bool [B] or None: rows whose image is mirrored along W; delta is not (algorithm.md 2).
-        mean, std: C numbers each, on the [0, 1] scale, or None for no normalisation. std is applied as a product with float32(1/std).
+        mean, std: C numbers each, on the [0, 1] scale, or None for no normalisation. std is applied
+            as a product with float32(1/std).
         dtype: of the result: float32, float16 or bfloat16; the arithmetic is fp32, rounded once.
         channels_last: the result's memory format.
 
-    Not differentiable: its gradient with respect to delta is the network's input gradient (times 1/std), see `projected_step_`; tensors
+    Not differentiable: its gradient with respect to delta is the network's input gradient (times
+        1/std), see `projected_step_`; tensors
     that require a gradient are refused while gradients are enabled.
     Bitwise the same on every backend. Errors: ValueError, BackendError.
     """
     op = "perturbed_input"
-    _checks.images(op, images)
+    checks.images(op, images)
     if delta is not None:
-        _checks.same_store(op, delta, images)
+        checks.same_store(op, delta, images)
         if delta.dtype is torch.int8 and eps is None:
-            _checks.fail(op, "eps", "the budget of the int8 store, > 0", "None")
-    eps = 0.0 if eps is None else _checks.number(op, "eps", eps, "a number from 0 to 1 ([0, 1] image scale)", 0, 1)
+            messages.fail(op, "eps", "the budget of the int8 store, > 0", "None")
+    eps = (
+        0.0
+        if eps is None
+        else checks.number(op, "eps", eps, "a number from 0 to 1 ([0, 1] image scale)", 0, 1)
+    )
     if delta is not None and delta.dtype is torch.int8 and not eps:
-        _checks.fail(op, "eps", "the budget of the int8 store, > 0", eps)
-    if how := _checks.differentiated(images) or _checks.differentiated(delta):
-        _checks.fail(op, "images and delta", "no gradient required (detach them)", how)
-    flip = _checks.selection(op, index, flip, images.shape[0], images.device)
+        messages.fail(op, "eps", "the budget of the int8 store, > 0", eps)
+    if how := checks.differentiated(images) or checks.differentiated(delta):
+        messages.fail(op, "images and delta", "no gradient required (detach them)", how)
+    flip = checks.selection(op, index, flip, images.shape[0], images.device)
     mean, std = _constants(op, mean), _constants(op, std)
     if ((mean or std) and not len(mean) == len(std) == images.shape[1]) or 0 in std:
-        _checks.fail(op, "mean and std", f"{images.shape[1]} numbers each, no std of 0", f"{mean} and {std}")
+        messages.fail(
+            op, "mean and std", f"{images.shape[1]} numbers each, no std of 0", f"{mean} and {std}"
+        )
     if dtype not in FLOATS:
-        _checks.fail(op, "dtype", "float32, float16 or bfloat16", dtype)
-    return torch.ops.miue_fast.perturbed_input(images, delta, index, flip, mean, std, eps, dtype, channels_last, backend)
+        messages.fail(op, "dtype", "float32, float16 or bfloat16", dtype)
+    return torch.ops.miue_fast.perturbed_input(
+        images, delta, index, flip, mean, std, eps, dtype, channels_last, backend
+    )

@@ -1,1 +1,3 @@
-"""The shortest correct PyTorch text of every op: fallback, oracle and documentation. Imports torch and nothing else."""
+"""The shortest correct PyTorch text of every op: fallback, oracle and documentation. Imports torch
+and nothing else.
+"""

@@ -8,20 +8,30 @@ def mask_bytes(count):
 
 
 def in_memory_order(y):
-    """The values of a dense channels-last [B, C, H, W] or contiguous [B, C] tensor as a flat view, in the order of its memory."""
+    """The values of a dense channels-last [B, C, H, W] or contiguous [B, C] tensor as a flat view,
+    in the order of its memory.
+    """
     return (y.permute(0, 2, 3, 1) if y.dim() == 4 else y).reshape(-1)
 
 
 def pack(bits):
-    """Flat bools -> uint8 [mask_bytes]; bit k of byte b belongs to value 8 b + k, bits past the end are 0."""
+    """Flat bools -> uint8 [mask_bytes]; bit k of byte b belongs to value 8 b + k, bits past the end
+    are 0.
+    """
     padded = bits.new_zeros(8 * mask_bytes(len(bits)), dtype=torch.uint8)
     padded[: len(bits)] = bits
-    return (padded.view(-1, 8) << torch.arange(8, dtype=torch.uint8, device=bits.device)).sum(1, dtype=torch.uint8)
+    return (padded.view(-1, 8) << torch.arange(8, dtype=torch.uint8, device=bits.device)).sum(
+        1, dtype=torch.uint8
+    )
 
 
 def unpack(mask, like):
     """The mask's bits as bools in the shape and memory order of `like`."""
-    bits = (mask[:, None] >> torch.arange(8, dtype=torch.uint8, device=mask.device) & 1).view(-1)[: like.numel()].bool()
+    bits = (
+        (mask[:, None] >> torch.arange(8, dtype=torch.uint8, device=mask.device) & 1)
+        .view(-1)[: like.numel()]
+        .bool()
+    )
     if like.dim() != 4:
         return bits.view(like.shape)
     b, c, h, w = like.shape

@@ -9,14 +9,30 @@ NHWC, FP8 = torch.channels_last, torch.float8_e4m3fn
 
 def convolve(x, weight, stride, padding, dilation, groups):
     """The convolution alone, by PyTorch's library: channels-last [B, K, P, Q]."""
-    return F.conv2d(x, weight, None, stride, padding, dilation, groups).contiguous(memory_format=NHWC)
+    return F.conv2d(x, weight, None, stride, padding, dilation, groups).contiguous(
+        memory_format=NHWC
+    )
 
 
 def convolve_back(grad, weight, size, stride, padding, dilation, groups):
-    """Its gradient with respect to the input [B, C, H, W] of `size`: channels-last. The input's values take no part in it."""
+    """Its gradient with respect to the input [B, C, H, W] of `size`: channels-last. The input's
+    values take no part in it.
+    """
     x = torch.empty(size, dtype=grad.dtype, device=grad.device, memory_format=NHWC)
     back = torch.ops.aten.convolution_backward
-    grads = back(grad, x, weight, None, stride, padding, dilation, False, [0, 0], groups, [True, False, False])
+    grads = back(
+        grad,
+        x,
+        weight,
+        None,
+        stride,
+        padding,
+        dilation,
+        False,
+        [0, 0],
+        groups,
+        [True, False, False],
+    )
     return grads[0].contiguous(memory_format=NHWC)
 
 
@@ -29,9 +45,13 @@ def widened(tensor):
     return tensor.float() if tensor.dtype == FP8 else tensor
 
 
-def conv_forward(x, weight, bias, residual, stride, padding, dilation, groups, relu, want_mask, scale=None):
+def conv_forward(
+    x, weight, bias, residual, stride, padding, dilation, groups, relu, want_mask, scale=None
+):
     y = convolve(widened(x), widened(weight), stride, padding, dilation, groups)
-    mask = torch.empty(mask_bytes(y.numel()) if want_mask else 0, dtype=torch.uint8, device=y.device)
+    mask = torch.empty(
+        mask_bytes(y.numel()) if want_mask else 0, dtype=torch.uint8, device=y.device
+    )
     if scale is None:
         conv_epilogue_(y, bias, residual, relu, mask if want_mask else None)
     else:
@@ -39,7 +59,9 @@ def conv_forward(x, weight, bias, residual, stride, padding, dilation, groups, r
     return y, mask
 
 
-def conv_input_grad(grad, weight, addend, mask, size, stride, padding, dilation, groups, scale=None):
+def conv_input_grad(
+    grad, weight, addend, mask, size, stride, padding, dilation, groups, scale=None
+):
     out = convolve_back(widened(grad), widened(weight), size, stride, padding, dilation, groups)
     if scale is not None:
         return finished_grad(out * scale, result_dtype(grad), addend, mask)
@@ -47,7 +69,21 @@ def conv_input_grad(grad, weight, addend, mask, size, stride, padding, dilation,
     return out
 
 
-def conv_input_grad_step_(delta, index, grad, weight, images, flip, stride, padding, dilation, groups, alpha, eps, nonfinite):
+def conv_input_grad_step_(
+    delta,
+    index,
+    grad,
+    weight,
+    images,
+    flip,
+    stride,
+    padding,
+    dilation,
+    groups,
+    alpha,
+    eps,
+    nonfinite,
+):
     check_index("conv_input_grad_step_", index, len(delta))
     size = [len(grad), *images.shape[1:]]
     slope = conv_input_grad(grad, weight, None, None, size, stride, padding, dilation, groups)

@@ -2,7 +2,9 @@ import torch
 
 
 def formula(features, labels, normalize_dim):
-    """mean_i log(1 + scale * sum_{j: y_j = y_i} ||f_i - f_j||), scale = 1/D or 1; autograd through it is the oracle."""
+    """mean_i log(1 + scale * sum_{j: y_j = y_i} ||f_i - f_j||), scale = 1/D or 1; autograd through
+    it is the oracle.
+    """
     same = labels[:, None] == labels[None, :]
     distances = torch.linalg.vector_norm(features[:, None] - features[None, :], dim=2)
     scale = 1 / features.shape[1] if normalize_dim and features.shape[1] else 1.0
@@ -10,7 +12,8 @@ def formula(features, labels, normalize_dim):
 
 
 def lengths_and_directions(difference):
-    """||d|| and d / ||d|| of the rows, which are multiplied by a power of two each: no square overflows or underflows.
+    """||d|| and d / ||d|| of the rows, which are multiplied by a power of two each: no square
+    overflows or underflows.
 
     A row shorter than the smallest normal number has direction 0.
     """
@@ -22,11 +25,15 @@ def lengths_and_directions(difference):
     scaled = difference * torch.ldexp(ones, -exponent)[:, None]
     norm = torch.linalg.vector_norm(scaled, dim=1)
     length = norm * torch.ldexp(ones, exponent)
-    return length, torch.where((length < torch.finfo(length.dtype).tiny)[:, None], 0, scaled / norm[:, None])
+    return length, torch.where(
+        (length < torch.finfo(length.dtype).tiny)[:, None], 0, scaled / norm[:, None]
+    )
 
 
 def intra_class_distance(features, labels, normalize_dim, want_grad):
-    """Direct differences row by row, inside each class only (the Gram trick cancels on collapsed classes)."""
+    """Direct differences row by row, inside each class only (the Gram trick cancels on collapsed
+    classes).
+    """
     f = features if features.dtype == torch.float64 else features.float()
     count, width = f.shape
     scale = 1 / width if normalize_dim and width else 1.0
@@ -42,6 +49,8 @@ def intra_class_distance(features, labels, normalize_dim, want_grad):
     for rows in members:
         for i in rows.tolist():
             _, directions = lengths_and_directions(f[i] - f[rows])
-            pull = 1 + (1 + sums[i]) / (1 + sums[rows])  # a share alone may be too small: s_i may be as large as a number can be
+            pull = 1 + (1 + sums[i]) / (
+                1 + sums[rows]
+            )  # a share alone may be too small: s_i may be as large as a number can be
             grad[i] = (pull[:, None] * directions).sum(0) * (scale / count) / (1 + sums[i])
     return loss, grad

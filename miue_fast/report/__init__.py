@@ -1,4 +1,6 @@
-"""The evidence as one command: poisons, victims, defences and analysis of a configuration, kept cell by cell, told in one report."""
+"""The evidence as one command: poisons, victims, defences and analysis of a configuration, kept
+cell by cell, told in one report.
+"""
 
 from .config import Config, check, load, read
 from .pages import render

@@ -10,20 +10,34 @@ class Cells:
         self.report, self.order = report, report["order"]
         self.found = {}
         for cell in report["cells"]:
-            self.found.setdefault((cell["poison"], cell["victim"], cell["defence"]), []).append(cell)
-        self.victims = [name for name in report["setting"]["victims"] if any(key[1] == name for key in self.found)]
+            self.found.setdefault((cell["poison"], cell["victim"], cell["defence"]), []).append(
+                cell
+            )
+        self.victims = [
+            name
+            for name in report["setting"]["victims"]
+            if any(key[1] == name for key in self.found)
+        ]
         self.main = self.victims[0] if self.victims else None
         options = {entry["name"]: entry["options"] for entry in report["poisons"]}
-        self.whole = [name for name in self.order if "of" not in options.get(name, {})]  # not a part of another poison
+        self.whole = [
+            name for name in self.order if "of" not in options.get(name, {})
+        ]  # not a part of another poison
         # the poisons of MI-UE: the one of that name, its parts, and those of other seeds or options
         bases = {name: options[name].get("of", name) for name in options}
         self.variants = {
-            k for k, base in bases.items() if "made" not in options[base] and options[base].get("objective", "mi-ue") == "mi-ue"
+            k
+            for k, base in bases.items()
+            if "made" not in options[base] and options[base].get("objective", "mi-ue") == "mi-ue"
         }
 
     def values(self, poison, victim, defence, what="test"):
         """Percent, one number per seed; empty where there is none."""
-        return [100 * cell[what] for cell in self.found.get((poison, victim, defence), []) if cell[what] is not None]
+        return [
+            100 * cell[what]
+            for cell in self.found.get((poison, victim, defence), [])
+            if cell[what] is not None
+        ]
 
     def mean(self, *where):
         values = self.values(*where)
@@ -34,11 +48,18 @@ class Cells:
 
     def tried(self, victim, defences):
         """The poisons that one of the defences was tried on, in order."""
-        return [poison for poison in self.order if any(self.values(poison, victim, name) for name in defences)]
+        return [
+            poison
+            for poison in self.order
+            if any(self.values(poison, victim, name) for name in defences)
+        ]
 
     def jpeg_qualities(self, victim):
         """Best first."""
-        return sorted((int(name.split("=")[1]) for name in self.defences(victim) if name.startswith("jpeg:")), reverse=True)
+        return sorted(
+            (int(name.split("=")[1]) for name in self.defences(victim) if name.startswith("jpeg:")),
+            reverse=True,
+        )
 
     def analyses(self, poison, victim):
         """The analysis of the feature layer, one per seed."""
@@ -47,27 +68,38 @@ class Cells:
 
     def analysed(self, victim, estimator):
         """{poison: mean sliced MI over the seeds}"""
-        means = {p: [row["mutual_information"][estimator]["value"] for row in self.analyses(p, victim)] for p in self.order}
+        means = {
+            p: [row["mutual_information"][estimator]["value"] for row in self.analyses(p, victim)]
+            for p in self.order
+        }
         return {poison: statistics.fmean(values) for poison, values in means.items() if values}
 
 
 def spread(values, digits=1):
-    """Mean +- sample standard deviation over the seeds (smallest to largest); one number alone for one seed."""
+    """Mean +- sample standard deviation over the seeds (smallest to largest); one number alone for
+    one seed.
+    """
     if not values:
         return ""
     if len(values) == 1:
         return f"{values[0]:.{digits}f}"
-    return (f"{statistics.fmean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f} "
-            f"({min(values):.{digits}f} to {max(values):.{digits}f})")  # fmt: skip
+    return (
+        f"{statistics.fmean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f} "
+        f"({min(values):.{digits}f} to {max(values):.{digits}f})"
+    )
 
 
 def duels(cells, ours="mi-ue"):
-    """[(victim, defence, best other poison, its mean, ours)] wherever both were tried; variants of MI-UE are not others."""
+    """[(victim, defence, best other poison, its mean, ours)] wherever both were tried; variants of
+    MI-UE are not others.
+    """
     found = []
     for victim in cells.victims:
         for name in cells.defences(victim):
             means = {
-                poison: cells.mean(poison, victim, name) for poison in cells.order if poison != "clean" and poison not in cells.variants
+                poison: cells.mean(poison, victim, name)
+                for poison in cells.order
+                if poison != "clean" and poison not in cells.variants
             }
             means = {poison: value for poison, value in means.items() if value is not None}
             own = cells.mean(ours, victim, name)
@@ -83,5 +115,7 @@ def gaps(cells, victim, values):
     if "clean" not in values or clean is None:
         return {}
     return {
-        p: (values["clean"] - mi, clean - cells.mean(p, victim, "none")) for p, mi in values.items() if p in cells.whole and p != "clean"
+        p: (values["clean"] - mi, clean - cells.mean(p, victim, "none"))
+        for p, mi in values.items()
+        if p in cells.whole and p != "clean"
     }

@@ -2,15 +2,17 @@
 
 from dataclasses import asdict, dataclass, field, fields
 
-from .. import _checks, _ranges, models
-from .._schema import scalar, table, text
-from .._written import written_as
-from ..analyse import ESTIMATORS
+from .. import models
+from ..analysis import ESTIMATORS
 from ..data.kept import is_whole, read_json
-from ..evaluate.defences import defence
-from ..evaluate.victims import recipe
-from ..generate import PRESETS
-from ..generate.options import choose
+from ..dispatch import checks
+from ..evaluation.defences import defence
+from ..evaluation.victims import recipe
+from ..generation import PRESETS
+from ..generation.options import choose
+from ..support import messages, ranges
+from ..support.schema import scalar, table, text
+from ..support.written import written_as
 from .paper import PAPER
 from .schema import CLEAN, MOST_POISONS, MOST_VICTIMS, RECIPE_RULE, check_report
 from .schema import name as check_name
@@ -20,16 +22,26 @@ RECIPE = ("epochs", "lr", "batch", "crop")
 _VICTIM = (*RECIPE, "model", "pretrain")
 _PRETRAIN = {"per_class": None, "epochs": None}
 _RUN = {"poisons": None, "victims": None, "defences": ["none"], "seeds": [0]}
-_ANALYSIS = {"victims": [], "seeds": [0], "estimators": ["histogram"], "slices": 200, "points": 2000, "layers": None}
+_ANALYSIS = {
+    "victims": [],
+    "seeds": [0],
+    "estimators": ["histogram"],
+    "slices": 200,
+    "points": 2000,
+    "layers": None,
+}
 
 
 @dataclass(frozen=True)
 class Config:
-    """What is poisoned how, and who is trained on it. See docs/report.md for the file; `read` makes one.
+    """What is poisoned how, and who is trained on it. See docs/report.md for the file; `read` makes
+    one.
 
-    data, test: what `data.load` takes. poisons: name -> options of `generate`, {"path": a poison or poisoned folder} or {"of": another
-    poison, "ratio": the share of its images that keep it}. victims: name -> recipe. runs: blocks of cells, each the product of its
-    poisons, victims, defences and seeds. analysis: which victims' features are analysed, and how.
+    data, test: what `data.load` takes. poisons: name -> options of `generate`, {"path": a poison or
+        poisoned folder} or {"of": another
+    poison, "ratio": the share of its images that keep it}. victims: name -> recipe. runs: blocks of
+    cells, each the product of its poisons, victims, defences and seeds. analysis: which victims'
+    features are analysed, and how.
     paper: a table of `paper.py` whose numbers are printed beside ours, or None.
     """
 
@@ -53,29 +65,52 @@ class Config:
             for defended in run["defences"]:
                 for poison in [CLEAN, *self.poisons] if run["poisons"] is None else run["poisons"]:
                     for victim in run["victims"] or self.victims:
-                        found.update({(poison, victim, defence(defended).spec, seed): None for seed in run["seeds"]})
+                        found.update(
+                            {
+                                (poison, victim, defence(defended).spec, seed): None
+                                for seed in run["seeds"]
+                            }
+                        )
         return list(found)
 
     def analysed(self, victim, defended, seed):
-        return defended == "none" and victim in self.analysis["victims"] and seed in self.analysis["seeds"]
+        return (
+            defended == "none"
+            and victim in self.analysis["victims"]
+            and seed in self.analysis["seeds"]
+        )
 
 
 def load(path):
-    """The content of a report.json, or None if the file is something else. ValueError: a report that is not as it was written."""
+    """The content of a report.json, or None if the file is something else. ValueError: a report
+    that is not as it was written.
+    """
     content = read_json(path, "report")
-    if not isinstance(content, dict) or not str(content.get("format", "")).startswith("miue_fast report"):
+    if not isinstance(content, dict) or not str(content.get("format", "")).startswith(
+        "miue_fast report"
+    ):
         return None
     if not is_whole(content):
-        _checks.fail("report", str(path), "a report.json as it was written (sha256)", "a changed or damaged one")
+        messages.fail(
+            "report",
+            str(path),
+            "a report.json as it was written (sha256)",
+            "a changed or damaged one",
+        )
     check_report(content, str(path))
     return content
 
 
 def read(path, **changes):
-    """The Config in a JSON file; `changes` (data, test) replace its entries. ValueError: one line that says what is wrong."""
+    """The Config in a JSON file; `changes` (data, test) replace its entries. ValueError: one line
+    that says what is wrong.
+    """
     content = read_json(path, "report")
     if isinstance(content, dict):
-        content = {**content, **{name: str(value) for name, value in changes.items() if value is not None}}
+        content = {
+            **content,
+            **{name: str(value) for name, value in changes.items() if value is not None},
+        }
     return check(content)
 
 
@@ -83,22 +118,42 @@ def check(content):
     """A Config from a dict, with the defaults filled in. Errors: ValueError."""
     names = {entry.name for entry in fields(Config)}
     _only("the file", content, names)
-    missing = [name for name in ("name", "data", "test", "poisons", "runs", "victims") if name not in content]
+    missing = [
+        name
+        for name in ("name", "data", "test", "poisons", "runs", "victims")
+        if name not in content
+    ]
     if missing:
-        _checks.fail("report", "configuration", "the keys name, data, test, poisons, runs and victims", f"none of {', '.join(missing)}")
-    content = {**content, "analysis": {**_ANALYSIS, **_only("analysis", content.get("analysis", {}), _ANALYSIS)}}
-    for key, kind in {"name": str, "data": str, "test": str, "poisons": dict, "runs": list, "victims": dict, "generation": dict}.items():
+        messages.fail(
+            "report",
+            "configuration",
+            "the keys name, data, test, poisons, runs and victims",
+            f"none of {', '.join(missing)}",
+        )
+    content = {
+        **content,
+        "analysis": {**_ANALYSIS, **_only("analysis", content.get("analysis", {}), _ANALYSIS)},
+    }
+    for key, kind in {
+        "name": str,
+        "data": str,
+        "test": str,
+        "poisons": dict,
+        "runs": list,
+        "victims": dict,
+        "generation": dict,
+    }.items():
         if not isinstance(content.get(key, kind()), kind):
-            _checks.fail("report", key, f"a {kind.__name__}", repr(content[key]))
+            messages.fail("report", key, f"a {kind.__name__}", repr(content[key]))
     text()("report: name", content["name"])
     for key in ("data", "test"):
         _place(key, content[key])
     for key in ("size", "per_class", "test_per_class"):
         if content.get(key) is not None:
-            _ranges.whole("report", key, content[key], 1, 4096 if key == "size" else _ranges.MOST)
+            ranges.whole("report", key, content[key], 1, 4096 if key == "size" else ranges.MOST)
     for key, most in (("poisons", MOST_POISONS), ("victims", MOST_VICTIMS)):
         if len(content[key]) > most:
-            _checks.fail("report", key, f"{most} at most", len(content[key]))
+            messages.fail("report", key, f"{most} at most", len(content[key]))
     for name, options in content["poisons"].items():
         _poison(name, options, content)
     for name, options in content["victims"].items():
@@ -106,14 +161,25 @@ def check(content):
     content["runs"] = [_run(k, block, content) for k, block in enumerate(content["runs"])]
     _analysis(content)
     if content.get("paper") is not None and content["paper"] not in list(PAPER):
-        _checks.fail("report", "paper", f"null or one of {', '.join(PAPER)}", repr(content["paper"]))
+        messages.fail(
+            "report", "paper", f"null or one of {', '.join(PAPER)}", repr(content["paper"])
+        )
     config = Config(**content)
-    trained = {(poison, victim, seed) for poison, victim, defended, seed in config.cells() if defended == "none"}
+    trained = {
+        (poison, victim, seed)
+        for poison, victim, defended, seed in config.cells()
+        if defended == "none"
+    }
     seeds = config.analysis["seeds"]
-    for victim in config.analysis["victims"]:  # who is to be analysed is trained, and so is the clean row it is compared with
+    for victim in config.analysis[
+        "victims"
+    ]:  # who is to be analysed is trained, and so is the clean row it is compared with
         if not any((CLEAN, victim, seed) in trained for seed in seeds):
-            wanted = f"a run of {CLEAN}, {victim}, without a defence, of a seed among {', '.join(map(str, seeds))}"
-            _checks.fail("report", "analysis", wanted, "no such cell")
+            wanted = (
+                f"a run of {CLEAN}, {victim}, without a defence, "
+                f"of a seed among {', '.join(map(str, seeds))}"
+            )
+            messages.fail("report", "analysis", wanted, "no such cell")
     return config
 
 
@@ -121,43 +187,55 @@ def _texts(where, given, known=None):
     """A list of text, each one of `known`."""
     right = isinstance(given, list) and all(isinstance(item, str) for item in given)
     if not right or (known is not None and not set(given) <= set(known)):
-        wanted = "a list of text" if known is None else f"a list of {', '.join(known) or 'nothing (there are none)'}"
-        _checks.fail("report", where, wanted, repr(given))
+        wanted = (
+            "a list of text"
+            if known is None
+            else f"a list of {', '.join(known) or 'nothing (there are none)'}"
+        )
+        messages.fail("report", where, wanted, repr(given))
 
 
 def _only(where, given, known):
     if not isinstance(given, dict):
-        _checks.fail("report", where, "an object", type(given).__name__)
+        messages.fail("report", where, "an object", type(given).__name__)
     for name in given:
         if name not in known:
-            _checks.fail("report", where, f"the keys {', '.join(sorted(known))}", repr(name))
+            messages.fail("report", where, f"the keys {', '.join(sorted(known))}", repr(name))
     return given
 
 
 def _place(where, path):
     """Where images or a poison lie."""
     if not isinstance(path, str) or not path.strip() or "\0" in path:
-        _checks.fail("report", where, "text that names a file or folder", repr(path))
+        messages.fail("report", where, "text that names a file or folder", repr(path))
 
 
 def _poison(name, options, content):
     check_name("report: poisons", name)
     if name == CLEAN:
-        _checks.fail("report", "poisons", f"other names than {CLEAN!r}", repr(name))
+        messages.fail("report", "poisons", f"other names than {CLEAN!r}", repr(name))
     where, poisons = f"poisons.{name}", content["poisons"]
     if "path" in _only(where, options, options):
         _only(where, options, ("path",))
         _place(f"{where}.path", options["path"])
     elif "of" in options:
         _only(where, options, ("of", "ratio"))
-        whole = [key for key, entry in poisons.items() if isinstance(entry, dict) and "of" not in entry]
+        whole = [
+            key for key, entry in poisons.items() if isinstance(entry, dict) and "of" not in entry
+        ]
         if options["of"] not in whole:
-            _checks.fail("report", f"{where}.of", f"one of {', '.join(whole)}", repr(options["of"]))
+            messages.fail(
+                "report", f"{where}.of", f"one of {', '.join(whole)}", repr(options["of"])
+            )
         if not isinstance(options.get("ratio"), int | float) or not 0 < options["ratio"] < 1:
-            _checks.fail("report", f"{where}.ratio", "a number between 0 and 1", repr(options.get("ratio")))
+            messages.fail(
+                "report", f"{where}.ratio", "a number between 0 and 1", repr(options.get("ratio"))
+            )
     else:
         given = {**content.get("generation", {}), **options}
-        with written_as({key: f"{where if key in options else 'generation'}.{key}" for key in given}):
+        with written_as(
+            {key: f"{where if key in options else 'generation'}.{key}" for key in given}
+        ):
             split(given)
         table(scalar)(f"report: {where}", given)
 
@@ -167,7 +245,7 @@ def _victim(name, options, per_class):
     _only(f"victims.{name}", options, _VICTIM)
     for key, kind, what in (("model", str, "text"), ("lr", int | float, "a number")):
         if key in options and not isinstance(options[key], kind):
-            _checks.fail("report", f"victims.{name}.{key}", what, repr(options[key]))
+            messages.fail("report", f"victims.{name}.{key}", what, repr(options[key]))
     where = f"victims.{name}.pretrain"
     with written_as({key: f"victims.{name}.{key}" for key in RECIPE}):
         plan = recipe(options.get("model", name), *(options.get(key) for key in RECIPE))
@@ -175,9 +253,14 @@ def _victim(name, options, per_class):
     if "pretrain" not in options:
         return
     for key, value in {**_PRETRAIN, **_only(where, options["pretrain"], _PRETRAIN)}.items():
-        _ranges.whole("report", f"{where}.{key}", value)
+        ranges.whole("report", f"{where}.{key}", value)
     if per_class is None:
-        _checks.fail("report", where, "per_class: the images after the first ones of each class are disjoint from them", "no per_class")
+        messages.fail(
+            "report",
+            where,
+            "per_class: the images after the first ones of each class are disjoint from them",
+            "no per_class",
+        )
 
 
 def split(options):
@@ -185,8 +268,10 @@ def split(options):
     arguments = {name: options[name] for name in _GENERATE if name in options}
     rest = {name: value for name, value in options.items() if name not in _GENERATE}
     for name, known in (("model", models.NAMES), ("preset", PRESETS)):
-        if name in arguments and (not isinstance(arguments[name], str) or arguments[name] not in known):
-            _checks.fail("report", name, f"one of {', '.join(known)}", repr(arguments[name]))
+        if name in arguments and (
+            not isinstance(arguments[name], str) or arguments[name] not in known
+        ):
+            messages.fail("report", name, f"one of {', '.join(known)}", repr(arguments[name]))
     return arguments, choose(arguments.get("preset", next(iter(PRESETS))), rest)
 
 
@@ -199,7 +284,7 @@ def _run(number, block, content):
     _seeds(f"{where}.seeds", block["seeds"])
     _texts(f"{where}.defences", block["defences"])
     if not block["defences"]:
-        _checks.fail("report", f"{where}.defences", "one at least", "none")
+        messages.fail("report", f"{where}.defences", "one at least", "none")
     for spec in block["defences"]:
         defence(spec)
     return block
@@ -207,9 +292,9 @@ def _run(number, block, content):
 
 def _seeds(where, seeds):
     if not isinstance(seeds, list) or not seeds:
-        _checks.fail("report", where, "a list of whole numbers", repr(seeds))
+        messages.fail("report", where, "a list of whole numbers", repr(seeds))
     for seed in seeds:
-        _checks.seed("report", seed, where)
+        checks.seed("report", seed, where)
 
 
 def _analysis(content):
@@ -217,10 +302,14 @@ def _analysis(content):
     _texts("analysis.victims", analysis["victims"], content["victims"])
     _texts("analysis.estimators", analysis["estimators"], ESTIMATORS)
     if not analysis["estimators"]:
-        _checks.fail("report", "analysis.estimators", "one at least", "none")
+        messages.fail("report", "analysis.estimators", "one at least", "none")
     _seeds("analysis.seeds", analysis["seeds"])
     for key, least in (("slices", 2), ("points", 20)):
-        _ranges.whole("report", f"analysis.{key}", analysis[key], least)
+        ranges.whole("report", f"analysis.{key}", analysis[key], least)
     if analysis["layers"] is not None and analysis["layers"] not in analysis["victims"]:
-        _checks.fail("report", "analysis.layers", f"null or one of analysis.victims ({', '.join(analysis['victims'])})",
-                     repr(analysis["layers"]))  # fmt: skip
+        messages.fail(
+            "report",
+            "analysis.layers",
+            f"null or one of analysis.victims ({', '.join(analysis['victims'])})",
+            repr(analysis["layers"]),
+        )

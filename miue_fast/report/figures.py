@@ -1,4 +1,6 @@
-"""The figures of a report, as PNG bytes; from the collected cells alone, and with images where they are at hand."""
+"""The figures of a report, as PNG bytes; from the collected cells alone, and with images where they
+are at hand.
+"""
 
 import base64
 import io
@@ -7,7 +9,7 @@ import zlib
 
 import torch
 
-from ..evaluate.figure import label, missing, one_per_class, plain_text, shown
+from ..plots.evaluation import label, missing, one_per_class, plain_text, shown
 from .cells import Cells, gaps
 from .schema import PICTURES, SIDE, unpacked
 
@@ -16,12 +18,19 @@ NAME = 24  # characters of a poison's name
 
 
 def draw(report, sources=None):
-    """{name: PNG bytes} of what can be drawn; {} without matplotlib (`missing` says so). sources: for the pictures of images."""
+    """{name: PNG bytes} of what can be drawn; {} without matplotlib (`missing` says so). sources:
+    for the pictures of images.
+    """
     if missing():
         return {}
     cells = Cells(report)
     with plain_text():
-        made = {"jpeg": _jpeg(cells), "gap": _gap(report, cells), "scatter": _scatter(report, cells), "noise": _noise(report)}
+        made = {
+            "jpeg": _jpeg(cells),
+            "gap": _gap(report, cells),
+            "scatter": _scatter(report, cells),
+            "noise": _noise(report),
+        }
         if sources is not None and report["poisons"]:
             made["images"] = _images(report, sources)
     return {name: figure for name, figure in made.items() if figure}
@@ -55,11 +64,29 @@ def _jpeg(cells):
         if not known:
             continue
         x, means = [q for q, _ in known], [statistics.fmean(values) for _, values in known]
-        axis.plot(x, means, marker="o", markersize=4, color=_colour(cells, poison), label=label(poison, NAME))
-        axis.fill_between(x, [min(v) for _, v in known], [max(v) for _, v in known], color=_colour(cells, poison), alpha=0.18, linewidth=0)
+        axis.plot(
+            x,
+            means,
+            marker="o",
+            markersize=4,
+            color=_colour(cells, poison),
+            label=label(poison, NAME),
+        )
+        axis.fill_between(
+            x,
+            [min(v) for _, v in known],
+            [max(v) for _, v in known],
+            color=_colour(cells, poison),
+            alpha=0.18,
+            linewidth=0,
+        )
         if (plain := cells.mean(poison, cells.main, "none")) is not None:
             axis.axhline(plain, color=_colour(cells, poison), linewidth=0.9, linestyle=":")
-    axis.set(xlabel="JPEG quality of the training images (dotted: not compressed)", ylabel="clean test accuracy, %", ylim=(0, None))
+    axis.set(
+        xlabel="JPEG quality of the training images (dotted: not compressed)",
+        ylabel="clean test accuracy, %",
+        ylim=(0, None),
+    )
     axis.legend(frameon=False, fontsize=8)
     axis.grid(alpha=0.25)
     return _png(canvas)
@@ -73,12 +100,21 @@ def _gap(report, cells):
     if not found:
         return None
     canvas = _figure(3.1 * len(found) + 0.6, 3.2)
-    for axis, ((_, estimator), pairs) in zip(canvas.subplots(1, len(found), squeeze=False)[0], found.items()):
+    for axis, ((_, estimator), pairs) in zip(
+        canvas.subplots(1, len(found), squeeze=False)[0], found.items()
+    ):
         middle = (min(i for i, _ in pairs.values()) + max(i for i, _ in pairs.values())) / 2
         for poison, (information, accuracy) in pairs.items():
             axis.scatter(information, accuracy, color=_colour(cells, poison))
             side, away = ("right", -5) if information > middle else ("left", 5)
-            axis.annotate(label(poison, NAME), (information, accuracy), textcoords="offset points", xytext=(away, 3), ha=side, fontsize=8)
+            axis.annotate(
+                label(poison, NAME),
+                (information, accuracy),
+                textcoords="offset points",
+                xytext=(away, 3),
+                ha=side,
+                fontsize=8,
+            )
         axis.set(xlabel="MI gap to clean, nats", ylabel="accuracy gap, points")
         axis.set_title(estimator, fontsize=9)
         axis.margins(0.25)
@@ -87,7 +123,9 @@ def _gap(report, cells):
 
 
 def _scatter(report, cells):
-    """Two principal components of the features of poisoned training images, first seed, by class."""
+    """Two principal components of the features of poisoned training images, first seed, by
+    class.
+    """
     chosen = {}
     for cell in report["cells"]:
         if "scatter" in cell.get("analysis", {}):
@@ -95,9 +133,13 @@ def _scatter(report, cells):
     if not chosen:
         return None
     canvas = _figure(2.4 * len(chosen), 2.6)
-    for axis, (poison, found) in zip(canvas.subplots(1, len(chosen), squeeze=False)[0], chosen.items()):
+    for axis, (poison, found) in zip(
+        canvas.subplots(1, len(chosen), squeeze=False)[0], chosen.items()
+    ):
         points = torch.tensor(found["scatter"])
-        axis.scatter(points[:, 0], points[:, 1], c=found["scatter_labels"], cmap="tab10", s=5, linewidths=0)
+        axis.scatter(
+            points[:, 0], points[:, 1], c=found["scatter_labels"], cmap="tab10", s=5, linewidths=0
+        )
         axis.set(xticks=[], yticks=[])
         axis.set_title(label(poison, NAME), fontsize=9)
     return _png(canvas)
@@ -105,7 +147,9 @@ def _scatter(report, cells):
 
 def _grid(rows, titles):
     canvas = _figure(0.95 * max(map(len, rows.values())) + 1.2, 1.0 * len(rows) + 0.3)
-    for k, (line, (name, pictures)) in enumerate(zip(canvas.subplots(len(rows), len(titles), squeeze=False), rows.items())):
+    for k, (line, (name, pictures)) in enumerate(
+        zip(canvas.subplots(len(rows), len(titles), squeeze=False), rows.items())
+    ):
         for axis, picture, title in zip(line, pictures, titles):
             axis.imshow(shown(picture), interpolation="nearest", vmin=0, vmax=1)
             axis.set(xticks=[], yticks=[])
@@ -121,10 +165,14 @@ def _chosen(clean):
 
 
 def thumbnails(clean, images):
-    """Perturbations of eight images of a poison as JSON holds them: levels of 1/255, every k-th pixel of what is larger than 64."""
+    """Perturbations of eight images of a poison as JSON holds them: levels of 1/255, every k-th
+    pixel of what is larger than 64.
+    """
     rows, titles = _chosen(clean)
     step = -(-max(images.shape[-2:]) // SIDE)
-    levels = (images[rows, :, ::step, ::step].to(torch.int16) - clean.images[rows, :, ::step, ::step]).contiguous()
+    levels = (
+        images[rows, :, ::step, ::step].to(torch.int16) - clean.images[rows, :, ::step, ::step]
+    ).contiguous()
     packed = base64.b64encode(zlib.compress(levels.numpy().astype("<i2").tobytes(), 9)).decode()
     return {"titles": titles, "shape": list(levels.shape), "levels": packed}
 
@@ -135,7 +183,9 @@ def _noise(report):
     for entry in report["poisons"]:
         if found := entry.get("pictures"):
             titles, delta = found["titles"], unpacked(found).float()
-            pictures[entry["name"]] = (0.5 + delta / (2 * max(float(delta.abs().max()), 1))).clamp(0, 1)
+            pictures[entry["name"]] = (0.5 + delta / (2 * max(float(delta.abs().max()), 1))).clamp(
+                0, 1
+            )
     return _grid(pictures, titles) if pictures else None
 
 

@@ -6,29 +6,40 @@ import html
 import re
 
 from .. import data
-from .._checks import printable
+from ..support.messages import printable
 from .content import FIGURE, TABLE, TEXT, sections
 from .figures import draw, missing
 from .schema import check_report
 
 CAPTIONS = {
-    "jpeg": "Clean test accuracy against the JPEG quality of the training images; bands from the smallest to the largest seed.",
+    "jpeg": (
+        "Clean test accuracy against the JPEG quality of the training images; "
+        "bands from the smallest to the largest seed."
+    ),
     "gap": "Mutual-information gap against accuracy gap, one point per poison.",
-    "scatter": "Features of poisoned training images on their first two principal components, by class; the first analysed victim.",
+    "scatter": (
+        "Features of poisoned training images on their first two principal components, by class; "
+        "the first analysed victim."
+    ),
     "noise": "Perturbations alone, each at full contrast.",
     "images": "Images as the victims see them.",
 }
 NUMBERS = "report.json"
 PAGES = {"report.md", "report.html", *(f"{name}.png" for name in CAPTIONS)}
-STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:72em;margin:2em auto;padding:0 1em;color:#222}
-table{border-collapse:collapse;margin:1em 0;font-size:13px}td,th{border:1px solid #ccc;padding:.25em .6em;text-align:left}
-th{background:#f3f3f3}img{max-width:100%}figure{margin:1em 0}figcaption{font-size:13px;color:#555}"""
+STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:72em;margin:2em auto;\
+padding:0 1em;color:#222}
+table{border-collapse:collapse;margin:1em 0;font-size:13px}\
+td,th{border:1px solid #ccc;padding:.25em .6em;text-align:left}
+th{background:#f3f3f3}img{max-width:100%}figure{margin:1em 0}\
+figcaption{font-size:13px;color:#555}"""
 
 
 def render(report, folder, sources=None):
-    """Writes report.md, its figures and report.html into `folder` (which may hold them already) and returns the paths written.
+    """Writes report.md, its figures and report.html into `folder` (which may hold them already) and
+    returns the paths written.
 
-    report: of `run`, or the content of a report.json. sources: with them the poisoned images are shown too. Without matplotlib there are no
+    report: of `run`, or the content of a report.json. sources: with them the poisoned images are
+        shown too. Without matplotlib there are no
     figures, and the report says so. Errors: ValueError, OSError.
     """
     check_report(report)
@@ -49,10 +60,21 @@ def check_pages(op, folder):
 
 
 def replace(folder, files, gone=()):
-    """Writes {name: bytes} into the folder of a report and removes what is `gone`: its own files alone. Errors: ValueError, OSError."""
+    """Writes {name: bytes} into the folder of a report and removes what is `gone`: its own files
+    alone. Errors: ValueError, OSError.
+    """
     own = data.Owned(folder)
-    own.write({name: lambda file, content=content: file.write(content) for name, content in files.items()}, tidy=False)
-    with contextlib.suppress(ValueError), data.only_writer(folder):  # a run at work there adds to the list, and tidies it itself
+    own.write(
+        {
+            name: lambda file, content=content: file.write(content)
+            for name, content in files.items()
+        },
+        tidy=False,
+    )
+    with (
+        contextlib.suppress(ValueError),
+        data.only_writer(folder),
+    ):  # a run at work there adds to the list, and tidies it itself
         own.remove(sorted(gone))
 
 
@@ -81,7 +103,9 @@ def _markdown(report, parts, figures):
 
 
 def _escaped(text):
-    """Text for Markdown that stands there as it is: no HTML, link, code, formula or emphasis can be made of it."""
+    """Text for Markdown that stands there as it is: no HTML, link, code, formula or emphasis can be
+    made of it.
+    """
     text = printable(text, most=None).replace("&", "&amp;").replace("<", "&lt;")
     return re.sub(r"[\\`*|~$]|\](?=[(\[:])|(?<!\w)_|_(?!\w)", r"\\\g<0>", text)
 
@@ -106,19 +130,27 @@ def _html(report, parts, figures):
                 body.append(f"<p>{_plain(rest[0]).replace('**', '')}</p>")
             elif kind == TABLE:
                 head, rows = rest
-                body.append("<table><tr>" + "".join(f"<th>{_plain(c)}</th>" for c in head) + "</tr>")
-                body += ["<tr>" + "".join(f"<td>{_plain(c)}</td>" for c in row) + "</tr>" for row in rows]
+                body.append(
+                    "<table><tr>" + "".join(f"<th>{_plain(c)}</th>" for c in head) + "</tr>"
+                )
+                body += [
+                    "<tr>" + "".join(f"<td>{_plain(c)}</td>" for c in row) + "</tr>" for row in rows
+                ]
                 body.append("</table>")
             else:
                 picture = base64.b64encode(figures[rest[0]]).decode()
                 caption = _plain(CAPTIONS[rest[0]])
                 body.append(
-                    f'<figure><img alt="{caption}" src="data:image/png;base64,{picture}"><figcaption>{caption}</figcaption></figure>'
+                    f'<figure><img alt="{caption}" src="data:image/png;base64,{picture}">'
+                    f"<figcaption>{caption}</figcaption></figure>"
                 )
     if missing():
         body.append(f"<p>{_plain(missing())}</p>")
     return (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{_plain(_title(report))}</title><style>{STYLE}</style>'
+        (
+            '<!doctype html><html lang="en"><meta charset="utf-8">'
+            f"<title>{_plain(_title(report))}</title><style>{STYLE}</style>"
+        )
         + "\n".join(body)
         + "</html>\n"
     )

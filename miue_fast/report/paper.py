@@ -1,25 +1,47 @@
-"""Published numbers (Zhu et al., ICLR 2026), percent clean-test accuracy unless said otherwise, and what they were measured on."""
+"""Published numbers (Zhu et al., ICLR 2026), percent clean-test accuracy unless said otherwise, and
+what they were measured on.
+"""
 
 PAPER = {
     "CIFAR-10": {
-        "setting": "CIFAR-10 (PNG), all 50,000 training images, source and victim ResNet-18, 100 epochs of generation, 200 of training, "
-        "one run without spread",
+        "setting": (
+            "CIFAR-10 (PNG), all 50,000 training images, source and victim ResNet-18, "
+            "100 epochs of generation, 200 of training, one run without spread"
+        ),
         "train_images": 50000,
         "test_images": 10000,
         "source": {"model": "resnet18", "width": None, "epochs": 100},
         "victim": {"victim": "resnet18", "epochs": 200, "lr": 0.5, "batch": 128},
         "standard": {"clean": 94.45, "em": 24.17, "tap": 11.21, "mi-ue": 9.95},  # ResNet-18
-        "transfer": {"resnet50": 9.98, "densenet121": 9.93, "vit": 15.51, "lenet5": 10.80, "mlp3": 14.16, "mlp2": 17.82},  # MI-UE
+        "transfer": {
+            "resnet50": 9.98,
+            "densenet121": 9.93,
+            "vit": 15.51,
+            "lenet5": 10.80,
+            "mlp3": 14.16,
+            "mlp2": 17.82,
+        },  # MI-UE
         "adversarial": {2: 17.39, 4: 31.79, 6: 45.55, 8: 70.56},  # MI-UE, by 255 eps
-        "mutual_information": {"clean": 0.7122, "random": 0.6747, "em": 0.64, "mi-ue": 0.4969},  # histogram estimator
+        "mutual_information": {
+            "clean": 0.7122,
+            "random": 0.6747,
+            "em": 0.64,
+            "mi-ue": 0.4969,
+        },  # histogram estimator
         "spearman": 0.78,  # of the MI gap with the accuracy gap
     }
 }
-ORDER = ("random", "em", "mi-ue")  # the paper's, of mutual information and covariance below "clean", largest first
+ORDER = (
+    "random",
+    "em",
+    "mi-ue",
+)  # the paper's, of mutual information and covariance below "clean", largest first
 
 
 def differences(paper, report):
-    """In words, what was found that keeps numbers of this report from being compared one to one with the paper's."""
+    """In words, what was found that keeps numbers of this report from being compared one to one
+    with the paper's.
+    """
     setting, found = report["setting"], []
     if setting["jpeg"]:
         found.append("the images are JPEG files")
@@ -27,12 +49,23 @@ def differences(paper, report):
         if setting[key] != paper[key]:
             found.append(f"{setting[key]:,} {what} images instead of {paper[key]:,}")
     victims = list(setting["recipes"].values())
-    if not any(all(plan[key] == value for key, value in paper["victim"].items()) for plan in victims):
-        told = ", ".join(f"{name} ({plan['epochs']} epochs)" for name, plan in setting["recipes"].items())
+    if not any(
+        all(plan[key] == value for key, value in paper["victim"].items()) for plan in victims
+    ):
+        told = ", ".join(
+            f"{name} ({plan['epochs']} epochs)" for name, plan in setting["recipes"].items()
+        )
         found.append(f"victims {told} instead of ResNet-18 (200 epochs)")
-    sources = [options for entry in report["poisons"] if not (options := entry["options"]).keys() & {"of", "made"}]
+    sources = [
+        options
+        for entry in report["poisons"]
+        if not (options := entry["options"]).keys() & {"of", "made"}
+    ]
     sources = [options for options in sources if options.get("objective") != "random"]
     usual = {"model": "resnet18", "width": None, "epochs": 100}
-    if any({key: options.get(key, usual[key]) for key in usual} != paper["source"] for options in sources):
+    if any(
+        {key: options.get(key, usual[key]) for key in usual} != paper["source"]
+        for options in sources
+    ):
         found.append("other source models or epochs than ResNet-18 and 100")
     return found

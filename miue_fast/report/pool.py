@@ -10,22 +10,27 @@ from multiprocessing.connection import wait
 
 import torch
 
-from .._registry import BackendError
-from .._written import shown
+from ..dispatch.registry import BackendError
+from ..support.written import shown
 from . import tasks
 
 _sources = None  # of a worker process; an error, where it could not read them
 
 
 def done(work, sources, jobs):
-    """(task, None or why it failed) of each task as it ends. Errors: BackendError: a process was killed."""
+    """(task, None or why it failed) of each task as it ends. Errors: BackendError: a process was
+    killed.
+    """
     if jobs == 1 or len(work) < 2:
         for task in work:
             yield task, _tried(sources, task)
         return
     threads = max(1, torch.get_num_threads() // jobs)
     pool = concurrent.futures.ProcessPoolExecutor(
-        jobs, multiprocessing.get_context("spawn"), _start, (sources.config, sources.folder, threads)
+        jobs,
+        multiprocessing.get_context("spawn"),
+        _start,
+        (sources.config, sources.folder, threads),
     )
     try:
         running = {pool.submit(_work, task): task for task in work}
@@ -33,10 +38,13 @@ def done(work, sources, jobs):
             yield running[future], future.result()
     except BrokenProcessPool:
         raise BackendError(
-            f"report: a process was killed, probably out of memory: lower {shown('report', 'jobs')} ({jobs}); the same command goes on"
+            "report: a process was killed, probably out of memory: "
+            f"lower {shown('report', 'jobs')} ({jobs}); the same command goes on"
         ) from None
     finally:
-        workers = list((pool._processes or {}).values())  # a worker in the middle of a training would be waited for
+        workers = list(
+            (pool._processes or {}).values()
+        )  # a worker in the middle of a training would be waited for
         pool.shutdown(wait=False, cancel_futures=True)
         for worker in workers:
             worker.terminate()
@@ -58,12 +66,17 @@ def _start(config, folder, threads):
     torch.set_num_threads(threads)
     try:
         _sources = tasks.Sources(config, folder)
-    except (ValueError, OSError) as error:  # raised here, the pool would end as if it had been killed
+    except (
+        ValueError,
+        OSError,
+    ) as error:  # raised here, the pool would end as if it had been killed
         _sources = error
 
 
 def _end_with_parent():
-    """Waits for the end of the pipe that the parent process holds open while it lives: it ends also when that process is killed."""
+    """Waits for the end of the pipe that the parent process holds open while it lives: it ends also
+    when that process is killed.
+    """
     wait([multiprocessing.parent_process().sentinel])
     os._exit(1)
 

@@ -6,17 +6,17 @@ import os
 import torch
 
 from .. import data, models
-from .._checks import LONGEST, fail, printable
-from .._output import progress_bar
-from .._random import Draws
-from .._ranges import whole
 from ..data.kept import pack, read_part
-from ..evaluate import check_pair
-from ..evaluate.defences import defence
-from ..evaluate.victims import build
+from ..evaluation import check_pair
+from ..evaluation.defences import defence
+from ..evaluation.victims import build
 from ..frozen import find_layer
-from ..generate import Interrupted
-from ..generate.objectives import default_layer
+from ..generation import Interrupted
+from ..generation.objectives import default_layer
+from ..support.draws import Draws
+from ..support.messages import LONGEST, fail, printable
+from ..support.output import progress_bar
+from ..support.ranges import whole
 from . import tasks
 from .config import Config, split
 from .figures import thumbnails
@@ -28,16 +28,19 @@ MOST_JOBS = 1024
 
 
 def run(config, folder, *, jobs=1, progress=True, make=True):
-    """Makes every poison and cell of `config` that `folder` does not have yet; (the report as one dict, its Sources) for `render`.
+    """Makes every poison and cell of `config` that `folder` does not have yet; (the report as one
+    dict, its Sources) for `render`.
 
     The dict (see `collect`) is also written to folder/report.json.
 
-    jobs: processes that work at once, with an equal share of the threads each. make=False trains nothing: the report of what is there.
-    A finished cell is a file in folder/cells, named after what it depends on (images, options, recipe, defence, seed): a changed
-    configuration makes only what changed. A cell that fails (its loss is no number) is named in the report with the reason, and the
-    others are made all the same. After Ctrl-C (Interrupted) or a kill the same call goes on; a poison goes on from its checkpoint.
-    Everything that can be checked before the first training is. Errors: ValueError, OSError, BackendError, Interrupted.
-    """
+    jobs: processes that work at once, with an equal share of the threads each. make=False trains
+        nothing: the report of what is there.
+    A finished cell is a file in folder/cells, named after what it depends on (images, options,
+    recipe, defence, seed): a changed configuration makes only what changed. A cell that fails (its
+        loss is no number) is named in the report with the reason, and the
+    others are made all the same. After Ctrl-C (Interrupted) or a kill the same call goes on; a
+    poison goes on from its checkpoint. Everything that can be checked before the first training is.
+    Errors: ValueError, OSError, BackendError, Interrupted."""
     if not isinstance(config, Config):
         fail("report", "config", "a Config (see report.read)", type(config).__name__)
     check_jobs(jobs)
@@ -53,12 +56,19 @@ def run(config, folder, *, jobs=1, progress=True, make=True):
         for what, work in _stages(sources).items() if make else ():
             with progress_bar(total=len(work), desc=what, unit="", disable=not progress) as bar:
                 try:
-                    for task, error in done([task for task in work if not _in_vain(sources, task, failures)], sources, jobs):
+                    for task, error in done(
+                        [task for task in work if not _in_vain(sources, task, failures)],
+                        sources,
+                        jobs,
+                    ):
                         failures |= {task: error} if error else {}
                         bar.update()
                 except KeyboardInterrupt:
                     kept = len(list((sources.folder / "cells").glob("*.json")))
-                    told = f"interrupted: {kept} finished parts are kept in {sources.folder}; the same command goes on"
+                    told = (
+                        f"interrupted: {kept} finished parts are kept in {sources.folder}; "
+                        "the same command goes on"
+                    )
                     raise Interrupted(told) from None
     found = collect(sources, failures)
     replace(folder, {NUMBERS: pack(found)})
@@ -72,13 +82,29 @@ def check_jobs(jobs):
 def _stages(sources):
     """{stage: [(name of a function of `tasks`, its arguments)]} of what is not there yet."""
     config = sources.config
-    missing = [name for name in config.poisons if not (sources.path(sources.poison_key(name)).exists() and sources.has(name))]
-    starts = [name for name, options in config.victims.items() if "pretrain" in options and not sources.start_path(name).exists()]
+    missing = [
+        name
+        for name in config.poisons
+        if not (sources.path(sources.poison_key(name)).exists() and sources.has(name))
+    ]
+    starts = [
+        name
+        for name, options in config.victims.items()
+        if "pretrain" in options and not sources.start_path(name).exists()
+    ]
     return {
-        "poisons": [("make_poison", (name,)) for name in missing if "of" not in config.poisons[name]],
-        "parts of poisons": [("make_poison", (name,)) for name in missing if "of" in config.poisons[name]],
+        "poisons": [
+            ("make_poison", (name,)) for name in missing if "of" not in config.poisons[name]
+        ],
+        "parts of poisons": [
+            ("make_poison", (name,)) for name in missing if "of" in config.poisons[name]
+        ],
         "pretraining": [("make_start", (name,)) for name in starts],
-        "cells": [("make_cell", cell) for cell in config.cells() if not sources.path(sources.cell_key(*cell)).exists()],
+        "cells": [
+            ("make_cell", cell)
+            for cell in config.cells()
+            if not sources.path(sources.cell_key(*cell)).exists()
+        ],
     }
 
 
@@ -124,24 +150,42 @@ def _check_source_model(entry, classes, shape):
     name = arguments.get("model", "resnet18")
     model = models.build(name, classes, width=options.width, size=min(shape[1:]), channels=shape[0])
     if name in models.SQUARE and shape[1] != shape[2]:
-        fail("report", "model", f"a network for images {list(shape)}", f"{name}, which takes squares")
+        fail(
+            "report", "model", f"a network for images {list(shape)}", f"{name}, which takes squares"
+        )
     find_layer("report", model, arguments.get("feature") or default_layer(options.objective, name))
     if options.objective == "tap" and options.target_shift % classes == 0:
-        fail("report", "target_shift", f"no multiple of the {classes} classes", options.target_shift)
+        fail(
+            "report", "target_shift", f"no multiple of the {classes} classes", options.target_shift
+        )
 
 
 def collect(sources, failures=()):
-    """The finished poisons and cells of a configuration as one dict, in its order: all that `render` needs beside the images.
+    """The finished poisons and cells of a configuration as one dict, in its order: all that
+    `render` needs beside the images.
 
-    Keys: format, name, paper, setting, classes, poisons, cells, order (clean first), missing (what, why). Paths are left out.
+    Keys: format, name, paper, setting, classes, poisons, cells, order (clean first), missing (what,
+        why). Paths are left out.
     """
     config, failures = sources.config, dict(failures)
     poisons, cells, missing = [], [], []
     for name, entry in config.poisons.items():
-        whole = "of" not in entry or sources.path(sources.poison_key(entry["of"])).exists()  # a part is nothing without its whole
-        if whole and sources.has(name) and (found := _read(sources.path(sources.poison_key(name)), "poison", sources.poison_key(name))):
+        whole = (
+            "of" not in entry or sources.path(sources.poison_key(entry["of"])).exists()
+        )  # a part is nothing without its whole
+        if (
+            whole
+            and sources.has(name)
+            and (
+                found := _read(
+                    sources.path(sources.poison_key(name)), "poison", sources.poison_key(name)
+                )
+            )
+        ):
             pictures = thumbnails(*sources.images(name))
-            poisons.append({**found, "name": name, "options": _shown(config, entry), "pictures": pictures})
+            poisons.append(
+                {**found, "name": name, "options": _shown(config, entry), "pictures": pictures}
+            )
         else:
             missing.append([f"poison {name}", _why(failures, "make_poison", name)])
     for cell in config.cells():
@@ -151,12 +195,26 @@ def collect(sources, failures=()):
             missing.append([", ".join(map(str, cell)), _why(failures, "make_cell", *cell)])
     _thin(cells)
     names = sources.clean.names
-    setting = {"train_images": len(names), "test_images": len(sources.test.images), "victims": config.victims,
-               "recipes": {victim: sources.recipe(victim) for victim in config.victims}, "image": list(sources.clean.images.shape[1:]),
-               "jpeg": any(os.path.splitext(name)[1].lower() in (".jpg", ".jpeg") for name in names),
-               "analysis": config.analysis}  # fmt: skip
-    return {"format": FORMAT, "name": config.name, "paper": config.paper, "setting": setting, "missing": missing,
-            "classes": len(sources.clean.classes), "poisons": poisons, "cells": cells, "order": [CLEAN, *config.poisons]}  # fmt: skip
+    setting = {
+        "train_images": len(names),
+        "test_images": len(sources.test.images),
+        "victims": config.victims,
+        "recipes": {victim: sources.recipe(victim) for victim in config.victims},
+        "image": list(sources.clean.images.shape[1:]),
+        "jpeg": any(os.path.splitext(name)[1].lower() in (".jpg", ".jpeg") for name in names),
+        "analysis": config.analysis,
+    }
+    return {
+        "format": FORMAT,
+        "name": config.name,
+        "paper": config.paper,
+        "setting": setting,
+        "missing": missing,
+        "classes": len(sources.clean.classes),
+        "poisons": poisons,
+        "cells": cells,
+        "order": [CLEAN, *config.poisons],
+    }
 
 
 def _why(failures, name, *arguments):
@@ -168,18 +226,30 @@ def _thin(cells):
     seen = set()
     for cell in cells:
         if "analysis" in cell and cell["poison"] in seen:
-            cell["analysis"] = {name: value for name, value in cell["analysis"].items() if not name.startswith("scatter")}
+            cell["analysis"] = {
+                name: value
+                for name, value in cell["analysis"].items()
+                if not name.startswith("scatter")
+            }
         elif "analysis" in cell:
             seen.add(cell["poison"])
 
 
 def _shown(config, entry):
     """A poison's options for the page; a path is nobody else's business."""
-    return entry if "of" in entry else {"made": "elsewhere"} if "path" in entry else {**config.generation, **entry}
+    return (
+        entry
+        if "of" in entry
+        else {"made": "elsewhere"}
+        if "path" in entry
+        else {**config.generation, **entry}
+    )
 
 
 def _read(path, kind, key):
-    """A finished part without its key and checksum; None if there is none. ValueError: it is not what was written for this key."""
+    """A finished part without its key and checksum; None if there is none. ValueError: it is not
+    what was written for this key.
+    """
     if not path.exists():
         return None
     found = read_part(path, key)

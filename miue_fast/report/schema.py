@@ -1,4 +1,6 @@
-"""What a report.json and a finished part have to look like, whoever wrote them: checked right after reading, and before rendering."""
+"""What a report.json and a finished part have to look like, whoever wrote them: checked right after
+reading, and before rendering.
+"""
 
 import base64
 import binascii
@@ -7,15 +9,18 @@ import zlib
 
 import torch
 
-from .._checks import fail
-from .._schema import array, boolean, number, one_of, optional, record, scalar, table, text
-from ..analyse import ESTIMATORS
-from ..evaluate.defences import defence
+from ..analysis import ESTIMATORS
+from ..evaluation.defences import defence
+from ..support.messages import fail
+from ..support.schema import array, boolean, number, one_of, optional, record, scalar, table, text
 from .paper import PAPER
 
 CLEAN = "clean"  # the row of the images as they are; always there
 FORMAT = "miue_fast report 1"
-PICTURES, SIDE = 8, 64  # perturbations that travel with a report: how many, and of how many pixels at most
+PICTURES, SIDE = (
+    8,
+    64,
+)  # perturbations that travel with a report: how many, and of how many pixels at most
 POINTS = 500  # of a scatter
 MOST_POISONS = 100  # each is a row of the grid of perturbations and a column of most tables
 MOST_VICTIMS = 1000
@@ -39,10 +44,18 @@ def _defence(where, value):
     text()(where, value)
     if defence(value).spec != value:
         op, _, place = where.partition(": ")
-        fail(op, place, f"a defence with its options written out, {defence(value).spec}", repr(value))
+        fail(
+            op, place, f"a defence with its options written out, {defence(value).spec}", repr(value)
+        )
 
 
-CIRCUMSTANCES = {"threads": POSITIVE, "torch": text(100), "miue_fast": text(100), "cpu_level": optional(text(100)), "device": text(200)}
+CIRCUMSTANCES = {
+    "threads": POSITIVE,
+    "torch": text(100),
+    "miue_fast": text(100),
+    "cpu_level": optional(text(100)),
+    "device": text(200),
+}
 COVARIANCE = record({"trace": number(0), "logdet": optional(number()), "effective_rank": number(0)})
 LAYER = {
     "layer": text(200),
@@ -76,7 +89,9 @@ NOISE = {
 }
 POISON = {
     "name": name,
-    "cost": optional(record({"seconds": SECONDS, "image_steps_per_s": number(0), "peak_memory": COUNT})),
+    "cost": optional(
+        record({"seconds": SECONDS, "image_steps_per_s": number(0), "peak_memory": COUNT})
+    ),
     "noise": record(NOISE),
     **CIRCUMSTANCES,
 }
@@ -87,14 +102,30 @@ PICTURE = {
 }
 RECIPE_RULE = record(
     {
-        **{"victim": text(100), "epochs": POSITIVE, "lr": number(0), "batch": POSITIVE, "crop": optional(COUNT), "momentum": number(0)},
+        **{
+            "victim": text(100),
+            "epochs": POSITIVE,
+            "lr": number(0),
+            "batch": POSITIVE,
+            "crop": optional(COUNT),
+            "momentum": number(0),
+        },
         **{"weight_decay": number(0), "optimizer": text(100), "schedule": text(100)},
         "pretrain": optional(record({"per_class": POSITIVE, "epochs": POSITIVE})),
     }
 )
-ANALYSIS = {"estimators": array(one_of(ESTIMATORS), 1, len(ESTIMATORS)), "slices": POSITIVE, "points": POSITIVE}
+ANALYSIS = {
+    "estimators": array(one_of(ESTIMATORS), 1, len(ESTIMATORS)),
+    "slices": POSITIVE,
+    "points": POSITIVE,
+}
 SETTING = {
-    **{"train_images": POSITIVE, "test_images": POSITIVE, "jpeg": boolean, "image": array(POSITIVE, 3, 3)},
+    **{
+        "train_images": POSITIVE,
+        "test_images": POSITIVE,
+        "jpeg": boolean,
+        "image": array(POSITIVE, 3, 3),
+    },
     "victims": table(table(lambda where, value: None), name, MOST_VICTIMS),
     "recipes": table(RECIPE_RULE, name, MOST_VICTIMS),
     "analysis": record(ANALYSIS),
@@ -106,7 +137,9 @@ REPORT = {
     "setting": record(SETTING),
     "missing": array(array(text(), 2, 2)),
     "classes": POSITIVE,
-    "poisons": array(record({**POISON, "options": table(scalar), "pictures": record(PICTURE)}), most=MOST_POISONS),
+    "poisons": array(
+        record({**POISON, "options": table(scalar), "pictures": record(PICTURE)}), most=MOST_POISONS
+    ),
     "cells": array(record(CELL, ("analysis",))),
     "order": array(name, 1, MOST_POISONS + 1),
 }
@@ -115,31 +148,55 @@ REPORT = {
 def check_part(where, kind, found):
     """A finished part ("poison" or "cell"), read from the file `where`. Errors: ValueError."""
     where = f"report: {where}"
-    record({"kind": one_of([kind]), **(POISON if kind == "poison" else CELL)}, ("analysis",))(where, found)
+    record({"kind": one_of([kind]), **(POISON if kind == "poison" else CELL)}, ("analysis",))(
+        where, found
+    )
     if "analysis" in found:
         _agree(f"{where}: analysis", found["analysis"], None)
 
 
 def check_report(found, where="report.json"):
-    """The content of a report.json, or what `collect` gives. Errors: ValueError: one line that names the first value that is wrong."""
+    """The content of a report.json, or what `collect` gives. Errors: ValueError: one line that
+    names the first value that is wrong.
+    """
     where = f"report: {where}"
     record(REPORT)(where, found)
     poisons = {entry["name"]: entry["options"] for entry in found["poisons"]}
     order, victims = found["order"], found["setting"]["victims"]
     estimators = found["setting"]["analysis"]["estimators"]
     op, _, file = where.partition(": ")
-    if order[0] != CLEAN or len({*order}) != len(order) or len(poisons) != len(found["poisons"]) or not poisons.keys() <= {*order[1:]}:
+    if (
+        order[0] != CLEAN
+        or len({*order}) != len(order)
+        or len(poisons) != len(found["poisons"])
+        or not poisons.keys() <= {*order[1:]}
+    ):
         fail(op, f"{file}.order", "clean and then every poison once", repr(order))
     if victims.keys() != found["setting"]["recipes"].keys():
-        fail(op, f"{file}.setting.recipes", f"one of each of {', '.join(victims)}", ", ".join(found["setting"]["recipes"]) or "none")
+        fail(
+            op,
+            f"{file}.setting.recipes",
+            f"one of each of {', '.join(victims)}",
+            ", ".join(found["setting"]["recipes"]) or "none",
+        )
     for poison, options in poisons.items():
         if "of" in options and (options["of"] not in poisons or "of" in poisons[options["of"]]):
-            fail(op, f"{file}.poisons.{poison}.options.of", "another whole poison of the report", repr(options["of"]))
+            fail(
+                op,
+                f"{file}.poisons.{poison}.options.of",
+                "another whole poison of the report",
+                repr(options["of"]),
+            )
     seen = set()
     for row, cell in enumerate(found["cells"]):
         key = cell["poison"], cell["victim"], cell["defence"], cell["seed"]
         if key in seen or cell["poison"] not in order or cell["victim"] not in victims:
-            fail(op, f"{file}.cells[{row}]", "a poison and a victim of the report, each pair once per defence and seed", repr(key))
+            fail(
+                op,
+                f"{file}.cells[{row}]",
+                "a poison and a victim of the report, each pair once per defence and seed",
+                repr(key),
+            )
         seen.add(key)
         if "analysis" in cell:
             _agree(f"{where}.cells[{row}].analysis", cell["analysis"], estimators)
@@ -148,18 +205,35 @@ def check_report(found, where="report.json"):
 
 
 def _agree(where, found, estimators):
-    """The last layer has every estimator of the report, the others the first one of it; the points of the scatter have a label each."""
+    """The last layer has every estimator of the report, the others the first one of it; the points
+    of the scatter have a label each.
+    """
     op, _, place = where.partition(": ")
     known = [list(row["mutual_information"]) for row in found["layers"]]
     estimators = known[-1] if estimators is None else estimators
-    if not estimators or {*known[-1]} != {*estimators} or not all(estimators[0] in names for names in known):
-        fail(op, f"{place}.layers", f"mutual information by {', '.join(estimators) or 'an estimator'}", repr(known[-1]))
+    if (
+        not estimators
+        or {*known[-1]} != {*estimators}
+        or not all(estimators[0] in names for names in known)
+    ):
+        fail(
+            op,
+            f"{place}.layers",
+            f"mutual information by {', '.join(estimators) or 'an estimator'}",
+            repr(known[-1]),
+        )
     if len(found.get("scatter", ())) != len(found.get("scatter_labels", ())):
-        fail(op, f"{place}.scatter_labels", f"{len(found.get('scatter', ()))} labels", len(found.get("scatter_labels", ())))
+        fail(
+            op,
+            f"{place}.scatter_labels",
+            f"{len(found.get('scatter', ()))} labels",
+            len(found.get("scatter_labels", ())),
+        )
 
 
 def unpacked(picture, where="report: pictures"):
-    """Perturbations in levels of 1/255, int16 [N, C, H, W], from a part of a report that fits PICTURE. Errors: ValueError.
+    """Perturbations in levels of 1/255, int16 [N, C, H, W], from a part of a report that fits
+    PICTURE. Errors: ValueError.
 
     Never more than the declared size is unpacked, and that is bounded.
     """
@@ -176,5 +250,7 @@ def unpacked(picture, where="report: pictures"):
         fail(op, f"{place}.levels", f"{room} packed bytes", "more, or fewer")
     levels = torch.frombuffer(bytearray(content), dtype=torch.int16).view(shape)
     if levels.abs().amax() > 255 or levels.amin() < -255:  # abs of -32,768 is itself
-        fail(op, f"{place}.levels", "levels from -255 to 255", f"{levels.amin()} to {levels.amax()}")
+        fail(
+            op, f"{place}.levels", "levels from -255 to 255", f"{levels.amin()} to {levels.amax()}"
+        )
     return levels

@@ -1,4 +1,6 @@
-"""What a report is made of: poisons, cells (one victim on one training set) and noise measurements. Each leaves one JSON file."""
+"""What a report is made of: poisons, cells (one victim on one training set) and noise measurements.
+Each leaves one JSON file.
+"""
 
 import hashlib
 import sys
@@ -9,16 +11,17 @@ from pathlib import Path
 import safetensors.torch
 import torch
 
-from .. import __version__, data, models
-from .._checks import fail
-from .._environment import cpu_level
-from ..analyse import analyse_layers, layer_features, linear_separability
+from .. import data, models
+from ..analysis import analyse_layers, layer_features, linear_separability
 from ..data.files import read_bytes
 from ..data.kept import digest, pack
-from ..evaluate import poisoned_images, pretrain, run_cell
-from ..evaluate.start import MAX_STATE, poisoned_rows
-from ..evaluate.victims import recipe
-from ..generate import generate
+from ..dispatch.environment import cpu_level
+from ..evaluation import poisoned_images, pretrain, run_cell
+from ..evaluation.start import MAX_STATE, poisoned_rows
+from ..evaluation.victims import recipe
+from ..generation import generate
+from ..support.messages import fail
+from ..support.version import __version__
 from .config import RECIPE, split
 from .schema import CLEAN, POINTS, check_part
 
@@ -49,34 +52,55 @@ class Sources:
     def content(self, name):
         """sha256 of a poison's images."""
         if name not in self._content:
-            self._content[name] = hashlib.sha256(self.images(name)[1].contiguous().numpy()).hexdigest()
+            self._content[name] = hashlib.sha256(
+                self.images(name)[1].contiguous().numpy()
+            ).hexdigest()
         return self._content[name]
 
     def poison_folder(self, name):
         return self.folder / "poisons" / digest(self.poison_key(name))
 
     def has(self, name):
-        """Whether the perturbations of a poison are there: those made elsewhere, or generated and not removed since."""
+        """Whether the perturbations of a poison are there: those made elsewhere, or generated and
+        not removed since.
+        """
         entry = self.config.poisons[name]
-        return "path" in entry or (self.has(entry["of"]) if "of" in entry else (self.poison_folder(name) / data.POISON_FILES[0]).exists())
+        return "path" in entry or (
+            self.has(entry["of"])
+            if "of" in entry
+            else (self.poison_folder(name) / data.POISON_FILES[0]).exists()
+        )
 
     def cell_key(self, poison, victim, defence, seed):
-        key = {"format": FORMAT, **self.identity, "poison": None if poison == CLEAN else self.poison_key(poison),
-               "recipe": self.recipe(victim, defence), "defence": defence, "seed": seed}  # fmt: skip
+        key = {
+            "format": FORMAT,
+            **self.identity,
+            "poison": None if poison == CLEAN else self.poison_key(poison),
+            "recipe": self.recipe(victim, defence),
+            "defence": defence,
+            "seed": seed,
+        }
         if self.config.analysed(victim, defence, seed):
-            key["analysis"] = {name: self.config.analysis[name] for name in ("estimators", "slices", "points")}
+            key["analysis"] = {
+                name: self.config.analysis[name] for name in ("estimators", "slices", "points")
+            }
             key["analysis"]["layers"] = victim == self.config.analysis["layers"]
         return key
 
     def recipe(self, victim, defence="none"):
         """How a victim is trained, with every default filled in."""
         options = self.config.victims[victim]
-        plan = recipe(options.get("model", victim), *(options.get(name) for name in RECIPE), adversarial=defence.startswith("adversarial"))
+        plan = recipe(
+            options.get("model", victim),
+            *(options.get(name) for name in RECIPE),
+            adversarial=defence.startswith("adversarial"),
+        )
         return {**asdict(plan), "pretrain": options.get("pretrain")}
 
     def start_path(self, victim):
         """Of the pretrained weights."""
-        return self.folder / "pretrained" / f"{digest({'format': FORMAT, **self.identity, 'recipe': self.recipe(victim)})}.safetensors"
+        name = digest({"format": FORMAT, **self.identity, "recipe": self.recipe(victim)})
+        return self.folder / "pretrained" / f"{name}.safetensors"
 
     def start(self, victim):
         """The pretrained weights, as they were written. Errors: ValueError."""
@@ -84,14 +108,26 @@ class Sources:
         try:
             content = read_bytes(path, MAX_STATE)
         except OSError as error:
-            fail("report", str(path), "pretrained weights", f"{error.strerror}; remove it and run again")
+            fail(
+                "report",
+                str(path),
+                "pretrained weights",
+                f"{error.strerror}; remove it and run again",
+            )
         name = path.relative_to(self.folder).as_posix()
         if hashlib.sha256(content).hexdigest() not in data.Owned(self.folder).checksums(name):
-            fail("report", str(path), f"the weights whose sha256 is in {data.LIST}", "a damaged file; remove it and run again")
+            fail(
+                "report",
+                str(path),
+                f"the weights whose sha256 is in {data.LIST}",
+                "a damaged file; remove it and run again",
+            )
         return safetensors.torch.load(content)
 
     def other_images(self, victim):
-        """The images of each class that follow the first `per_class` ones, as many as the victim is pretrained on."""
+        """The images of each class that follow the first `per_class` ones, as many as the victim is
+        pretrained on.
+        """
         config, wanted = self.config, self.config.victims[victim]["pretrain"]["per_class"]
         more = data.load(config.data, size=config.size, per_class=config.per_class + wanted)
         own = set(self.clean.names)
@@ -99,7 +135,10 @@ class Sources:
         least = int(other.labels.bincount(minlength=len(other.classes)).min())
         if least < 2:
             fail(
-                "report", f"victims.{victim}.pretrain", f"images after the first {config.per_class} of each class", f"{least} of one class"
+                "report",
+                f"victims.{victim}.pretrain",
+                f"images after the first {config.per_class} of each class",
+                f"{least} of one class",
             )
         return other
 
@@ -107,7 +146,9 @@ class Sources:
         return self.folder / "cells" / f"{digest(key)}.json"
 
     def images(self, name):
-        """(Dataset, uint8 [N, C, H, W]) of a poison: the clean images it has, and their poisoned forms."""
+        """(Dataset, uint8 [N, C, H, W]) of a poison: the clean images it has, and their poisoned
+        forms.
+        """
         if name not in self._images:
             entry = self.config.poisons.get(name, {})
             if name == CLEAN:
@@ -115,7 +156,12 @@ class Sources:
             elif "path" in entry:
                 rows, images = poisoned_images(self.clean, entry["path"], size=self.config.size)
                 if len(rows) != len(self.clean):
-                    fail("report", f"poisons.{name}.path", f"a poisoned copy of all {len(self.clean)} images", f"of {len(rows)}")
+                    fail(
+                        "report",
+                        f"poisons.{name}.path",
+                        f"a poisoned copy of all {len(self.clean)} images",
+                        f"of {len(rows)}",
+                    )
                 self._images[name] = rows, images
             elif "of" in entry:
                 clean, images = self.images(entry["of"])
@@ -125,19 +171,25 @@ class Sources:
                 try:
                     self._images[name] = poisoned_images(self.clean, self.poison_folder(name))
                 except ValueError as error:
-                    raise ValueError(f"{error}; remove {self.poison_folder(name)} and run again") from None
+                    raise ValueError(
+                        f"{error}; remove {self.poison_folder(name)} and run again"
+                    ) from None
         return self._images[name]
 
 
 def _finish(sources, key, part):
-    """Keeps a finished part: one that a report could not take is a failure now, not when the pages are made."""
+    """Keeps a finished part: one that a report could not take is a failure now, not when the pages
+    are made.
+    """
     path = sources.path(key)
     check_part(path.name, part["kind"], part)
     _keep(sources, path, pack(part))
 
 
 def _keep(sources, path, content):
-    """Writes a new file of the report's folder; its checksum goes into the list there. Several processes do."""
+    """Writes a new file of the report's folder; its checksum goes into the list there. Several
+    processes do.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     name = path.relative_to(sources.folder).as_posix()
     data.Owned(sources.folder).write({name: lambda file: file.write(content)}, tidy=False)
@@ -147,40 +199,78 @@ def peak_memory():
     """Largest resident memory of this process so far, in bytes."""
     import resource  # POSIX, as all that is written
 
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
+        1 if sys.platform == "darwin" else 1024
+    )
 
 
 def circumstances():
-    return {"threads": torch.get_num_threads(), "torch": torch.__version__, "miue_fast": __version__, "cpu_level": cpu_level(),
-            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"}  # fmt: skip
+    return {
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "miue_fast": __version__,
+        "cpu_level": cpu_level(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+    }
 
 
 def make_poison(sources, name):
-    """Generates one poison (or goes on where an interrupted run stopped) and measures its noise: budget, size, separability."""
+    """Generates one poison (or goes on where an interrupted run stopped) and measures its noise:
+    budget, size, separability.
+    """
     key, entry = sources.poison_key(name), sources.config.poisons[name]
     cost = None
     if not entry.keys() & {"path", "of"}:
         folder = sources.poison_folder(name)
         arguments, options = split({**sources.config.generation, **entry})
         again = options.objective == "random"  # it has no checkpoint to go on from, and needs none
-        history = generate(sources.clean, folder, progress=False, overwrite=again, **arguments, **options.as_dict()).history
+        history = generate(
+            sources.clean, folder, progress=False, overwrite=again, **arguments, **options.as_dict()
+        ).history
         if history:
             rates = sorted(row["image_steps_per_s"] for row in history)
-            cost = {"seconds": sum(row["seconds"] for row in history), "image_steps_per_s": rates[len(rates) // 2],
-                    "peak_memory": peak_memory()}  # fmt: skip
+            cost = {
+                "seconds": sum(row["seconds"] for row in history),
+                "image_steps_per_s": rates[len(rates) // 2],
+                "peak_memory": peak_memory(),
+            }
     clean, images = sources.images(name)
     levels = images.to(torch.int16) - clean.images
-    noise = {"linf": int(levels.abs().amax()), "l2": float((levels.float() / LEVEL).flatten(1).norm(dim=1).mean()),
-             "separability": linear_separability(levels.float(), clean.labels).to_dict()}  # fmt: skip
-    _finish(sources, key, {"kind": "poison", "name": name, "key": key, "cost": cost, "noise": noise, **circumstances()})
+    noise = {
+        "linf": int(levels.abs().amax()),
+        "l2": float((levels.float() / LEVEL).flatten(1).norm(dim=1).mean()),
+        "separability": linear_separability(levels.float(), clean.labels).to_dict(),
+    }
+    _finish(
+        sources,
+        key,
+        {
+            "kind": "poison",
+            "name": name,
+            "key": key,
+            "cost": cost,
+            "noise": noise,
+            **circumstances(),
+        },
+    )
 
 
 def make_start(sources, victim):
-    """Trains a victim on clean images of the same classes that no poison holds: those after the first `per_class` ones, by name."""
+    """Trains a victim on clean images of the same classes that no poison holds: those after the
+    first `per_class` ones, by name.
+    """
     config, other = sources.config, sources.other_images(victim)
     options = _recipe(config, victim) | {"epochs": config.victims[victim]["pretrain"]["epochs"]}
-    state = pretrain(other.images, other.labels, sources.test.images, sources.test.labels, len(other.classes), seed=1000,
-                     victim=_model(config, victim), **options)  # fmt: skip
+    state = pretrain(
+        other.images,
+        other.labels,
+        sources.test.images,
+        sources.test.labels,
+        len(other.classes),
+        seed=1000,
+        victim=_model(config, victim),
+        **options,
+    )
     _keep(sources, sources.start_path(victim), safetensors.torch.save(state))
 
 
@@ -193,16 +283,39 @@ def _recipe(config, victim):
 
 
 def make_cell(sources, poison, victim, defence, seed):
-    """Trains one victim; where the configuration asks for it, analyses the features it has learnt."""
+    """Trains one victim; where the configuration asks for it, analyses the features it has
+    learnt.
+    """
     started = time.perf_counter()
     key, config = sources.cell_key(poison, victim, defence, seed), sources.config
     clean, images = sources.images(poison)
     analysed = "analysis" in key
     init = sources.start(victim) if "pretrain" in config.victims[victim] else None
-    run = run_cell(images, clean.labels, sources.test.images, sources.test.labels, len(clean.classes), victim=_model(config, victim),
-                   defence=defence, seed=seed, keep_model=analysed, init=init, **_recipe(config, victim))  # fmt: skip
-    cell = {"kind": "cell", "poison": poison, "victim": victim, "defence": defence, "seed": seed, "key": key, "train": run.train,
-            "test": run.test, "robust": run.robust, "seconds": run.seconds}  # fmt: skip
+    run = run_cell(
+        images,
+        clean.labels,
+        sources.test.images,
+        sources.test.labels,
+        len(clean.classes),
+        victim=_model(config, victim),
+        defence=defence,
+        seed=seed,
+        keep_model=analysed,
+        init=init,
+        **_recipe(config, victim),
+    )
+    cell = {
+        "kind": "cell",
+        "poison": poison,
+        "victim": victim,
+        "defence": defence,
+        "seed": seed,
+        "key": key,
+        "train": run.train,
+        "test": run.test,
+        "robust": run.robust,
+        "seconds": run.seconds,
+    }
     if analysed:
         cell["analysis"] = _analysis(run.model, victim, clean, images, config)
     cell["all_seconds"] = time.perf_counter() - started
@@ -210,20 +323,36 @@ def make_cell(sources, poison, victim, defence, seed):
 
 
 def _analysis(model, victim, clean, images, config):
-    """The layers in order, then the feature layer; and two principal components of its features on the poisoned images."""
-    chosen = torch.linspace(0, len(images) - 1, min(config.analysis["points"], len(images))).round().long()
+    """The layers in order, then the feature layer; and two principal components of its features on
+    the poisoned images.
+    """
+    chosen = (
+        torch.linspace(0, len(images) - 1, min(config.analysis["points"], len(images)))
+        .round()
+        .long()
+    )
     before, after, labels = clean.images[chosen], images[chosen], clean.labels[chosen]
-    feature, estimators, slices = models.FEATURE[_model(config, victim)], config.analysis["estimators"], config.analysis["slices"]
+    feature, estimators, slices = (
+        models.FEATURE[_model(config, victim)],
+        config.analysis["estimators"],
+        config.analysis["slices"],
+    )
     rows = []
     if victim == config.analysis["layers"]:  # the other layers with the first estimator alone
-        rows = analyse_layers(model, before, after, labels, estimators=estimators[:1], slices=slices)
+        rows = analyse_layers(
+            model, before, after, labels, estimators=estimators[:1], slices=slices
+        )
     rows = [row for row in rows if row.layer != feature]
-    rows += analyse_layers(model, before, after, labels, [feature], estimators=estimators, slices=slices)
+    rows += analyse_layers(
+        model, before, after, labels, [feature], estimators=estimators, slices=slices
+    )
     few = torch.linspace(0, len(after) - 1, min(POINTS, len(after))).round().long()
     features = layer_features(model, after[few].contiguous(), [feature])[feature].double().cpu()
     features = features - features.mean(0)
     axes = torch.linalg.svd(features, full_matrices=False)[2][:2]
-    axes = axes * axes.gather(1, axes.abs().argmax(1, keepdim=True)).sign()  # a component has no sign of its own
+    axes = (
+        axes * axes.gather(1, axes.abs().argmax(1, keepdim=True)).sign()
+    )  # a component has no sign of its own
     scatter = [[round(value, 4) for value in point] for point in (features @ axes.T).tolist()]
     return {
         "feature": feature,
@@ -235,4 +364,10 @@ def _analysis(model, victim, clean, images, config):
 
 def _short(row):
     """Without the rows of single classes."""
-    return {**row, **{side: {name: value for name, value in row[side].items() if name != "classes"} for side in ("clean", "poisoned")}}
+    return {
+        **row,
+        **{
+            side: {name: value for name, value in row[side].items() if name != "classes"}
+            for side in ("clean", "poisoned")
+        },
+    }

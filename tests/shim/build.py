@@ -1,4 +1,6 @@
-"""Compiles csrc/cuda and its Python bindings as host C++ against tests/shim, and loads the result."""
+"""Compiles csrc/cuda and its Python bindings as host C++ against tests/shim, and loads the
+result.
+"""
 
 import importlib.util
 import os
@@ -8,9 +10,19 @@ import sysconfig
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-# Small chunks, few spans and few blocks, so that small inputs reach every loop. No contraction, as in setup.py.
-FLAGS = "-std=c++20 -O2 -g1 -fPIC -ffp-contract=off -fno-strict-aliasing -Wall -Wextra -Werror -Wno-unknown-pragmas"
-DEFINES = ["-DMIUE_CHUNK=128", "-DMIUE_SPANS=6", "-DMIUE_MEMBERS=2", "-DMIUE_BLOCKS=3", "-DMIUE_MULTIPROCESSORS=4"]
+# Small chunks, few spans and few blocks, so that small inputs reach every loop. No contraction, as
+# in setup.py.
+FLAGS = (
+    "-std=c++20 -O2 -g1 -fPIC -ffp-contract=off -fno-strict-aliasing -Wall -Wextra -Werror "
+    "-Wno-unknown-pragmas"
+)
+DEFINES = [
+    "-DMIUE_CHUNK=128",
+    "-DMIUE_SPANS=6",
+    "-DMIUE_MEMBERS=2",
+    "-DMIUE_BLOCKS=3",
+    "-DMIUE_MULTIPROCESSORS=4",
+]
 
 
 def missing():
@@ -36,13 +48,31 @@ def load(folder, sources=ROOT / "csrc"):
     jobs = {}
     for source in [*sorted((sources / "cuda").glob("*.cu")), sources / "bindings_cuda.cpp"]:
         output = Path(folder, source.stem + ".o")
-        special = [*python, '-DMIUE_BUILD_FLAGS="host shim"', "-O0"] if source.suffix == ".cpp" else [*DEFINES, "-include", "shim.h"]
+        special = (
+            [*python, '-DMIUE_BUILD_FLAGS="host shim"', "-O0"]
+            if source.suffix == ".cpp"
+            else [*DEFINES, "-include", "shim.h"]
+        )
         jobs[output] = subprocess.Popen(
-            [compiler(), *FLAGS.split(), f"-I{ROOT / 'tests/shim'}", f"-I{sources}", *special, "-x", "c++", "-c", source, "-o", output]
+            [
+                compiler(),
+                *FLAGS.split(),
+                f"-I{ROOT / 'tests/shim'}",
+                f"-I{sources}",
+                *special,
+                "-x",
+                "c++",
+                "-c",
+                source,
+                "-o",
+                output,
+            ]
         )
     failed = [output.name for output, job in jobs.items() if job.wait()]
     if failed:
-        raise RuntimeError(f"the host build of {', '.join(failed)} failed; the compiler's message is above")
+        raise RuntimeError(
+            f"the host build of {', '.join(failed)} failed; the compiler's message is above"
+        )
     module = Path(folder, "_cuda.so")
     subprocess.run([compiler(), "-shared", "-pthread", *jobs, "-o", module], check=True)
     spec = importlib.util.spec_from_file_location("_cuda", module)

@@ -1,0 +1,1 @@
+"""How things are measured: workloads, clocks, records."""

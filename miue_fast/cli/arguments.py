@@ -1,0 +1,476 @@
+"""The arguments of `miue-fast`: commands, options, types and help texts. What the commands do with
+them is in `cli.py`.
+"""
+
+import argparse
+import typing
+from dataclasses import fields
+from pathlib import Path
+
+from ..data.export import FORMATS
+from ..evaluation import NOISES
+from ..evaluation.defences import NAMES as DEFENCES
+from ..evaluation.victims import RECIPES
+from ..generation import PRESETS, Options
+from ..models import NAMES
+from ..support.messages import short
+from ..support.version import __version__
+
+HELP = {
+    "objective": (
+        "what the perturbation lowers: mi-ue, em (error-minimising), tap (targeted adversarial) "
+        "or random (no training)"
+    ),
+    "classwise": "one perturbation per class",
+    "target_shift": "of tap: images of class y are pushed towards class y + N",
+    "zeta": "weight of the within-class distance term",
+    "denominator": "pairs in the denominator of nt_xent: all, or negatives (other classes only)",
+    "normalize_dim": "divide the distance term by the feature width",
+    "temperature": "of nt_xent",
+    "eps": "L-inf budget on the [0, 1] scale",
+    "alpha_0": "step size of the first epoch",
+    "alpha_K": "step size it anneals to; default 4 / (255 * steps)",
+    "steps": "sign steps per poison batch and epoch",
+    "epochs": "rounds of model step and poison step",
+    "batch": "images per contrastive batch",
+    "train_batch": "images per batch of the model step",
+    "lr": "learning rate of the source model, cosine over the epochs",
+    "momentum": "of the source model's SGD",
+    "weight_decay": "of the source model's SGD",
+    "seed": "of everything random",
+    "flip": "probability of a horizontal flip",
+    "random_start": "start from uniform noise in +-eps",
+    "width": "filters of the built-in model's first stage",
+    "network_chunk": "images per network launch; bounds memory, does not change the objective",
+    "device": "cpu, cuda or cuda:N; default: cuda if there is one",
+    "dtype": "compute type of the network: float32, bfloat16 or float16",
+    "delta_dtype": "poison store: float32, float16 or int8",
+    "channels_last": "memory format of the network while it trains",
+    "fused": "run the frozen network as fused layers, else in PyTorch's autograd",
+    "fp8": "let the fused layers multiply e4m3 values (with --dtype bfloat16); on a CPU emulated",
+    "backend": "of the ops: auto, triton, cuda, cpu or reference",
+}
+
+
+def _number(text):
+    """A number, or a fraction such as 8/255."""
+    above, _, below = text.partition("/")
+    try:
+        return float(above) / float(below or 1)
+    except (ValueError, ZeroDivisionError):
+        raise argparse.ArgumentTypeError(
+            f"expected a number or a fraction such as 8/255, got {short(text)}"
+        ) from None
+
+
+def _whole(text):
+    try:
+        return int(text)
+    except ValueError:  # also more digits than Python reads
+        raise argparse.ArgumentTypeError(f"expected a whole number, got {short(text)}") from None
+
+
+def _path(text):
+    """A path; an empty text, as of an unset variable of the shell, would be the current folder."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError(
+            "expected a path, got an empty text; the current folder is ."
+        )
+    return Path(text)
+
+
+KINDS = {
+    bool: {"action": argparse.BooleanOptionalAction},
+    int: {"type": _whole, "metavar": "N"},
+    float: {"type": _number, "metavar": "X"},
+    str: {"type": str, "metavar": "NAME"},
+}
+
+
+# Options that Python, or another part of the package, calls something else; a configuration has its
+# own data and test.
+WRITTEN = {
+    "generate": {"folder": "--out", "image_format": "--export"},
+    "export": {"folder": "--to", "out": "--to", "export.path": "--to", "image_format": "--format"},
+    "evaluate": {"clean": "--data", "folder": "--json or --figure", "figure.path": "--figure"},
+    "report": {"folder": "--out", "report.data": "data", "report.test": "test"},
+    "demo": {"folder": "--out"},
+}
+
+
+class _Parser(argparse.ArgumentParser):
+    """A wrong command line is a bad input like any other: a ValueError of one line, no usage text
+    above it.
+    """
+
+    def __init__(self, **options):
+        super().__init__(allow_abbrev=False, **options)
+
+    def error(self, message):
+        command = self.prog.removeprefix("miue-fast").lstrip()
+        raise ValueError(f"{command and f'{command}: '}{message} (see {self.prog} --help)")
+
+
+def parse(argv=None):
+    """What was on the command line (None: the process's own); `command` is the name of the command.
+    A wrong one is a ValueError.
+    """
+    return _parser().parse_args(argv)
+
+
+def _parser():
+    codes = (
+        "Exit codes: 0 done, 1 verify or demo failed, 2 bad input, "
+        "3 done but some images were unreadable, 130 interrupted."
+    )
+    about = (
+        "Unlearnable examples by MI-UE: poison a folder of images, export it, prove it, test it."
+    )
+    parser = _Parser(prog="miue-fast", description=about, epilog=codes)
+    parser.add_argument("--version", action="version", version=f"miue-fast {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name, text):
+        return commands.add_parser(
+            name,
+            help=text,
+            description=f"{text[0].upper()}{text[1:]}.",
+            argument_default=argparse.SUPPRESS,
+        )
+
+    _generate_options(
+        command(
+            "generate", "compute one small perturbation per image, and export the poisoned copy"
+        )
+    )
+
+    sub = command("export", "write the poisoned images of a poison")
+    sub.add_argument(
+        "poison",
+        type=_path,
+        metavar="POISON",
+        help="folder of generate, or a .safetensors, .pt, .npz or .pkl file",
+    )
+    sub.add_argument(
+        "--to",
+        type=_path,
+        required=True,
+        metavar="OUT",
+        help="new folder, or file ending in .pt, .npz or .pkl",
+    )
+    _data_options(sub)
+    _export_options(sub, "--format", default="png")
+    sub.add_argument(
+        "--eps",
+        type=_number,
+        help="clamp the perturbation to this budget; default: its own, a bare one as it is",
+    )
+    sub.add_argument(
+        "--rounding",
+        default="nearest",
+        choices=["nearest", "truncate"],
+        help="of images and .npz to 8 bits; nearest keeps the budget",
+    )
+    sub.add_argument(
+        "--overwrite", action="store_true", default=False, help="replace files of the same names"
+    )
+
+    sub = command(
+        "verify",
+        "re-read a poisoned copy and prove count, names, sizes and budget; exit code 1 if it fails",
+    )
+    sub.add_argument("data", type=_path, metavar="CLEAN", help="the clean images")
+    sub.add_argument("out", type=_path, metavar="OUT", help="exported folder or .npz, or a poison")
+    sub.add_argument(
+        "--eps", type=_number, default=8 / 255, help="budget on the [0, 1] scale; default 8/255"
+    )
+    _selection_options(sub)
+
+    sub = command(
+        "evaluate",
+        "train a victim on clean, poisoned and random-noise images and compare clean-test accuracy",
+    )
+    _data_options(sub)
+    sub.add_argument(
+        "--poisoned",
+        type=_path,
+        required=True,
+        metavar="OUT",
+        help="exported folder or .npz, or a poison",
+    )
+    sub.add_argument(
+        "--test",
+        type=_path,
+        required=True,
+        metavar="DIR",
+        help="clean test images of the same classes",
+    )
+    sub.add_argument(
+        "--test-split", default=None, choices=["train", "test"], help="of the --test folder"
+    )
+    sub.add_argument(
+        "--victim",
+        default="small_resnet",
+        choices=list(RECIPES),
+        metavar="NAME",
+        help=f"{', '.join(RECIPES)}; default: small_resnet",
+    )
+    sub.add_argument(
+        "--seeds", type=_whole, default=1, metavar="N", help="victims per training set; default 1"
+    )
+    sub.add_argument("--epochs", type=_whole, default=None, help="default: the victim's own")
+    sub.add_argument("--lr", type=_number, default=None, help="default: the victim's own")
+    sub.add_argument("--batch", type=_whole, default=None, help="default: the victim's own")
+    sub.add_argument(
+        "--crop",
+        type=_whole,
+        default=None,
+        help="padding of the random crop; default: an eighth of the width; 0: flips only",
+    )
+    sub.add_argument(
+        "--eps",
+        type=_number,
+        default=None,
+        help="budget of the random noise; default: the one found in the poisoned images",
+    )
+    sub.add_argument(
+        "--noise",
+        default="sign",
+        choices=NOISES,
+        help="random noise: sign (+-eps, default) or uniform",
+    )
+    text = (
+        f"what the victim's owner does: {', '.join(DEFENCES)}; options behind colons: "
+        "jpeg:10, adversarial:4:steps=3; default: none"
+    )
+    sub.add_argument("--defence", default="none", metavar="SPEC", help=text)
+    sub.add_argument(
+        "--poison-ratio",
+        type=_number,
+        default=1.0,
+        metavar="R",
+        help="share of each class that is poisoned; default 1",
+    )
+    sub.add_argument(
+        "--unseen",
+        nargs="+",
+        default=None,
+        metavar="CLASS",
+        help="classes that stay clean; test accuracy is given apart",
+    )
+    sub.add_argument(
+        "--init",
+        type=_path,
+        default=None,
+        metavar="FILE",
+        help="pretrained weights (.safetensors or .pt) to start from",
+    )
+    sub.add_argument("--device", default=None, help=HELP["device"])
+    sub.add_argument(
+        "--json",
+        type=_path,
+        default=None,
+        metavar="FILE",
+        help="write the table with all seeds, options and versions",
+    )
+    sub.add_argument(
+        "--figure",
+        type=_path,
+        default=None,
+        metavar="FILE",
+        help="draw images, perturbations and curves (needs matplotlib)",
+    )
+    sub.add_argument("--quiet", action="store_true", default=False, help="no progress bar")
+
+    sub = command(
+        "report",
+        (
+            "run what a configuration misses (poisons, victims, defences, analysis) "
+            "and write one report"
+        ),
+    )
+    sub.add_argument(
+        "config",
+        type=_path,
+        metavar="CONFIG",
+        help="JSON, see docs/report.md; or a report.json, which is only written anew",
+    )
+    sub.add_argument(
+        "--out",
+        type=_path,
+        required=True,
+        metavar="OUT",
+        help="folder for cells, poisons, report.json, report.md, report.html",
+    )
+    sub.add_argument(
+        "--data",
+        type=_path,
+        default=None,
+        metavar="DIR",
+        help="clean images, instead of the configuration's",
+    )
+    sub.add_argument(
+        "--test",
+        type=_path,
+        default=None,
+        metavar="DIR",
+        help="clean test images, instead of the configuration's",
+    )
+    sub.add_argument(
+        "--jobs",
+        type=_whole,
+        default=1,
+        metavar="N",
+        help="processes at once, each with its share of the threads; default 1",
+    )
+    sub.add_argument(
+        "--no-run",
+        action="store_true",
+        default=False,
+        help="train nothing: the report of what is finished",
+    )
+    sub.add_argument("--quiet", action="store_true", default=False, help="no progress bar")
+
+    sub = command(
+        "demo", "the whole story on drawn shapes, in a few minutes on a CPU, without a download"
+    )
+    sub.add_argument(
+        "--out",
+        type=_path,
+        default=Path("demo-output"),
+        metavar="DIR",
+        help="default: demo-output; an interrupted demo there goes on, a finished one starts again",
+    )
+    sub.add_argument("--seed", type=_whole, default=0, help="default 0")
+
+    command("info", "ops and backends of this machine, versions, build")
+    for name, sub in commands.choices.items():
+        flags = {
+            action.dest: f"--{action.dest.replace('_', '-')}"
+            for action in sub._actions
+            if action.option_strings
+        }
+        sub.set_defaults(written=flags | WRITTEN.get(name, {}))
+    return parser
+
+
+def _selection_options(sub):
+    sub.add_argument(
+        "--size",
+        type=_whole,
+        default=None,
+        metavar="N",
+        help="resize to N x N for the network; default: images as they are",
+    )
+    sub.add_argument(
+        "--per-class",
+        type=_whole,
+        default=None,
+        metavar="N",
+        help="only the first N images of each class",
+    )
+    sub.add_argument(
+        "--split", default=None, choices=["train", "test"], help="read this part of the data"
+    )
+
+
+def _data_options(sub):
+    sub.add_argument(
+        "--data",
+        type=_path,
+        required=True,
+        metavar="DIR",
+        help="clean images: DIR/CLASS/*, CIFAR python files, or .npz",
+    )
+    _selection_options(sub)
+
+
+def _export_options(sub, flag, default):
+    sub.add_argument(
+        flag,
+        default=default,
+        choices=[*FORMATS, "pt", "npz", "pickle"],
+        help="jpeg needs --allow-lossy; pickle: int8 levels",
+    )
+    sub.add_argument(
+        "--allow-lossy",
+        action="store_true",
+        default=False,
+        help="export JPEG although it breaks the budget",
+    )
+
+
+def _generate_options(sub):
+    _data_options(sub)
+    sub.add_argument(
+        "--out",
+        type=_path,
+        required=True,
+        metavar="OUT",
+        help="folder for the poison, its log and checkpoint, and the export",
+    )
+    sub.add_argument("--preset", default="paper", choices=list(PRESETS), help="default: paper")
+    sub.add_argument(
+        "--model", default="resnet18", choices=list(NAMES), help="source model; default: resnet18"
+    )
+    sub.add_argument(
+        "--feature",
+        default=None,
+        metavar="LAYER",
+        help="its feature layer; default: the one its classifier reads",
+    )
+    _export_options(sub, "--export", default=None)
+    sub.add_argument(
+        "--overwrite",
+        action="store_true",
+        default=False,
+        help="start again, replacing what is in OUT",
+    )
+    sub.add_argument(
+        "--no-resume",
+        dest="resume",
+        action="store_false",
+        default=True,
+        help="refuse OUT if it has a checkpoint",
+    )
+    sub.add_argument(
+        "--tensorboard", action="store_true", default=False, help="also write OUT/tensorboard"
+    )
+    sub.add_argument("--quiet", action="store_true", default=False, help="no progress bar")
+    group = sub.add_argument_group(
+        "options of the algorithm",
+        "The default is the preset's; the value shown is that of 'paper'.",
+    )
+    kinds = typing.get_type_hints(Options)
+    for option in fields(Options):
+        kind = next(
+            k
+            for k in (typing.get_args(kinds[option.name]) or (kinds[option.name],))
+            if k is not type(None)
+        )
+        how = KINDS[kind]
+        text = HELP.get(option.name, "") + (
+            "" if option.default is None else f" ({_shown(option.default)})"
+        )
+        group.add_argument("--" + option.name.replace("_", "-"), help=text, **how)
+
+
+def _shown(value):
+    """Image-scale values as people write them: 8/255."""
+    levels = 255 * value if isinstance(value, float) else 0.0
+    return (
+        f"{levels:.1f}/255".replace(".0/", "/")
+        if 0.05 < levels < 20 and abs(levels - round(levels, 1)) < 1e-9
+        else str(value)
+    )
+
+
+def given(args):
+    """The options of the algorithm that were on the command line, by name; the others are the
+    preset's.
+    """
+    return {
+        field.name: getattr(args, field.name)
+        for field in fields(Options)
+        if hasattr(args, field.name)
+    }

@@ -1,0 +1,425 @@
+"""The only importer of `_cpu` and `_cuda`: gives each op of the native modules the signature of its
+reference.
+
+Both modules take raw pointers and the same arguments; only the last one differs (threads or the
+current stream)."""
+
+import importlib
+import importlib.util
+
+import torch
+
+from ..reference.conv_epilogue import mask_bytes
+from ..reference.convolution import convolve, convolve_back
+from ..reference.projected_step import check_index
+from .registry import BackendError
+
+_CODES = {
+    torch.float32: 0,
+    torch.float16: 1,
+    torch.bfloat16: 2,
+    torch.float64: 3,
+    torch.uint8: 4,
+    torch.int8: 5,
+    None: -1,
+}
+
+
+def _load(name):
+    """(module, None), or (None, reason) where it was not built. A module that exists and does not
+    load is an exception.
+    """
+    if importlib.util.find_spec(f"miue_fast.{name}") is None:
+        return (
+            None,
+            f"miue_fast.{name} was not built on this machine (no compiler, no nvcc, or MIUE_BUILD)",
+        )
+    return importlib.import_module(f"miue_fast.{name}"), None
+
+
+_cpu, _cpu_reason = _load("_cpu")
+_cuda, _cuda_reason = _load("_cuda")
+
+
+def cpu_missing():
+    return _cpu_reason
+
+
+def cuda_missing():
+    return _cuda_reason or (None if torch.cuda.is_available() else "no CUDA device")
+
+
+def wgmma_missing():
+    """Why `conv64`, which is for Hopper, does not run here, or None."""
+    if reason := cuda_missing():
+        return reason
+    capability = torch.cuda.get_device_capability()
+    return (
+        None
+        if capability == (9, 0)
+        else "needs compute capability 9.0, this GPU has {}.{}".format(*capability)
+    )
+
+
+def build_flags():
+    return {"cpu": _cpu.build if _cpu else None, "cuda": _cuda.build if _cuda else None}
+
+
+def cpu_level():
+    """The instruction set in use, or None without `_cpu`."""
+    return _cpu.level() if _cpu else None
+
+
+def set_cpu_level(name):
+    """Forces 'generic', 'avx2' or 'avx512' for tests; ValueError where the processor lacks it."""
+    _cpu.set_level(name)
+
+
+def _call(device, op, *args):
+    if device.type == "cpu":
+        return getattr(_cpu, op)(*args, torch.get_num_threads())
+    if _cuda is None:
+        raise BackendError(f"{op}: {_cuda_reason}")
+    try:
+        if device.type != "cuda":
+            return getattr(_cuda, op)(*args, 0)
+        with torch.cuda.device(device):
+            return getattr(_cuda, op)(*args, torch.cuda.current_stream(device).cuda_stream)
+    except _cuda.BackendFailure as error:
+        raise BackendError(f"{op}: {error}") from None
+
+
+def _ptr(tensor):
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _accumulated(dtype):
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _rows(features):
+    return features if features.stride(1) == 1 or features.shape[1] <= 1 else features.contiguous()
+
+
+def _workspace(op, features, option):
+    module = _cpu if features.device.type == "cpu" else _cuda
+    size = getattr(module, f"{op}_workspace")(*features.shape, _CODES[features.dtype], option)
+    return torch.empty(size, dtype=torch.uint8, device=features.device)
+
+
+def _outputs(features, want_grad):
+    options = {"dtype": _accumulated(features.dtype), "device": features.device}
+    return torch.empty((), **options), torch.empty(features.shape if want_grad else (0,), **options)
+
+
+def nt_xent(features, labels, temperature, denominator, want_grad, kernel="nt_xent"):
+    features = _rows(features)
+    loss, grad = _outputs(features, want_grad)
+    workspace = _workspace("nt_xent", features, want_grad)
+    _call(
+        features.device,
+        kernel,
+        features.data_ptr(),
+        _CODES[features.dtype],
+        features.stride(0),
+        labels.data_ptr(),
+        *features.shape,
+        temperature,
+        denominator == "negatives",
+        loss.data_ptr(),
+        grad.data_ptr() if want_grad else 0,
+        workspace.data_ptr(),
+    )
+    return loss, grad
+
+
+def nt_xent_large(*args):
+    """CUDA C++'s nt_xent of a small batch as of a large one."""
+    return nt_xent(*args, kernel="nt_xent_large")
+
+
+def nt_xent_several(*args):
+    """CUDA C++'s nt_xent as it is for every GPU, dtype and size."""
+    return nt_xent(*args, kernel="nt_xent_several")
+
+
+def _distance(features, labels, normalize_dim, want_grad, weight=1.0, addend=(None, None)):
+    """Adds to the addend in place, where there is one."""
+    features = _rows(features)
+    loss, grad = _outputs(features, want_grad) if addend[0] is None else addend
+    workspace = _workspace("intra_class_distance", features, want_grad)
+    _call(
+        features.device,
+        "intra_class_distance",
+        features.data_ptr(),
+        _CODES[features.dtype],
+        features.stride(0),
+        labels.data_ptr(),
+        *features.shape,
+        normalize_dim,
+        weight,
+        _ptr(addend[0]),
+        _ptr(addend[1]),
+        loss.data_ptr(),
+        grad.data_ptr() if want_grad else 0,
+        workspace.data_ptr(),
+    )
+    return loss, grad
+
+
+def intra_class_distance(features, labels, normalize_dim, want_grad):
+    return _distance(features, labels, normalize_dim, want_grad)
+
+
+def mi_ue_value_and_grad(features, labels, temperature, zeta, denominator, normalize_dim):
+    similarity = nt_xent(features, labels, temperature, denominator, True)
+    return (
+        similarity
+        if zeta == 0
+        else _distance(features, labels, normalize_dim, True, zeta, similarity)
+    )
+
+
+def class_covariance(features, labels, num_classes):
+    features = _rows(features)
+    width = features.shape[1]
+    counts = labels.new_empty(num_classes)
+    means = features.new_empty((num_classes, width), dtype=_accumulated(features.dtype))
+    covariances = means.new_empty((num_classes, width, width))
+    workspace = _workspace("class_covariance", features, num_classes)
+    _call(
+        features.device,
+        "class_covariance",
+        features.data_ptr(),
+        _CODES[features.dtype],
+        features.stride(0),
+        labels.data_ptr(),
+        *features.shape,
+        num_classes,
+        counts.data_ptr(),
+        means.data_ptr(),
+        covariances.data_ptr(),
+        workspace.data_ptr(),
+    )
+    return counts, means, covariances
+
+
+def projected_step(delta, grad, image, alpha, eps):
+    delta, grad, image = delta.contiguous(), grad.contiguous(), image.contiguous()
+    out = torch.empty_like(delta)
+    _call(
+        delta.device,
+        "projected_step",
+        out.data_ptr(),
+        delta.data_ptr(),
+        grad.data_ptr(),
+        image.data_ptr(),
+        _CODES[delta.dtype],
+        delta.numel(),
+        alpha,
+        eps,
+    )
+    return out
+
+
+def projected_step_(delta, index, grad, images, flip, alpha, eps, nonfinite):
+    _call(
+        delta.device,
+        "projected_step_inplace",
+        delta.data_ptr(),
+        _CODES[delta.dtype],
+        _ptr(index),
+        grad.data_ptr(),
+        _CODES[grad.dtype],
+        *grad.stride(),
+        images.data_ptr(),
+        _CODES[images.dtype],
+        _ptr(flip),
+        *grad.shape,
+        delta.shape[0],
+        alpha,
+        eps,
+        _ptr(nonfinite),
+    )
+
+
+def perturbed_input(images, delta, index, flip, mean, std, eps, dtype, channels_last):
+    n, c, h, w = images.shape
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    b = n if index is None else index.shape[0]
+    out = torch.empty((b, c, h, w), dtype=dtype, device=images.device, memory_format=layout)
+    _call(
+        images.device,
+        "perturbed_input",
+        out.data_ptr(),
+        _CODES[dtype],
+        channels_last,
+        images.data_ptr(),
+        _CODES[images.dtype],
+        _ptr(delta),
+        _CODES[delta.dtype if delta is not None else None],
+        eps,
+        _ptr(index),
+        _ptr(flip),
+        mean,
+        [1 / s for s in std],
+        b,
+        c,
+        h,
+        w,
+        n,
+    )
+    return out
+
+
+def conv_epilogue_(y, bias, residual, relu, mask):
+    _call(
+        y.device,
+        "conv_epilogue",
+        y.data_ptr(),
+        _CODES[y.dtype],
+        _ptr(bias),
+        _ptr(residual),
+        relu,
+        _ptr(mask),
+        y.shape[1],
+        y.numel(),
+    )
+
+
+def conv_grad_epilogue_(grad, addend, mask):
+    _call(
+        grad.device,
+        "conv_grad_epilogue",
+        grad.data_ptr(),
+        _CODES[grad.dtype],
+        _ptr(addend),
+        _ptr(mask),
+        grad.numel(),
+    )
+
+
+def conv_forward(
+    x, weight, bias, residual, stride, padding, dilation, groups, relu, want_mask, scale=None
+):  # no e4m3: scale is None
+    y = convolve(x, weight, stride, padding, dilation, groups)
+    mask = torch.empty(
+        mask_bytes(y.numel()) if want_mask else 0, dtype=torch.uint8, device=y.device
+    )
+    if relu or bias is not None or residual is not None:
+        conv_epilogue_(y, bias, residual, relu, mask if want_mask else None)
+    return y, mask
+
+
+def conv_input_grad(
+    grad, weight, addend, mask, size, stride, padding, dilation, groups, scale=None
+):
+    out = convolve_back(grad, weight, size, stride, padding, dilation, groups)
+    if addend is not None or mask is not None:
+        conv_grad_epilogue_(out, addend, mask)
+    return out
+
+
+def why_not_conv64(weight, size, stride, padding, dilation, groups):
+    """Why `conv64` does not take this layer, or None."""
+    if weight.dtype not in (torch.float16, torch.bfloat16):
+        return f"{str(weight.dtype)[6:]} (float16 or bfloat16)"
+    if list(weight.shape) != [64, 64, 3, 3] or groups != 1:
+        return f"a weight {list(weight.shape)}, groups {groups} ([64, 64, 3, 3], 1)"
+    if not list(stride) == list(padding) == list(dilation) == [1, 1]:
+        return f"stride {list(stride)}, padding {list(padding)}, dilation {list(dilation)} (1 each)"
+    if size[2] < 1 or not 4 <= size[3] <= 64 or size[0] * size[2] >= 1 << 31:
+        return f"images {list(size)} (4 to 64 columns, fewer than 2^31 rows in all)"
+    return None
+
+
+def _sixteen(tensor):
+    """The tensor, or a copy of it that starts at a multiple of 16 bytes."""
+    return (
+        tensor
+        if tensor is None or tensor.data_ptr() % 16 == 0
+        else tensor.clone(memory_format=torch.preserve_format)
+    )
+
+
+def _conv64(op, x, weight, bias, residual, relu, mask_out, mask_in, size, conv, back=False):
+    if reason := why_not_conv64(weight, size, *conv):
+        raise BackendError(f"{op}: wgmma does not take {reason}")
+    direct = (
+        back and weight.permute(1, 2, 3, 0).is_contiguous()
+    )  # the summed channels are innermost in memory
+    weight = weight if direct else weight.contiguous(memory_format=torch.channels_last)
+    y = torch.empty(size, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    x, weight, residual = _sixteen(x), _sixteen(weight), _sixteen(residual)
+    _call(
+        x.device,
+        "conv64",
+        y.data_ptr(),
+        _CODES[x.dtype],
+        x.data_ptr(),
+        weight.data_ptr(),
+        back and not direct,
+        back,
+        _ptr(bias),
+        _ptr(residual),
+        relu,
+        _ptr(mask_out),
+        _ptr(mask_in),
+        size[0],
+        size[2],
+        size[3],
+    )
+    return y
+
+
+def conv64_forward(
+    x, weight, bias, residual, stride, padding, dilation, groups, relu, want_mask, scale=None
+):
+    mask = torch.empty(
+        mask_bytes(x.numel()) if want_mask else 0, dtype=torch.uint8, device=x.device
+    )
+    conv = stride, padding, dilation, groups
+    y = _conv64(
+        "conv_forward",
+        x,
+        weight,
+        bias,
+        residual,
+        relu,
+        mask if want_mask else None,
+        None,
+        list(x.shape),
+        conv,
+    )
+    return y, mask
+
+
+def conv64_input_grad(
+    grad, weight, addend, mask, size, stride, padding, dilation, groups, scale=None
+):
+    conv = stride, padding, dilation, groups
+    return _conv64(
+        "conv_input_grad", grad, weight, None, addend, False, None, mask, size, conv, back=True
+    )
+
+
+def conv_input_grad_step_(
+    delta,
+    index,
+    grad,
+    weight,
+    images,
+    flip,
+    stride,
+    padding,
+    dilation,
+    groups,
+    alpha,
+    eps,
+    nonfinite,
+):
+    check_index("conv_input_grad_step_", index, len(delta))
+    slope = convolve_back(
+        grad, weight, [len(grad), *images.shape[1:]], stride, padding, dilation, groups
+    )
+    projected_step_(delta, index, slope, images, flip, alpha, eps, nonfinite)

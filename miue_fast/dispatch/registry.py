@@ -1,0 +1,181 @@
+"""Every op and who can serve it. Dispatch, parity tests, benchmarks, `info` and the README table
+all read OPS.
+"""
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch.autograd.graph import increment_version
+
+LIB = torch.library.Library("miue_fast", "DEF")
+OPS: dict[str, "Op"] = {}
+BACKENDS = ("auto", "triton", "cuda", "wgmma", "cpu", "reference")
+log = logging.getLogger("miue_fast")
+
+
+class BackendError(RuntimeError):
+    """This machine cannot do what was asked: a backend is missing, or its driver failed."""
+
+
+@dataclass(frozen=True)
+class Form:
+    """Other kernels of an implementation than those that a call of at most `rows` rows takes:
+    checked and measured beside them.
+
+    weights: relative rounding of the pairs' weights in a loss gradient, where the kernels store
+        them.
+    """
+
+    name: str
+    fn: Callable
+    rows: int
+    weights: float = 0.0
+
+
+@dataclass(frozen=True)
+class Impl:
+    """One implementation of an op. `fn` takes the schema's arguments without `backend`."""
+
+    backend: str
+    fn: Callable
+    devices: frozenset
+    dtypes: frozenset
+    missing: Callable[[], str | None]  # why it is not available here, or None
+    refuses: Callable = lambda *args: (
+        None
+    )  # the arguments of fn -> why it does not take them (then fn raises BackendError), or None
+    forms: tuple[Form, ...] = ()
+
+
+@dataclass(frozen=True)
+class Op:
+    name: str
+    schema: str
+    impls: tuple[Impl, ...]  # in order of preference; the last is the reference
+    samples: Callable  # (device, dtype) -> iterable of argument tuples without `backend`
+    truth: Callable  # float64 oracle, same arguments
+    dtype_of: Callable  # the dtype that dispatch looks at, from the arguments
+    exact: bool  # pointwise: bitwise equal to the reference
+    mutates: tuple[int, ...]  # positions of the arguments written in place
+    # the schema's arguments -> the backend that "auto" takes for them on a GPU; None: the first
+    # that can
+    route: Callable | None
+    _chosen: dict = field(default_factory=dict)
+
+    @property
+    def reference(self) -> Impl:
+        return self.impls[-1]
+
+    def samples_of(self, impl, device, dtype):
+        """The samples that an implementation takes."""
+        return (args for args in self.samples(device, dtype) if not impl.refuses(*args))
+
+    def choose(self, backend: str, device: str, dtype: torch.dtype) -> Impl:
+        """The implementation that serves (device, dtype); BackendError lists every backend with its
+        reason.
+        """
+        key = (backend, device, dtype)
+        if key not in self._chosen:
+            self._chosen[key] = self._choose(*key)
+        return self._chosen[key]
+
+    def why_not(self, impl: Impl, device: str, dtype: torch.dtype) -> str | None:
+        if device not in impl.devices:
+            return f"does not run on {device}"
+        if dtype not in impl.dtypes:
+            return f"does not take {dtype}"
+        return impl.missing()
+
+    def _choose(self, backend, device, dtype):
+        if backend not in BACKENDS:
+            raise ValueError(
+                f"{self.name}: backend: expected one of {', '.join(BACKENDS)}, got {backend!r}"
+            )
+        reasons = {impl.backend: self.why_not(impl, device, dtype) for impl in self.impls}
+        for impl in self.impls:
+            if backend in ("auto", impl.backend) and reasons[impl.backend] is None:
+                if backend == "auto" and impl is self.reference:
+                    log.warning(
+                        "%s on %s runs in plain PyTorch (%s)", self.name, device, _listed(reasons)
+                    )
+                return impl
+        raise BackendError(
+            f"{self.name}: backend {backend!r} cannot serve {dtype} on {device} "
+            f"({_listed(reasons)})"
+        )
+
+
+def _listed(reasons):
+    return "; ".join(f"{name}: {reason or 'available'}" for name, reason in reasons.items())
+
+
+def define(
+    schema,
+    *,
+    reference,
+    fake,
+    samples,
+    impls=(),
+    truth=None,
+    dtype_of=None,
+    dtypes=None,
+    exact=False,
+    mutates=(),
+    route=None,
+    check=None,
+):
+    """Registers `miue_fast::<op>`. Every schema ends in `str backend`; the reference serves every
+    device and `dtypes`.
+
+    check: the arguments without `backend` -> None or an exception: what only real tensors can tell
+        (values, addresses). It runs inside
+    the op, so torch.compile does not trace it.
+    """
+    name = schema.split("(")[0]
+    plain = Impl(
+        "reference", reference, frozenset({"cpu", "cuda", "meta"}), frozenset(dtypes), lambda: None
+    )
+    op = Op(
+        name,
+        schema,
+        (*impls, plain),
+        samples,
+        truth or reference,
+        dtype_of or (lambda *args: args[0].dtype),
+        exact,
+        tuple(mutates),
+        route,
+    )
+
+    def kernel(*args):
+        device = args[0].device.type
+        if torch.is_autocast_enabled(
+            device
+        ):  # what an implementation takes from PyTorch keeps the operands' own precision
+            with torch.autocast(device, enabled=False):
+                return kernel(*args)
+        *args, backend = args
+        if check:
+            check(*args)
+        if route and backend == "auto" and device == "cuda":
+            backend = route(*args)
+        result = op.choose(backend, device, op.dtype_of(*args)).fn(*args)
+        for position in (
+            op.mutates
+        ):  # else autograd would use what it has saved of them as if nothing had happened
+            if args[position] is not None and not args[position].is_inference():
+                increment_version(args[position])
+        return result
+
+    LIB.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    for key in ("CPU", "CUDA"):
+        LIB.impl(name, kernel, key)
+    torch.library.register_fake(f"miue_fast::{name}", fake, lib=LIB)
+    OPS[name] = op
+    return op
+
+
+FLOATS = frozenset({torch.float32, torch.float16, torch.bfloat16})
+DOUBLES = FLOATS | {torch.float64}

@@ -1,0 +1,191 @@
+"""The model step: epochs of cross-entropy training of the source network on augment(x) + delta."""
+
+import contextlib
+import logging
+
+import torch
+import torch.nn.functional as F
+
+from ..dispatch.registry import OPS, BackendError
+from ..support.calls import Turn, borrowed, ordinary
+from ..support.draws import backward_of
+from ..support.written import shown
+from . import batches
+from .graphs import Captured
+from .network import autocast
+from .step import network_input
+
+# keeps the gradients of a float16 network out of underflow; a power of two, taken out again before
+# the update
+_HALF_SCALE = 128.0
+log = logging.getLogger("miue_fast")
+
+
+class Trainer:
+    """Trains `model` on rows of `images` [N, C, H, W] uint8 plus `delta` (None: on the images
+    alone), with SGD.
+
+    On CUDA the training step of whole batches is captured in one CUDA graph and replayed; the
+    learning rate is then a number on the device. A network that cannot be captured (it waits for
+    the device) trains call by call, and one log line says so.
+
+    draws: `Draws` that a network with random operations takes its numbers from; None: it has none.
+        One thread at a time, and no other
+    thread with the same model: the second is refused (ValueError).
+    """
+
+    def __init__(self, model, images, labels, delta, options, draws=None):
+        self.turn, self.draws = Turn("Trainer"), draws
+        self.model, self.images, self.labels, self.delta, self.options = (
+            model,
+            images,
+            labels,
+            delta,
+            options,
+        )
+        device = images.device
+        self.captures = images.is_cuda and options.fused and self._has_kernel()
+        self.graph, self.ran = None, False
+        lr = torch.full((), options.lr, device=device) if self.captures else options.lr
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.SGD(
+            parameters,
+            lr,
+            options.momentum,
+            weight_decay=options.weight_decay,
+            fused=True if self.captures else None,
+        )
+
+    def _has_kernel(self):
+        """The reference of `perturbed_input` waits for the device, which a capture cannot."""
+        return (
+            OPS["perturbed_input"].choose(self.options.backend, "cuda", torch.float32).backend
+            != "reference"
+        )
+
+    def epoch(self, number, tick):
+        """One epoch. Returns (mean loss, accuracy in percent).
+
+        `tick(images done)` is called after each batch. Waits for the device once, at the end.
+        """
+        with self.turn, borrowed("generate", self.model), ordinary(), torch.enable_grad():
+            return self._epoch(number, tick)
+
+    def _epoch(self, number, tick):
+        o, device, count = self.options, self.images.device, len(self.images)
+        order, flips = (
+            t.to(device)
+            for t in batches.order_and_flips(count, o.flip, o.seed, number, "model step")
+        )
+        slices = batches.train_slices(count, o.train_batch)
+        losses, correct = [], torch.zeros((), dtype=torch.int64, device=device)
+        self._set_learning_rate(o.learning_rate(number))
+        self.model.train()
+        try:
+            for part in slices:
+                index = order[part]
+                loss, right = self._batch(index, flips[part])
+                losses.append(loss * len(index))
+                correct += right
+                tick(len(index))
+        except torch.OutOfMemoryError as error:
+            raise BackendError(
+                "generate: out of memory in the model step: "
+                f"lower {shown('generate', 'train_batch')} ({o.train_batch}) or the width"
+            ) from error
+        losses = torch.stack(losses)
+        bad = (~losses.isfinite()).nonzero()
+        if len(bad):
+            raise ValueError(
+                f"generate: epoch {number}, batch {int(bad[0]) + 1} of {len(slices)} "
+                "of the model step: loss: expected a finite number, got NaN or Inf; "
+                f"lower {shown('generate', 'lr')} ({o.lr})"
+            )
+        return float(losses.sum()) / count, 100 * float(correct) / count
+
+    def _set_learning_rate(self, value):
+        for group in self.optimizer.param_groups:
+            if isinstance(group["lr"], torch.Tensor):
+                group["lr"].fill_(value)
+            else:
+                group["lr"] = value
+
+    def _batch(self, index, flip):
+        """(loss, how many are right) of one batch, after which the weights are new."""
+        if not self.captures or len(index) != self.options.train_batch:
+            return self._step(index, flip)
+        if self.graph is None and not self.ran:
+            self.ran = True
+            return _apart(self._step, index, flip)
+        if self.graph is None:
+            self.optimizer.zero_grad(
+                set_to_none=True
+            )  # the captured backward makes gradients of its own
+            try:
+                self.graph = Captured(
+                    self._step, [index.clone(), flip.clone()], generators=self._generators()
+                )
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as error:
+                self.captures = False
+                log.warning(
+                    "the model step runs call by call: it cannot be captured in a CUDA graph (%s)",
+                    str(error).splitlines()[0],
+                )
+                self.optimizer.zero_grad(set_to_none=True)  # what the capture left has no values
+                return self._step(index, flip)
+        else:
+            self.graph.load((index, flip))
+        self.graph.replay()
+        return tuple(value.clone() for value in self.graph.result)
+
+    def _generators(self):
+        """Those whose numbers differ at every replay."""
+        return (
+            ()
+            if self.draws is None
+            else [g for g in self.draws.generators.values() if g.device.type == "cuda"]
+        )
+
+    def _step(self, index, flip):
+        o, device, labels = self.options, self.images.device, self.labels[index]
+        dtype = getattr(torch, o.dtype)
+        scale = _HALF_SCALE if dtype is torch.float16 else 1.0
+        x = network_input(
+            self.images,
+            self.delta,
+            labels,
+            index,
+            flip,
+            eps=o.eps,
+            channels_last=o.channels_last,
+            backend=o.backend,
+            classwise=o.classwise,
+        )
+        if self.draws is not None:
+            self.draws.drew = False
+        with self.draws or contextlib.nullcontext(), autocast(device, dtype):
+            logits = self.model(x)
+        loss = F.cross_entropy(logits.float(), labels)
+        self.optimizer.zero_grad(set_to_none=True)
+        with backward_of(self.draws):
+            (loss * scale).backward()
+        if scale != 1:
+            torch._foreach_div_(
+                [p.grad for p in self.model.parameters() if p.grad is not None], scale
+            )
+        self.optimizer.step()
+        return loss.detach(), (logits.detach().argmax(1) == labels).sum()
+
+
+def _apart(step, *args):
+    """step(*args) on a stream of its own, as autograd wants it before a capture: its nodes remember
+    the stream they were made on.
+    """
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        result = step(*args)
+    torch.cuda.current_stream().wait_stream(stream)
+    return result

@@ -1,0 +1,10 @@
+"""The version of what is installed: the metadata of the package."""
+
+from importlib.metadata import PackageNotFoundError, version
+
+try:
+    __version__ = version("miue_fast")
+except PackageNotFoundError:
+    raise ImportError(
+        "miue_fast is imported from a checkout that is not installed: run `pip install -e .` in it"
+    ) from None

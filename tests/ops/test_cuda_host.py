@@ -1,0 +1,431 @@
+"""The CUDA kernels, run on the host through tests/shim: parity with the reference, repeatability,
+hostile indices.
+"""
+
+import importlib.util
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from _support import (
+    CONVOLUTIONS,
+    LOSSES,
+    OPS,
+    STATISTICS,
+    assert_same_bits,
+    check_losses,
+    checker,
+    large_losses,
+)
+
+from miue_fast.dispatch import native
+from miue_fast.dispatch.registry import BackendError
+from miue_fast.ops.conv_epilogue import activations
+from miue_fast.reference.conv_epilogue import mask_bytes, unpack
+from tests.ops import test_ranges as ranges
+
+spec = importlib.util.spec_from_file_location(
+    "shim_build", Path(__file__).parents[1] / "shim/build.py"
+)
+build = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(build)
+
+
+@pytest.fixture(scope="module")
+def module(tmp_path_factory):
+    if reason := build.missing():
+        pytest.skip(reason)
+    return build.load(tmp_path_factory.mktemp("shim"))
+
+
+@pytest.fixture(autouse=True)
+def on_host(module, monkeypatch):
+    """CPU tensors go to the CUDA kernels; fresh memory is full of NaN."""
+    monkeypatch.setattr(native, "_cpu", module)
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def cuda_impl(op, backend="cuda"):
+    return next(impl for impl in op.impls if impl.backend == backend)
+
+
+def cases():
+    for op in OPS.values():
+        for impl in op.impls:
+            here = (
+                impl.backend in ("cuda", "wgmma") and op.name != "nt_xent"
+            )  # that is test_every_way_of_a_batch
+            for dtype in sorted(impl.dtypes, key=str) if here else ():
+                yield pytest.param(op, impl, dtype, id=f"{op.name}-{impl.backend}-{str(dtype)[6:]}")
+
+
+def samples(op, impl, dtype):
+    """(number, arguments), without what takes 128 OS threads seconds: half of the half-precision
+    losses, two thirds of mi_ue (the same kernels again), all but one wide batch of the distance."""
+    half = op.name in LOSSES and dtype != torch.float32
+    every = 3 if op.name == "mi_ue_value_and_grad" else 2 if half else 1
+    wide = 0
+    for k, args in enumerate(op.samples_of(impl, "cpu", dtype)):
+        if op.name in ("intra_class_distance", "mi_ue_value_and_grad") and len(args[1]) > 100:
+            wide += 1
+            if op.name != "intra_class_distance" or dtype != torch.float32 or wide > 1:
+                continue
+        if k % every == 0:
+            yield k, args
+
+
+def run(fn, op, args):
+    """Everything the call gives: its results, then what it wrote in place."""
+    args = [x.clone() if k in op.mutates and x is not None else x for k, x in enumerate(args)]
+    out = fn(*args)
+    out = [] if out is None else [out] if isinstance(out, torch.Tensor) else list(out)
+    return out + [args[k] for k in op.mutates if args[k] is not None]
+
+
+def same_bits(a, b):
+    return (
+        a.dtype == b.dtype
+        and a.shape == b.shape
+        and torch.equal(
+            a.contiguous().flatten().view(torch.uint8), b.contiguous().flatten().view(torch.uint8)
+        )
+    )
+
+
+def assert_near(op, args, got, plain, what):
+    truth = op.truth(
+        *[x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in args]
+    )
+    for a, b, t in zip(got, plain, truth, strict=True):
+        assert (a.dtype, a.shape) == (b.dtype, t.shape)
+        if a.numel():
+            allowed = (
+                2 * (b.double() - t).abs().max() + 4 * torch.finfo(a.dtype).eps * t.abs().max()
+            )
+            error = (a.double() - t).abs().max()
+            assert error <= allowed, (
+                f"{what}: error {error:.2e}, allowed {allowed:.2e}, of {t.abs().max():.2e}"
+            )
+
+
+@pytest.mark.parametrize("op, impl, dtype", list(cases()))
+def test_parity(op, impl, dtype):
+    fn = impl.fn
+    for k, args in samples(op, impl, dtype):
+        got, plain = run(fn, op, args), run(op.reference.fn, op, args)
+        if k % 8 == 2:
+            assert all(same_bits(a, b) for a, b in zip(got, run(fn, op, args), strict=True)), (
+                f"sample {k} does not repeat"
+            )
+        if op.name in (*CONVOLUTIONS, *STATISTICS):
+            checker(op)(op, args, [impl])
+            continue
+        if op.exact:
+            assert_same_bits(got, plain)
+            assert [a.stride() for a in got] == [b.stride() for b in plain]
+            continue
+        assert_near(op, args, got, plain, f"sample {k}")
+
+
+def loss_cases(dtype):
+    """What every way is tried on: the op's samples, and rows of several chunks and tiles of
+    features.
+    """
+    found = list(OPS["nt_xent"].samples("cpu", dtype))
+    gen = torch.Generator().manual_seed(3)
+    for batch, width in [(10, 300), (5, 500)] if dtype == torch.float32 else [(10, 300), (9, 1000)]:
+        features = torch.rand(batch, width, generator=gen).to(dtype)
+        found.append((features, torch.arange(batch) % 3, 0.1, "all", True))
+    return found if dtype == torch.float32 else found[1::2]
+
+
+WAYS = pytest.mark.parametrize(
+    "way",
+    [native.nt_xent, native.nt_xent_large, native.nt_xent_several],
+    ids=["one launch", "large", "several"],
+)
+
+
+@WAYS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_every_way_of_a_batch(way, dtype):
+    """One launch also against the blocks' order: the shim goes through them forwards and backwards
+    by turns.
+    """
+    op, large = OPS["nt_xent"], way is native.nt_xent_large
+    if large and dtype == torch.float32:
+        pytest.skip("as several launches")
+    for k, args in enumerate([*loss_cases(dtype), *(large_losses("cpu", dtype) if large else ())]):
+        if large:
+            check_losses(op, args, [replace(cuda_impl(op), fn=way)], 2**-11)
+        else:
+            assert_near(op, args, run(way, op, args), run(op.reference.fn, op, args), f"case {k}")
+        if k % 3 == 0:
+            assert all(
+                same_bits(a, b) for a, b in zip(run(way, op, args), run(way, op, args), strict=True)
+            ), f"case {k} does not repeat"
+
+
+def test_a_large_batch_takes_its_own_kernels():
+    """More than 512 rows of half precision, up to 512 features: not the bits of the several
+    launches; more features: theirs.
+    """
+    gen = torch.Generator().manual_seed(0)
+    for batch, width, own in [(513, 8, True), (3, 513, False), (3, 1025, False)]:
+        features, labels = torch.rand(batch, width, generator=gen).half(), torch.arange(batch) % 2
+        large, several = (
+            (way(features, labels, 0.1, "all", True))
+            for way in (native.nt_xent_large, native.nt_xent_several)
+        )
+        assert same_bits(large[1], several[1]) != own
+        if batch > 512 or width > 1024:
+            assert same_bits(large[1], native.nt_xent(features, labels, 0.1, "all", True)[1])
+
+
+def test_one_launch_is_for_small_batches():
+    """Too many rows or features for one launch go on in several, and the workspace serves both."""
+    for batch, width, dtype in [
+        (513, 3, torch.float32),
+        (3, 513, torch.float32),
+        (3, 1025, torch.float16),
+    ]:
+        features, labels = (
+            torch.rand(batch, width, generator=torch.Generator().manual_seed(0)).to(dtype),
+            torch.arange(batch) % 2,
+        )
+        assert same_bits(
+            *(
+                way(features, labels, 0.1, "all", False)[0]
+                for way in (native.nt_xent, native.nt_xent_several)
+            )
+        )
+
+
+@WAYS
+def test_float64_is_refused(way):
+    with pytest.raises(ValueError, match=r"^nt_xent: features: expected .*, got code 3$"):
+        way(torch.rand(4, 3, dtype=torch.float64), torch.arange(4) % 2, 0.1, "all", True)
+
+
+def test_unknown_rows_are_left_alone():
+    delta, images = torch.zeros(3, 2, 4, 8), torch.full((3, 2, 4, 8), 0.5)
+    grad, index = torch.ones(4, 2, 4, 8), torch.tensor([-1, 1, 3, 2**40])
+    native.projected_step_(delta, index, grad, images, None, 0.01, 0.1, None)
+    assert (delta[1] != 0).all() and (delta[::2] == 0).all()
+    out = native.perturbed_input(images, delta, index, None, [], [], 0.0, torch.float32, False)
+    assert out[1].isfinite().all() and out[[0, 2, 3]].isnan().all()
+
+
+def test_misaligned_and_offset_stores():
+    op = OPS["projected_step"]
+    whole = torch.rand(3, 101, generator=torch.Generator().manual_seed(0)).half()
+    delta, grad, image = (row[1:] for row in whole)
+    assert torch.equal(
+        cuda_impl(op).fn(delta, grad, image, 0.01, 0.03),
+        op.reference.fn(delta, grad, image, 0.01, 0.03),
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_epilogues_aligned_or_not(dtype):
+    """Past one round of the grid's stride, channels that eight divides and others, and memory that
+    16-byte accesses cannot take.
+    """
+    for rows, channels in [(80, 16), (300, 7), (100, 12), (41, 130)]:
+        whole, other = (
+            activations("cpu", dtype, rows * channels + 1, 1, seed=seed).view(-1) for seed in (1, 2)
+        )
+        bias = torch.linspace(-1, 1, channels + 1)
+        for start in (0, 1):
+            y, residual = (
+                x[start:][: rows * channels].view(rows, channels) for x in (whole, other)
+            )
+            mask = torch.full((mask_bytes(y.numel()),), 0xA5, dtype=torch.uint8)
+            for name, args in [
+                ("conv_epilogue_", (y, bias[start:][:channels], residual, True, mask)),
+                ("conv_epilogue_", (y, bias[start:][:channels], None, False, mask)),
+                ("conv_grad_epilogue_", (y, residual, mask)),
+            ]:
+                op = OPS[name]
+                assert_same_bits(run(cuda_impl(op).fn, op, args), run(op.reference.fn, op, args))
+
+
+WIDE = [1, 1], [1, 1], [1, 1], 1
+
+
+def wide(b, h, w, dtype=torch.bfloat16, seed=0):
+    """[b, 64, h, w] channels-last."""
+    gen = torch.Generator().manual_seed(seed)
+    return torch.randn(b, h, w, 64, generator=gen).to(dtype).permute(0, 3, 1, 2)
+
+
+def test_weights_of_the_gradient_in_both_orders_of_memory():
+    """As a checkpoint has them, and with the summed channels innermost, as a frozen network keeps
+    them: the same bits.
+    """
+    grad, weight = wide(1, 4, 6), wide(64, 3, 3, seed=1) / 24
+    inner = weight.permute(1, 2, 3, 0).contiguous().permute(3, 0, 1, 2)
+    op, impl = OPS["conv_input_grad"], cuda_impl(OPS["conv_input_grad"], "wgmma")
+    for fitting in (weight, inner, weight.contiguous()):
+        args = grad, fitting, None, None, list(grad.shape), *WIDE
+        checker(op)(op, args, [impl])
+        assert_same_bits(run(impl.fn, op, args), run(impl.fn, op, (grad, weight, *args[2:])))
+
+
+def test_one_pixel_reaches_its_neighbours_and_no_other():
+    """In the corners and next to the seams of a tile, of lines and of images, for each of the three
+    tile sizes.
+    """
+    impl, weight = (
+        cuda_impl(OPS["conv_forward"], "wgmma"),
+        torch.arange(1.0, 10).view(1, 1, 3, 3) * torch.eye(64)[:, :, None, None],
+    )
+    weight = weight.half().contiguous(memory_format=torch.channels_last)
+    for b, h, w in ((3, 2, 5), (1, 5, 64), (2, 13, 12)):
+        x = torch.zeros(b, 64, h, w).half().contiguous(memory_format=torch.channels_last)
+        for at, (image, row, column) in enumerate(
+            [(0, 0, 0), (b - 1, h - 1, w - 1), (0, h - 1, w - 1), (b - 1, 0, 0), (0, h // 2, w - 1)]
+        ):
+            x[image, 7 * at, row, column] = 1
+        got, _ = impl.fn(x, weight, None, None, *WIDE, False, False)
+        assert torch.equal(
+            got, torch.nn.functional.conv2d(x.float(), weight.float(), padding=1).half()
+        )
+
+
+def test_widths():
+    """The tile is chosen by the width, and must fit into the shared memory of a block (the shim
+    looks).
+    """
+    weight = wide(64, 3, 3, seed=1) / 24
+    op, impl = OPS["conv_forward"], cuda_impl(OPS["conv_forward"], "wgmma")
+    for width in range(4, 65, 6):
+        checker(op)(op, (wide(1, 2, width), weight, None, None, *WIDE, True, True), [impl])
+
+
+def test_memory_that_no_16_byte_access_takes():
+    op, impl = OPS["conv_forward"], cuda_impl(OPS["conv_forward"], "wgmma")
+    whole = [
+        torch.randn(2 * 15 * 64 + 1).bfloat16()[1:].view(2, 3, 5, 64).permute(0, 3, 1, 2)
+        for _ in range(2)
+    ]
+    odd = torch.randn(64 * 9 * 64 + 1).bfloat16()[1:].view(64, 3, 3, 64).permute(0, 3, 1, 2) / 24
+    args = whole[0], odd, None, whole[1], *WIDE, True, True
+    checker(op)(op, args, [impl])
+
+
+def test_what_is_not_finite_stays_with_its_neighbours():
+    x, weight = wide(1, 6, 7, torch.float16), wide(64, 3, 3, torch.float16, seed=1) / 24
+    x[0, 3, 2, 6], x[0, 5, 5, 0] = torch.nan, torch.inf
+    y, mask = cuda_impl(OPS["conv_forward"], "wgmma").fn(x, weight, None, None, *WIDE, True, True)
+    touched = torch.zeros(6, 7, dtype=torch.bool)
+    touched[1:4, 5:] = touched[4:, :2] = True
+    assert y.isfinite()[0, :, ~touched].all() and not y.isfinite()[0].all(0)[touched].any()
+    nan = y.isnan().permute(0, 2, 3, 1).flatten()
+    assert unpack(mask, y).permute(0, 2, 3, 1).flatten()[nan].all(), "NaN has its bit"
+
+
+def test_an_empty_batch_and_what_is_refused():
+    op, impl = OPS["conv_forward"], cuda_impl(OPS["conv_forward"], "wgmma")
+    weight = wide(64, 3, 3)
+    y, mask = impl.fn(wide(0, 4, 4), weight, None, None, *WIDE, True, True)
+    assert y.shape == (0, 64, 4, 4) and not mask.numel()
+    x = wide(1, 4, 4)
+    for args, part in [
+        ((x, weight[:32], None, None, *WIDE), r"a weight \[32, 64, 3, 3\], groups 1"),
+        ((x.float(), weight.float(), None, None, *WIDE), "float32"),
+        ((x, weight, None, None, [2, 2], *WIDE[1:]), r"stride \[2, 2\]"),
+        ((wide(1, 4, 65), weight, None, None, *WIDE), r"images \[1, 64, 4, 65\]"),
+        ((wide(1, 4, 3), weight, None, None, *WIDE), r".*4 to 64 columns"),
+    ]:
+        assert op.why_not(impl, "cuda", args[1].dtype) or impl.refuses(*args, False, False)
+        with pytest.raises(BackendError, match=f"^conv_forward: wgmma does not take {part}"):
+            impl.fn(*args, False, False)
+
+
+def dtype_of(way):
+    return torch.float16 if way is native.nt_xent_large else torch.float32
+
+
+@WAYS
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_nonfinite_features_are_not_hidden(value, way):
+    features = torch.rand(5, 4, generator=torch.Generator().manual_seed(0)).to(dtype_of(way))
+    features[2, 1] = value
+    distance = cuda_impl(OPS["intra_class_distance"]).fn
+    for fn, rest in (
+        (way, (0.1, "all", True)),
+        (way, (0.1, "negatives", True)),
+        (distance, (True, True)),
+    ):
+        loss, grad = fn(features, torch.tensor([0, 1, 0, 1, 1]), *rest)
+        assert loss.isnan() and grad[2].isnan().any()
+
+
+@WAYS
+def test_empty_batch_and_one_class(way):
+    for fn, rest in (
+        (way, (0.1, "all", True)),
+        (cuda_impl(OPS["intra_class_distance"]).fn, (True, True)),
+    ):
+        loss, grad = fn(
+            torch.empty(0, 4, dtype=dtype_of(way)), torch.empty(0, dtype=torch.int64), *rest
+        )
+        assert loss.isnan() and grad.shape == (0, 4)
+    features = torch.rand(5, 4, generator=torch.Generator().manual_seed(0)).to(dtype_of(way))
+    labels = torch.zeros(5, dtype=torch.int64)
+    assert way(features, labels, 0.1, "negatives", True)[0] == -torch.inf
+    loss, grad = way(features, labels, 0.1, "all", True)
+    assert loss == 0 and (grad == 0).all()
+
+
+def test_the_program_of_make_asan_compiles():
+    """It calls the kernels by their argument structs, and nothing else in CI does."""
+    flags = [
+        *build.FLAGS.split(),
+        f"-I{build.ROOT / 'tests/shim'}",
+        f"-I{build.ROOT / 'csrc'}",
+        "-include",
+        "shim.h",
+    ]
+    source = build.ROOT / "tests/shim/sanitize.cpp"
+    done = subprocess.run(
+        [build.compiler(), *flags, "-x", "c++", "-fsyntax-only", source],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_any_magnitude(dtype):
+    """The tests of test_ranges.py on these kernels: no square overflows or underflows, and no image
+    costs the budget.
+    """
+    distance, step, store = (
+        OPS[n] for n in ("intra_class_distance", "projected_step", "projected_step_")
+    )
+    for normalize_dim in (True, False):
+        ranges.test_distances_of_any_magnitude(
+            distance, cuda_impl(distance), "cpu", dtype, normalize_dim
+        )
+    ranges.test_large_and_small_pairs_in_one_batch(distance, cuda_impl(distance), "cpu", dtype)
+    ranges.test_the_budget_holds_for_any_image(step, cuda_impl(step), "cpu", dtype)
+    ranges.test_the_budget_holds_in_the_store(
+        store, cuda_impl(store), "cpu", torch.float32 if dtype == torch.float32 else torch.int8
+    )
+
+
+@WAYS
+def test_similarities_of_any_magnitude(way):
+    op, dtype = OPS["nt_xent"], torch.bfloat16 if way is native.nt_xent_large else torch.float32
+    ranges.test_similarities_do_not_depend_on_the_magnitude(
+        op, replace(cuda_impl(op), fn=way), "cpu", dtype
+    )
+    ranges.test_a_norm_beyond_float32_is_right_or_nan(
+        op, replace(cuda_impl(op), fn=way), "cpu", dtype
+    )
