@@ -16,10 +16,10 @@ import torch
 
 from benchmarks.harness import measure, roofline, workloads
 from miue_fast.dispatch import measured
+from miue_fast.dispatch.library import convolve, convolve_back
+from miue_fast.dispatch.masks import mask_bytes
 from miue_fast.dispatch.registry import OPS
 from miue_fast.ops.convolution import why_not_wgmma
-from miue_fast.reference.conv_epilogue import mask_bytes
-from miue_fast.reference.convolution import convolve, convolve_back
 
 BATCHES = (512, 2048)
 PASSES = {

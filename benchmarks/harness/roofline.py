@@ -14,7 +14,8 @@ import torch
 import miue_fast
 from benchmarks.harness import tables
 from miue_fast import models
-from miue_fast.frozen.layers import Conv, Tape
+from miue_fast.frozen.base import Tape
+from miue_fast.frozen.convolution import Conv
 
 PAGE = tables.ROOT / "docs" / "roofline.md"
 # H200: FLOP/s of a bf16 matrix product, bytes/s of a copy (kernels.md); to be measured again by

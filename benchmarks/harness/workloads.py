@@ -13,8 +13,8 @@ import miue_fast
 from benchmarks.baselines import other
 from miue_fast import ops
 from miue_fast.dispatch import measured
+from miue_fast.dispatch.masks import mask_bytes
 from miue_fast.dispatch.registry import OPS
-from miue_fast.reference.conv_epilogue import mask_bytes
 
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 EPS, ALPHA = 8 / 255, 0.3 / 255

@@ -1,6 +1,9 @@
 """What the arguments of an op have to be; the wording is in `support/messages.py`."""
 
+import functools
 import numbers
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch._C import _functorch
@@ -12,7 +15,7 @@ from .registry import DOUBLES, FLOATS
 INTEGERS = frozenset({torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64})
 
 
-def features_and_labels(op, features, labels):
+def features_and_labels(op: str, features: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Features [B, D] of a float type and integer labels [B] of the same device; the labels come
     back as contiguous int64.
     """
@@ -35,13 +38,13 @@ def features_and_labels(op, features, labels):
     return labels.to(torch.int64).contiguous()
 
 
-def seed(op, value, name="seed"):
+def seed(op: str, value: int, name: str = "seed") -> None:
     """PyTorch's generators take no more."""
     if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 2**63:
         fail(op, name, "a whole number from 0 to 2^63 - 1", short(value))
 
 
-def number(op, name, value, expected, low, high):
+def number(op: str, name: str, value: Any, expected: str, low: float, high: float) -> float:
     """A real number from low to high, as a float. Tensors are none: the op would not know of their
     derivatives.
     """
@@ -65,11 +68,11 @@ def number(op, name, value, expected, low, high):
     return float(value)
 
 
-def temperature(op, value):
+def temperature(op: str, value: Any) -> float:
     return number(op, "temperature", value, "a number from 1e-3 to 10", 1e-3, 10)
 
 
-def transformed():
+def transformed() -> bool:
     """Whether a transformation of torch.func other than functionalize, or a level of forward-mode
     derivatives, is active.
     """
@@ -82,10 +85,10 @@ def transformed():
 # torch.compile guards on both states, and cannot trace the second. This is
 # torch.compiler.assume_constant_result without its import of sympy, which changes the caller's
 # warnings.
-transformed._dynamo_marked_constant = True
+vars(transformed)["_dynamo_marked_constant"] = True
 
 
-def differentiated(tensor):
+def differentiated(tensor: torch.Tensor | None) -> str | None:
     """How somebody takes derivatives with respect to this tensor (or None), backward or in forward
     mode; None if nobody does.
     """
@@ -97,7 +100,7 @@ def differentiated(tensor):
     return "a tensor that carries a forward derivative" if dual else None
 
 
-def no_gradient(op, **tensors):
+def no_gradient(op: str, **tensors: torch.Tensor | None) -> None:
     """For ops without a derivative: nobody takes one with respect to these tensors (or None)."""
     forward = forward_ad._current_level >= 0
     for name, tensor in tensors.items():
@@ -109,18 +112,23 @@ def no_gradient(op, **tensors):
             fail(op, name, "no gradient required (detach them)", how)
 
 
-def denominator(op, value):
+def denominator(op: str, value: str) -> None:
     if value not in ("all", "negatives"):
         fail(op, "denominator", "'all' or 'negatives'", short(value))
 
 
-def step_sizes(op, alpha, eps):
+def step_sizes(op: str, alpha: Any, eps: Any) -> tuple[float, float]:
     """Both as floats."""
     scale = "a number from 0 to 1 ([0, 1] image scale)"
     return number(op, "alpha", alpha, scale, 0, 1), number(op, "eps", eps, scale, 0, 1)
 
 
-def images(op, tensor, name="images", dtypes=frozenset({torch.uint8, torch.float32})):
+def images(
+    op: str,
+    tensor: torch.Tensor,
+    name: str = "images",
+    dtypes: frozenset[torch.dtype] = frozenset({torch.uint8, torch.float32}),
+) -> None:
     """A contiguous image store [N, C, H, W]."""
     if not isinstance(tensor, torch.Tensor) or tensor.dim() != 4 or tensor.dtype not in dtypes:
         wanted = " or ".join(sorted(str(d)[6:] for d in dtypes))
@@ -134,7 +142,7 @@ def images(op, tensor, name="images", dtypes=frozenset({torch.uint8, torch.float
         )
 
 
-def same_store(op, delta, images):
+def same_store(op: str, delta: torch.Tensor, images: torch.Tensor) -> None:
     """The poison store that belongs to `images`: fp32, fp16 or int8 levels, same shape, contiguous,
     same device.
     """
@@ -150,7 +158,9 @@ def same_store(op, delta, images):
         fail(op, "delta", "a contiguous store", f"strides {tuple(delta.stride())}")
 
 
-def selection(op, index, flip, rows, device):
+def selection(
+    op: str, index: torch.Tensor | None, flip: torch.Tensor | None, rows: int, device: torch.device
+) -> torch.Tensor | None:
     """Optional int64 index [B] into `rows` rows and optional flip mask [B] (bool or uint8); the
     mask comes back contiguous.
     """
@@ -177,7 +187,30 @@ def selection(op, index, flip, rows, device):
     return flip.contiguous()
 
 
-def gradient(op, grad, shape, device):
+def row_numbers(op: str, index: torch.Tensor | None, count: int) -> None:
+    """ValueError if an int64 index [B] on the CPU names rows outside a store of `count` rows. On a
+    GPU the check would wait for the device: there the result of such an index is undefined.
+    """
+    if index is not None and index.device.type == "cpu":
+        bad = torch.nonzero((index < 0) | (index >= count))[:, 0].tolist()
+        if bad:
+            fail(op, "index", f"rows in [0, {count})", f"{index[bad[0]]} at position {bad[0]}")
+
+
+def with_row_numbers(op: str, fn: Callable, *, store: int, index: int) -> Callable:
+    """`fn`, the reference of an op, after `row_numbers`: PyTorch's indexing takes negative numbers,
+    which the kernels refuse. store, index: the positions of these two arguments.
+    """
+
+    @functools.wraps(fn)
+    def checked(*args):
+        row_numbers(op, args[index], len(args[store]))
+        return fn(*args)
+
+    return checked
+
+
+def gradient(op: str, grad: torch.Tensor, shape: torch.Size, device: torch.device) -> None:
     if (
         not isinstance(grad, torch.Tensor)
         or grad.shape != shape
@@ -193,7 +226,7 @@ def gradient(op, grad, shape, device):
     no_gradient(op, grad=grad)
 
 
-def device(op, value):
+def device(op: str, value: Any) -> str | None:
     """ "cpu", "cuda" or "cuda:N" of a device that is here, as text; None stays None."""
     if value is None:
         return None

@@ -9,9 +9,9 @@ import importlib.util
 
 import torch
 
-from ..reference.conv_epilogue import mask_bytes
-from ..reference.convolution import convolve, convolve_back
-from ..reference.projected_step import check_index
+from .checks import row_numbers
+from .library import convolve, convolve_back
+from .masks import mask_bytes
 from .registry import BackendError
 
 _CODES = {
@@ -278,10 +278,10 @@ def conv_epilogue_(y, bias, residual, relu, mask):
         "conv_epilogue",
         y.data_ptr(),
         _CODES[y.dtype],
-        _ptr(bias),
-        _ptr(residual),
+        0 if bias is None else bias.data_ptr(),
+        0 if residual is None else residual.data_ptr(),
         relu,
-        _ptr(mask),
+        0 if mask is None else mask.data_ptr(),
         y.shape[1],
         y.numel(),
     )
@@ -293,8 +293,8 @@ def conv_grad_epilogue_(grad, addend, mask):
         "conv_grad_epilogue",
         grad.data_ptr(),
         _CODES[grad.dtype],
-        _ptr(addend),
-        _ptr(mask),
+        0 if addend is None else addend.data_ptr(),
+        0 if mask is None else mask.data_ptr(),
         grad.numel(),
     )
 
@@ -418,7 +418,7 @@ def conv_input_grad_step_(
     eps,
     nonfinite,
 ):
-    check_index("conv_input_grad_step_", index, len(delta))
+    row_numbers("conv_input_grad_step_", index, len(delta))
     slope = convolve_back(
         grad, weight, [len(grad), *images.shape[1:]], stride, padding, dilation, groups
     )

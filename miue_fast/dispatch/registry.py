@@ -2,8 +2,9 @@
 all read OPS.
 """
 
+import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -68,7 +69,7 @@ class Op:
     def reference(self) -> Impl:
         return self.impls[-1]
 
-    def samples_of(self, impl, device, dtype):
+    def samples_of(self, impl: Impl, device: str, dtype: torch.dtype) -> Iterable[tuple]:
         """The samples that an implementation takes."""
         return (args for args in self.samples(device, dtype) if not impl.refuses(*args))
 
@@ -80,6 +81,18 @@ class Op:
         if key not in self._chosen:
             self._chosen[key] = self._choose(*key)
         return self._chosen[key]
+
+    def resolve(self, backend: str, device: str, dtype: torch.dtype) -> Callable:
+        """The function that a caller may keep and call in place of this op, with its arguments
+        without `backend`. BackendError as in `choose`.
+
+        Such a caller has done what the op does around an implementation: it has switched autocast
+        off, checked its arguments, asked `route` on a GPU, and lets nobody differentiate what is
+        written in place. On "meta" the function is the op itself, which gives shapes alone.
+        """
+        if device == "meta":
+            return functools.partial(getattr(torch.ops.miue_fast, self.name), backend=backend)
+        return self.choose(backend, device, dtype).fn
 
     def why_not(self, impl: Impl, device: str, dtype: torch.dtype) -> str | None:
         if device not in impl.devices:
@@ -112,26 +125,25 @@ def _listed(reasons):
 
 
 def define(
-    schema,
+    schema: str,
     *,
-    reference,
-    fake,
+    reference: Callable,
+    fake: Callable,
     samples,
-    impls=(),
-    truth=None,
-    dtype_of=None,
-    dtypes=None,
-    exact=False,
-    mutates=(),
-    route=None,
-    check=None,
-):
+    dtypes: Iterable[torch.dtype],
+    impls: Iterable[Impl] = (),
+    truth: Callable | None = None,
+    dtype_of: Callable | None = None,
+    exact: bool = False,
+    mutates: Iterable[int] = (),
+    route: Callable | None = None,
+    check: Callable | None = None,
+) -> Op:
     """Registers `miue_fast::<op>`. Every schema ends in `str backend`; the reference serves every
     device and `dtypes`.
 
-    check: the arguments without `backend` -> None or an exception: what only real tensors can tell
-        (values, addresses). It runs inside
-    the op, so torch.compile does not trace it.
+    check: takes the arguments without `backend` and raises what only real tensors can tell (values,
+        addresses). It runs inside the op, so that torch.compile does not trace it.
     """
     name = schema.split("(")[0]
     plain = Impl(
@@ -149,11 +161,12 @@ def define(
         route,
     )
 
+    dtype_of, chosen, written = op.dtype_of, op._chosen, op.mutates
+
     def kernel(*args):
         device = args[0].device.type
-        if torch.is_autocast_enabled(
-            device
-        ):  # what an implementation takes from PyTorch keeps the operands' own precision
+        if torch.is_autocast_enabled(device):
+            # What an implementation takes from PyTorch keeps the operands' own precision.
             with torch.autocast(device, enabled=False):
                 return kernel(*args)
         *args, backend = args
@@ -161,10 +174,11 @@ def define(
             check(*args)
         if route and backend == "auto" and device == "cuda":
             backend = route(*args)
-        result = op.choose(backend, device, op.dtype_of(*args)).fn(*args)
-        for position in (
-            op.mutates
-        ):  # else autograd would use what it has saved of them as if nothing had happened
+        dtype = dtype_of(*args)
+        impl = chosen.get((backend, device, dtype)) or op.choose(backend, device, dtype)
+        result = impl.fn(*args)
+        # Otherwise autograd would use what it has saved of them as if nothing had happened.
+        for position in written:
             if args[position] is not None and not args[position].is_inference():
                 increment_version(args[position])
         return result

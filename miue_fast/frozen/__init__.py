@@ -10,8 +10,10 @@ from torch import nn
 from ..support.calls import ordinary
 from ..support.messages import fail
 from .autograd import AutogradNet
-from .lower import NotLowered, lower
-from .net import CPU_CHUNK, FrozenNet
+from .chunks import CPU_CHUNK
+from .net import FrozenNet
+from .plan import plan
+from .trace import NotLowered
 
 __all__ = ["CPU_CHUNK", "AutogradNet", "FrozenNet", "find_layer", "freeze", "frozen_form"]
 log = logging.getLogger("miue_fast")
@@ -108,7 +110,7 @@ def frozen_form(model, feature, *, dtype, chunk, fused, fp8, channels_last, back
     if fused:
         try:
             net = FrozenNet(
-                model, lower(model, feature), dtype=dtype, chunk=chunk, backend=backend, fp8=fp8
+                model, plan(model, feature), dtype=dtype, chunk=chunk, backend=backend, fp8=fp8
             )
             if channels == 1 and net.mean and len(net.mean) > 1:
                 raise NotLowered(f"a normalisation that spreads one channel over {len(net.mean)}")

@@ -2,26 +2,38 @@
 
 import contextlib
 import threading
+from collections.abc import Callable, Generator
 
 import torch
+from torch import nn
 
 from ..support.calls import borrowed
 from ..support.messages import describe, fail
-from .layers import wide
-from .net import NHWC, Chunks, Frozen
+from .base import NHWC, wide
+from .chunks import Chunks
+from .form import Frozen
 
 
 class AutogradNet(Frozen):
-    """What `freeze` gives for a network that is not lowered: same calls, same results, PyTorch's
-    speed and memory.
+    """What `freeze` gives for a network that has no fused form: the same calls and results, with
+    PyTorch's speed and memory.
 
-    A batch of one launch keeps its graph; a larger one is computed twice, without a graph and then
-    launch by launch with one. A call runs the model itself, in eval mode and with frozen weights
-    meanwhile: two threads need a model each, and the second is refused."""
+    A batch of one launch keeps its graph. A larger one is computed twice: first without a graph,
+    then launch by launch with one. A call runs the model itself, meanwhile in eval mode and with
+    frozen weights: two threads need a model each, and the second is refused."""
 
     fused = False
 
-    def __init__(self, model, feature, reason, *, dtype, chunk, channels_last):
+    def __init__(
+        self,
+        model: nn.Module,
+        feature: str,
+        reason: str,
+        *,
+        dtype: torch.dtype,
+        chunk: int | None,
+        channels_last: bool,
+    ) -> None:
         super().__init__(model)
         self.feature, self.reason, self.dtype = feature, reason, dtype
         self.channels_last = channels_last
@@ -35,15 +47,16 @@ class AutogradNet(Frozen):
             )
 
     @property
-    def layout(self):
+    def layout(self) -> torch.memory_format:
+        """The memory format of the network's input."""
         return NHWC if self.channels_last else torch.contiguous_format
 
     @contextlib.contextmanager
-    def alone(self):
+    def alone(self) -> Generator[None, None, None]:
         with super().alone(), borrowed("FrozenNet", self.model):
             yield
 
-    def check(self):
+    def check(self) -> None:
         if self.feature not in dict(self.model.named_modules()):
             fail(
                 "FrozenNet",
@@ -52,10 +65,10 @@ class AutogradNet(Frozen):
                 "none; call freeze again",
             )
 
-    def refold(self):
-        """Nothing to do: the model itself is run."""
+    def refold(self) -> None:
+        """Does nothing: it is the model itself that runs."""
 
-    def run(self, count, load):
+    def run(self, count: int, load: Callable[[slice], torch.Tensor]) -> torch.Tensor:
         self.forget()
         features, graphs = [], []
         keep = self.chunk.size >= count
@@ -71,7 +84,13 @@ class AutogradNet(Frozen):
         self.load, self.graph, self.count = load, graphs[0], count
         return features[0] if len(features) == 1 else torch.cat(features)
 
-    def back(self, d_features, take, *, stem=False):
+    def back(
+        self,
+        d_features: torch.Tensor,
+        take: Callable[[slice, torch.Tensor], None],
+        *,
+        stem: bool = False,
+    ) -> None:
         rows, load, graph = slice(0, self.count), self.load, self.graph
         self.forget()
 
@@ -82,9 +101,9 @@ class AutogradNet(Frozen):
         def push(part, x, features):
             take(part, torch.autograd.grad(features, x, d_features[part].to(features.dtype))[0])
 
-        if graph and self.chunk.attempt(rows, lambda part: push(part, *graph)):
+        if graph and self.chunk.attempt(rows, lambda part, graph=graph: push(part, *graph)):
             return
-        graph = None  # its memory is needed: everything is computed anew, in smaller launches
+        graph = None  # Its memory is needed: everything is computed again, in smaller launches.
         self.chunk.each(rows, work)
 
     def _weights(self):
@@ -159,6 +178,6 @@ class AutogradNet(Frozen):
         with torch.set_grad_enabled(graph):  # the caller may have switched gradients off
             return output.flatten(1)
 
-    def features(self, images):
+    def features(self, images: torch.Tensor) -> torch.Tensor:
         images = images.to(wide(self.dtype))
         return self.run(len(images), lambda rows: images[rows].clone(memory_format=self.layout))

@@ -25,7 +25,7 @@ class NotLowered(Exception):
     """The message names the first operation that has no fused layer."""
 
 
-def changed_calls(module):
+def changed_calls(module: nn.Module) -> str | None:
     """What a call of this module does besides its class's forward, as text, or None."""
     if (
         module._forward_hooks
@@ -39,7 +39,7 @@ def changed_calls(module):
     )  # its class then says nothing
 
 
-def hooks_of_all_modules():
+def hooks_of_all_modules() -> bool:
     """Whether `register_module_forward_hook` and its like are in use in this process."""
     return any(getattr(nn.modules.module, name) for name in _EVERYBODYS)
 
@@ -47,18 +47,22 @@ def hooks_of_all_modules():
 class Tracer(fx.Tracer):
     """The graph of `model` in eval mode up to its end. The model is only read.
 
-    buffers: whether floating buffers are operands of the graph, as parameters are: then what is
-        computed from them is part of it, but a
-    forward that looks at their values cannot be traced. found: what the layer called `feature`
-    returned, once per run. ran: the modules that ran, until then. constants: tensors of the graph
-    that are no attribute of the model, by the name of their node."""
+    buffers: whether floating buffers are operands of the graph, as parameters are. Then what is
+        computed from them is part of it, but a forward that looks at their values cannot be traced.
+    found: what the layer called `feature` returned, one entry for each time that it ran.
+    ran: the modules that ran before that.
+    constants: tensors of the graph that are no attribute of the model, by the name of their node.
+    """
 
-    def __init__(self, model, feature, buffers):
+    def __init__(self, model: nn.Module, feature: str, buffers: bool) -> None:
         super().__init__()
         self.model, self.feature, self.buffers = model, feature, buffers
         self.found, self.ran, self.twins = [], [model], {}
 
-    def run(self):
+    def run(self) -> fx.Graph:
+        """Traces the forward. NotLowered where the model's modules are more than their classes say;
+        whatever else the user's forward raises comes through.
+        """
         if hooks_of_all_modules():
             raise NotLowered("hooks of all modules (torch.nn.modules.module)")
         self._plain(self.model, "the model")
@@ -107,13 +111,13 @@ class Tracer(fx.Tracer):
                         )
                     vars(self.twins[id(module)])[name] = read[id(tensor)]
 
-    def call_module(self, twin, forward, args, kwargs):
-        path = self.path_of_module(twin)
+    def call_module(self, m, forward, args, kwargs):
+        path = self.path_of_module(m)
         module = self.model.get_submodule(path)
         self._plain(module, path)
         if not self.found:
             self.ran.append(module)
-        out = super().call_module(twin, forward, args, kwargs)
+        out = super().call_module(m, forward, args, kwargs)
         if path == self.feature:
             self.found.append(out)
         return out

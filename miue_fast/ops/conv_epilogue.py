@@ -2,13 +2,15 @@
 ReLU leaves one bit per value.
 """
 
+from collections.abc import Callable, Collection
+
 import torch
 
 from ..dispatch import checks, native, triton
+from ..dispatch.masks import mask_bytes
 from ..dispatch.registry import DOUBLES, FLOATS, Impl, define
 from ..reference.conv_epilogue import conv_epilogue_ as reference
 from ..reference.conv_epilogue import conv_grad_epilogue_ as reference_grad
-from ..reference.conv_epilogue import mask_bytes
 from ..support import messages
 
 NHWC = torch.channels_last
@@ -83,8 +85,10 @@ def _impls(name):
     ]
 
 
-def aligned(op, position):
-    """A check for `define`: kernels read and write the mask in words of up to 8 bytes."""
+def aligned(op: str, position: int) -> Callable[..., None]:
+    """A check for `define` of the mask at this position of the arguments: kernels read and write it
+    in words of up to 8 bytes.
+    """
 
     def check(*args):
         mask = args[position]
@@ -127,19 +131,23 @@ define(
 )
 
 
-def dense(op, name, tensor, like=None, dtypes=DOUBLES):
-    """A channels-last [B, C, H, W] or contiguous [B, C] float tensor; `like`: another one of its
-    shape, dtype and device.
+def dense(
+    op: str,
+    name: str,
+    tensor: torch.Tensor,
+    like: torch.Tensor | None = None,
+    dtypes: Collection[torch.dtype] = DOUBLES,
+) -> None:
+    """ValueError unless this is a channels-last [B, C, H, W] or contiguous [B, C] tensor of one of
+    the dtypes; with `like`, of that tensor's shape, dtype and device.
     """
     if (
         not isinstance(tensor, torch.Tensor)
         or tensor.dtype not in dtypes
-        or tensor.dim() not in (2, 4)
+        or (rank := tensor.dim()) not in (2, 4)
     ):
         messages.fail(op, name, "a float tensor [B, C, H, W] or [B, C]", messages.describe(tensor))
-    if not tensor.is_contiguous(
-        memory_format=NHWC if tensor.dim() == 4 else torch.contiguous_format
-    ):
+    if not tensor.is_contiguous(memory_format=NHWC if rank == 4 else torch.contiguous_format):
         messages.fail(
             op,
             name,
@@ -152,7 +160,8 @@ def dense(op, name, tensor, like=None, dtypes=DOUBLES):
         messages.fail(op, name, messages.describe(like), messages.describe(tensor))
 
 
-def check_mask(op, mask, count, device):
+def check_mask(op: str, mask: torch.Tensor, count: int, device: torch.device) -> None:
+    """ValueError unless this is a contiguous uint8 tensor for the bits of `count` values."""
     expected = mask_bytes(count)
     if (
         mask.dtype != torch.uint8
@@ -168,7 +177,8 @@ def check_mask(op, mask, count, device):
         )
 
 
-def check_bias(op, bias, channels, like):
+def check_bias(op: str, bias: torch.Tensor, channels: int, like: torch.Tensor) -> None:
+    """ValueError unless this is a contiguous [channels] of the type that sums have for `like`."""
     wide = torch.float64 if like.dtype == torch.float64 else torch.float32
     if (
         bias.shape != (channels,)
@@ -184,17 +194,25 @@ def check_bias(op, bias, channels, like):
         )
 
 
-def conv_epilogue_(y, bias=None, residual=None, *, relu=True, mask=None, backend="auto"):
+def conv_epilogue_(
+    y: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+    *,
+    relu: bool = True,
+    mask: torch.Tensor | None = None,
+    backend: str = "auto",
+) -> None:
     """y = relu(y + bias + residual) in place, and the ReLU's bits.
 
     Args:
-        y: [B, C, H, W] channels-last or [B, C] contiguous; float32, float16, bfloat16 (float64 on
-            the CPU): a convolution's result.
+        y: the result of a convolution, [B, C, H, W] channels-last, or of a product, [B, C]
+            contiguous; float32, float16, bfloat16 (float64 on the CPU).
         bias: [C] float32 (float64 for float64) or None. residual: like y, or None.
         relu: False leaves the sum as it is.
-        mask: uint8 [mask_bytes(y.numel())] or None: bit k of byte b is 1 where value 8 b + k of y,
-            in memory order, is not <= 0 after rounding (NaN counts as 1, as in PyTorch's ReLU).
-            Bits past the end are 0.
+        mask: uint8 [mask_bytes(y.numel())] or None. Bit k of byte b is set to 1 where value 8 b + k
+            of y, in memory order, is not <= 0 after rounding (NaN counts as 1, as in PyTorch's
+            ReLU). Bits past the end are set to 0.
 
     Sums in float32 (float64), rounded once. Bitwise the same on every backend. Errors: ValueError,
     BackendError."""
@@ -207,15 +225,24 @@ def conv_epilogue_(y, bias=None, residual=None, *, relu=True, mask=None, backend
     checks.no_gradient(op, y=y, bias=bias, residual=residual)
     if mask is not None:
         check_mask(op, mask, y.numel(), y.device)
-    torch.ops.miue_fast.conv_epilogue_(y, bias, residual, relu, mask, backend)
+    torch.ops.miue_fast.conv_epilogue_.default(y, bias, residual, relu, mask, backend)
 
 
-def conv_grad_epilogue_(grad, addend=None, mask=None, *, backend="auto"):
+def conv_grad_epilogue_(
+    grad: torch.Tensor,
+    addend: torch.Tensor | None = None,
+    mask: torch.Tensor | None = None,
+    *,
+    backend: str = "auto",
+) -> None:
     """grad = (grad + addend) where the mask's bit is set, else 0; in place. The counterpart of
     `conv_epilogue_`.
 
-    Args: grad: [B, C, H, W] channels-last or [B, C] contiguous, floats as there. addend: like grad,
-        or None. mask: as there, or None.
+    Args:
+        grad: [B, C, H, W] channels-last or [B, C] contiguous, of the dtypes that `conv_epilogue_`
+            takes.
+        addend: like grad, or None. mask: what `conv_epilogue_` wrote, or None.
+
     Bitwise the same on every backend. Errors: ValueError, BackendError.
     """
     op = "conv_grad_epilogue_"
@@ -225,4 +252,4 @@ def conv_grad_epilogue_(grad, addend=None, mask=None, *, backend="auto"):
     checks.no_gradient(op, grad=grad, addend=addend)
     if mask is not None:
         check_mask(op, mask, grad.numel(), grad.device)
-    torch.ops.miue_fast.conv_grad_epilogue_(grad, addend, mask, backend)
+    torch.ops.miue_fast.conv_grad_epilogue_.default(grad, addend, mask, backend)

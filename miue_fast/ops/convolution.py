@@ -7,18 +7,30 @@ and the 3x3 layers of 64 channels in float16 and bfloat16 (csrc/cuda/conv64.cu).
 takes, per layer, what `measured.json` says is faster; unmeasured: cuDNN. Operands in e4m3
 (float8_e4m3fn) have `triton` and the reference, which widens them to float32."""
 
+from collections.abc import Callable, Sequence
+
 import torch
 
 from ..dispatch import checks, native, triton
+from ..dispatch.masks import mask_bytes
 from ..dispatch.measured import faster
-from ..dispatch.registry import DOUBLES, FLOATS, Impl, define, log
-from ..reference.conv_epilogue import conv_epilogue_, mask_bytes
-from ..reference.convolution import FP8, result_dtype
+from ..dispatch.registry import DOUBLES, FLOATS, OPS, Impl, define, log
+from ..reference.conv_epilogue import conv_epilogue_
 from ..reference.convolution import conv_forward as reference
 from ..reference.convolution import conv_input_grad as reference_grad
 from ..reference.convolution import conv_input_grad_step_ as reference_step
 from ..support import messages
 from .conv_epilogue import aligned, check_bias, check_mask, dense
+from .geometry import (
+    FP8,
+    OPERANDS,
+    check_like,
+    check_scale,
+    geometry,
+    out_size,
+    quantised,
+    result_dtype,
+)
 from .projected_step import check_step
 
 NHWC, HALVES = torch.channels_last, frozenset({torch.float16, torch.bfloat16})
@@ -46,7 +58,14 @@ ODD = [  # what the library takes and the Triton kernels refuse
 ]
 
 
-def why_not_triton(weight, size, stride, padding, dilation, groups):
+def why_not_triton(
+    weight: torch.Tensor,
+    size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> str | None:
     """Why the Triton convolutions do not take this layer, or None."""
     (k, c, r, s), (_, _, h, w) = weight.shape, size
     if not c:
@@ -65,18 +84,6 @@ def why_not_triton(weight, size, stride, padding, dilation, groups):
 
 
 why_not_wgmma = native.why_not_conv64  # why `wgmma` does not take a layer, or None
-
-
-def quantised(x):
-    """(x / scale in e4m3, scale): one float32 for the whole tensor, its largest magnitude becomes
-    e4m3's. NaN and Inf end as NaN.
-
-    Never waits for the device. A tensor of zeros has scale 1.
-    """
-    low, high = x.aminmax()
-    largest = torch.maximum(-low, high).float()
-    scale = torch.where(largest == 0, 1, largest / torch.finfo(FP8).max)
-    return (x.float() / scale).to(FP8), scale
 
 
 def _operands(device, dtype, shape):
@@ -187,17 +194,6 @@ def _impls(name, device_fn, on_cpu=DOUBLES, on_triton=FLOATS | {FP8}, wgmma=()):
     ]
 
 
-def out_size(size, weight, stride, padding, dilation, groups=1):
-    """[B, K, P, Q] of a convolution of [B, C, H, W]."""
-    (b, _, h, w), (k, _, r, s) = size, weight.shape
-    return [
-        b,
-        k,
-        (h + 2 * padding[0] - dilation[0] * (r - 1) - 1) // stride[0] + 1,
-        (w + 2 * padding[1] - dilation[1] * (s - 1) - 1) // stride[1] + 1,
-    ]
-
-
 def _fake(
     x, weight, bias, residual, stride, padding, dilation, groups, relu, want_mask, scale, backend
 ):
@@ -242,7 +238,7 @@ define(
     reference=reference,
     fake=_fake,
     samples=_samples,
-    dtypes=DOUBLES | {FP8},
+    dtypes=OPERANDS,
     impls=_impls(
         "conv_forward",
         native.conv_forward,
@@ -266,7 +262,7 @@ define(
     reference=reference_grad,
     fake=_fake_grad,
     samples=_grad_samples,
-    dtypes=DOUBLES | {FP8},
+    dtypes=OPERANDS,
     check=aligned("conv_input_grad", 3),
     impls=_impls(
         "conv_input_grad",
@@ -290,7 +286,7 @@ define(
         "Tensor images, Tensor? flip, int[] stride, int[] padding, int[] dilation, int groups, "
         "float alpha, float eps, Tensor(b!)? nonfinite, str backend) -> ()"
     ),
-    reference=reference_step,
+    reference=checks.with_row_numbers("conv_input_grad_step_", reference_step, store=0, index=1),
     fake=lambda *args: None,
     samples=_step_samples,
     dtypes=FLOATS,
@@ -303,94 +299,44 @@ define(
 )
 
 
-def _pair(op, name, value, least):
-    value = list(value) if isinstance(value, (list, tuple)) else [value, value]
-    if (
-        len(value) != 2
-        or type(value[0]) is not int
-        or type(value[1]) is not int
-        or min(value) < least
-    ):
-        messages.fail(op, name, f"a whole number >= {least}, or two", value)
-    return value
+def resolve(
+    name: str,
+    backend: str,
+    weight: torch.Tensor,
+    size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Callable:
+    """What the op `name` would call for this layer and images of `size` [B, C, H, W], to be kept
+    and called without asking again (`Op.resolve`). Errors: BackendError.
+    """
+    if backend == "auto" and weight.device.type == "cuda":
+        backend = _route(name, weight, size, stride, padding, dilation, groups)
+    return OPS[name].resolve(backend, weight.device.type, weight.dtype)
 
 
-def _conv(op, weight, size, stride, padding, dilation, groups):
-    """The checked geometry, and the size of the forward result."""
-    if not isinstance(weight, torch.Tensor) or weight.dim() != 4:
-        messages.fail(op, "weight", "a tensor [K, C / groups, R, S]", messages.describe(weight))
-    conv = (
-        _pair(op, "stride", stride, 1),
-        _pair(op, "padding", padding, 0),
-        _pair(op, "dilation", dilation, 1),
-    )
-    if (
-        not isinstance(groups, int)
-        or isinstance(groups, bool)
-        or groups < 1
-        or weight.shape[0] % groups
-        or weight.shape[1] * groups != size[1]
-    ):
-        messages.fail(
-            op,
-            "weight",
-            f"[K, {size[1]} / groups, R, S] with K a multiple of groups",
-            f"{list(weight.shape)}, groups {groups}",
-        )
-    out = out_size(size, weight, *conv)
-    if min(out[2:]) < 1:
-        messages.fail(
-            op,
-            "weight",
-            f"a kernel that fits into {list(size[2:])} with padding {conv[1]}",
-            list(weight.shape),
-        )
-    return (*conv, groups), out
-
-
-def _alike(op, name, tensor, like, dtype=None):
-    dtype = dtype or like.dtype
-    if tensor.dtype != dtype or tensor.device != like.device:
-        messages.fail(op, name, f"{str(dtype)[6:]} on {like.device}", messages.describe(tensor))
-
-
-def _check_scale(op, scale, like):
-    if like.dtype != FP8:
-        if scale is not None:
-            messages.fail(
-                op, "scale", f"None for {str(like.dtype)[6:]} operands", messages.describe(scale)
-            )
-    elif (
-        not isinstance(scale, torch.Tensor)
-        or scale.dtype != torch.float32
-        or scale.numel() != 1
-        or scale.device != like.device
-    ):
-        messages.fail(
-            op,
-            "scale",
-            f"one float32 on {like.device} for float8_e4m3fn operands",
-            messages.describe(scale),
-        )
+Pair = int | Sequence[int]
 
 
 def conv_forward(
-    x,
-    weight,
-    bias=None,
-    residual=None,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
     *,
-    stride=1,
-    padding=0,
-    dilation=1,
-    groups=1,
-    relu=True,
-    want_mask=True,
-    scale=None,
-    backend="auto",
-):
-    """relu(conv2d(x, weight) + bias + residual), and the ReLU's bits. Frozen weights: not
-    differentiable, see `conv_input_grad`.
+    stride: Pair = 1,
+    padding: Pair = 0,
+    dilation: Pair = 1,
+    groups: int = 1,
+    relu: bool = True,
+    want_mask: bool = True,
+    scale: torch.Tensor | None = None,
+    backend: str = "auto",
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """relu(conv2d(x, weight) + bias + residual), and the ReLU's bits. The weights are frozen: this
+    has no derivative, and `conv_input_grad` gives the gradient with respect to x.
 
     Args:
         x: [B, C, H, W] channels-last; float32, float16, bfloat16 (float64 on the CPU), or
@@ -404,111 +350,116 @@ def conv_forward(
         stride, padding, dilation: a number or two; groups: as in torch.nn.functional.conv2d.
         want_mask: with relu: also return the mask of `conv_epilogue_`; else it is empty.
 
-    Returns: (y [B, K, P, Q] channels-last in x's dtype, mask uint8). Sums in float32 at least (e4m3
-        on a GPU: in the tensor core's
-    accumulator, which is a little narrower). Deterministic on one machine, backend and
-    thread count. Triton takes 1x1 and 3x3, stride 1 and 2, padding R // 2, channels in multiples of
-    16 (a stem: at most 16); wgmma 3x3, stride and padding 1, 64 to 64 channels, 4 to 64 columns.
-    Errors: ValueError, BackendError.
+    Returns: y [B, K, P, Q] channels-last in the dtype of x, and the mask, uint8. Sums are taken in
+        float32 at least (for e4m3 on a GPU in the tensor core's accumulator, which is a little
+        narrower). The result is deterministic on one machine, backend and thread count.
+
+    Triton takes 1x1 and 3x3 kernels, stride 1 and 2, padding R // 2 and channels in multiples of 16
+    (a stem: at most 16); wgmma takes 3x3 kernels, stride and padding 1, 64 to 64 channels and 4 to
+    64 columns. Errors: ValueError, BackendError.
     """
     op = "conv_forward"
-    dense(op, "x", x, dtypes=DOUBLES | {FP8})
-    conv, out = _conv(op, weight, x.shape, stride, padding, dilation, groups)
-    _alike(op, "weight", weight, x)
-    _check_scale(op, scale, x)
+    dense(op, "x", x, dtypes=OPERANDS)
+    conv, out = geometry(op, weight, x.shape, stride, padding, dilation, groups)
+    check_like(op, "weight", weight, x)
+    check_scale(op, scale, x)
     if bias is not None:
         check_bias(op, bias, weight.shape[0], x)
     if residual is not None:
         dense(op, "residual", residual)
-        _alike(op, "residual", residual, x, result_dtype(x))
+        check_like(op, "residual", residual, x, result_dtype(x))
         if list(residual.shape) != out:
             messages.fail(op, "residual", out, list(residual.shape))
     checks.no_gradient(op, x=x, weight=weight, bias=bias, residual=residual)
     if want_mask and not relu:
         messages.fail(op, "want_mask", "False without relu", True)
-    return torch.ops.miue_fast.conv_forward(
+    return torch.ops.miue_fast.conv_forward.default(
         x, weight, bias, residual, *conv, relu, want_mask, scale, backend
     )
 
 
 def conv_input_grad(
-    grad,
-    weight,
-    size,
-    addend=None,
-    mask=None,
+    grad: torch.Tensor,
+    weight: torch.Tensor,
+    size: Sequence[int],
+    addend: torch.Tensor | None = None,
+    mask: torch.Tensor | None = None,
     *,
-    stride=1,
-    padding=0,
-    dilation=1,
-    groups=1,
-    scale=None,
-    backend="auto",
-):
-    """(d conv2d / d x applied to grad + addend) where the mask's bit is set, else 0: the gradient
-    that reaches the layer before.
+    stride: Pair = 1,
+    padding: Pair = 0,
+    dilation: Pair = 1,
+    groups: int = 1,
+    scale: torch.Tensor | None = None,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """The gradient that reaches the layer before: grad through the convolution, plus addend, where
+    the mask's bit is set, and 0 elsewhere.
 
     Args:
-        grad: [B, K, P, Q] channels-last, d loss / d y. weight, stride, padding, dilation, groups:
-            of the forward.
-        size: [B, C, H, W] of x. addend: like the result, or None (a residual branch's gradient).
-            mask: x's own ReLU bits, or None.
-        scale: as there, for float8_e4m3fn grad and weight. (Weights with K innermost in memory need
-            no copy in Triton then.)
+        grad: [B, K, P, Q] channels-last, d loss / d y.
+        weight, stride, padding, dilation, groups: those of `conv_forward`.
+        size: [B, C, H, W] of x.
+        addend: like the result (the gradient of a residual branch), or None.
+        mask: the bits of the ReLU that made x, or None.
+        scale: as in `conv_forward`, for float8_e4m3fn grad and weight. Triton then needs no copy of
+            weights that have K innermost in memory.
 
-    Returns: [B, C, H, W] channels-last. Errors and determinism as in `conv_forward`.
+    Returns: [B, C, H, W] channels-last. Errors and determinism are those of `conv_forward`.
     """
     op = "conv_input_grad"
-    dense(op, "grad", grad, dtypes=DOUBLES | {FP8})
-    conv, out = _conv(op, weight, size, stride, padding, dilation, groups)
-    _alike(op, "weight", weight, grad)
-    _check_scale(op, scale, grad)
+    dense(op, "grad", grad, dtypes=OPERANDS)
+    conv, out = geometry(op, weight, size, stride, padding, dilation, groups)
+    check_like(op, "weight", weight, grad)
+    check_scale(op, scale, grad)
     if list(grad.shape) != out:
         messages.fail(op, "grad", out, list(grad.shape))
     if addend is not None:
         dense(op, "addend", addend)
-        _alike(op, "addend", addend, grad, result_dtype(grad))
+        check_like(op, "addend", addend, grad, result_dtype(grad))
         if list(addend.shape) != list(size):
             messages.fail(op, "addend", list(size), list(addend.shape))
     checks.no_gradient(op, grad=grad, weight=weight, addend=addend)
     if mask is not None:
         check_mask(op, mask, size[0] * size[1] * size[2] * size[3], grad.device)
-    return torch.ops.miue_fast.conv_input_grad(
+    return torch.ops.miue_fast.conv_input_grad.default(
         grad, weight, addend, mask, list(size), *conv, scale, backend
     )
 
 
 def conv_input_grad_step_(
-    delta,
-    index,
-    grad,
-    weight,
-    images,
-    flip=None,
+    delta: torch.Tensor,
+    index: torch.Tensor | None,
+    grad: torch.Tensor,
+    weight: torch.Tensor,
+    images: torch.Tensor,
+    flip: torch.Tensor | None = None,
     *,
-    alpha,
-    eps,
-    stride=1,
-    padding=0,
-    dilation=1,
-    groups=1,
-    nonfinite=None,
-    backend="auto",
-):
-    """`projected_step_` with the gradient `conv_input_grad(grad, weight)` of the first layer: in
+    alpha: float,
+    eps: float,
+    stride: Pair = 1,
+    padding: Pair = 0,
+    dilation: Pair = 1,
+    groups: int = 1,
+    nonfinite: torch.Tensor | None = None,
+    backend: str = "auto",
+) -> None:
+    """`projected_step_` with the gradient `conv_input_grad(grad, weight)` of the first layer. In
     Triton the image gradient never leaves the kernel; the libraries (oneDNN, cuDNN) write it once.
 
-    Args: grad: [B, K, P, Q] channels-last; weight, stride, padding, dilation, groups: of the first
-            convolution; the others as in `projected_step_`.
-    The step looks at signs only: positive factors per channel (1/std of a normalisation) need not
-        be applied.
+    Args:
+        grad: [B, K, P, Q] channels-last; float32, float16 or bfloat16.
+        weight, stride, padding, dilation, groups: those of the first convolution.
+        The other arguments are those of `projected_step_`.
+
+    The step looks at signs only, so that positive factors per channel (1 / std of a normalisation)
+    need not be applied. Errors: ValueError, BackendError.
     """
     op = "conv_input_grad_step_"
     dense(op, "grad", grad)
     flip, alpha, eps = check_step(op, delta, index, images, flip, alpha, eps, nonfinite)
     size = [len(delta) if index is None else len(index), *images.shape[1:]]
-    conv, out = _conv(op, weight, size, stride, padding, dilation, groups)
-    _alike(op, "weight", weight, grad)
+    conv, out = geometry(op, weight, size, stride, padding, dilation, groups)
+    check_like(op, "weight", weight, grad)
     if list(grad.shape) != out or grad.dtype not in FLOATS or grad.device != delta.device:
         messages.fail(
             op,
@@ -517,6 +468,6 @@ def conv_input_grad_step_(
             messages.describe(grad),
         )
     checks.no_gradient(op, grad=grad, weight=weight)
-    torch.ops.miue_fast.conv_input_grad_step_(
+    torch.ops.miue_fast.conv_input_grad_step_.default(
         delta, index, grad, weight, images, flip, *conv, alpha, eps, nonfinite, backend
     )

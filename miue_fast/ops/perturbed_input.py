@@ -43,7 +43,7 @@ define(
         "perturbed_input(Tensor images, Tensor? delta, Tensor? index, Tensor? flip, float[] mean, "
         "float[] std, float eps, ScalarType dtype, bool channels_last, str backend) -> Tensor"
     ),
-    reference=reference,
+    reference=checks.with_row_numbers("perturbed_input", reference, store=0, index=2),
     fake=_fake,
     samples=_samples,
     dtypes=FLOATS,

@@ -118,7 +118,7 @@ define(
         "projected_step_(Tensor(a!) delta, Tensor? index, Tensor grad, Tensor images, "
         "Tensor? flip, float alpha, float eps, Tensor(b!)? nonfinite, str backend) -> ()"
     ),
-    reference=reference_,
+    reference=checks.with_row_numbers("projected_step_", reference_, store=0, index=1),
     fake=lambda *args: None,
     samples=_store_step_samples,
     dtypes=STORES,

@@ -2,7 +2,7 @@ import torch
 import torch.nn.functional as F
 
 from .conv_epilogue import conv_epilogue_, conv_grad_epilogue_, finished, finished_grad, mask_bytes
-from .projected_step import check_index, projected_step_
+from .projected_step import projected_step_
 
 NHWC, FP8 = torch.channels_last, torch.float8_e4m3fn
 
@@ -84,7 +84,6 @@ def conv_input_grad_step_(
     eps,
     nonfinite,
 ):
-    check_index("conv_input_grad_step_", index, len(delta))
     size = [len(grad), *images.shape[1:]]
     slope = conv_input_grad(grad, weight, None, None, size, stride, padding, dilation, groups)
     projected_step_(delta, index, slope, images, flip, alpha, eps, nonfinite)

@@ -1,10 +1,9 @@
 import torch
 
-from .projected_step import check_index, load_delta, load_images
+from .projected_step import load_delta, load_images
 
 
 def perturbed_input(images, delta, index, flip, mean, std, eps, dtype, channels_last):
-    check_index("perturbed_input", index, len(images))
     x = load_images(images, index, flip)
     if delta is not None:
         x = x + load_delta(delta, index, eps)

@@ -3,19 +3,6 @@ import torch
 LEVELS = 127  # an int8 poison store holds delta as level * eps / 127
 
 
-def check_index(op, index, count):
-    """Rows outside the store, on the CPU (on a GPU looking would wait for it); torch alone would
-    wrap negative ones.
-    """
-    if index is not None and index.device.type == "cpu":
-        bad = torch.nonzero((index < 0) | (index >= count))[:, 0].tolist()
-        if bad:
-            raise ValueError(
-                f"{op}: index: expected rows in [0, {count}), "
-                f"got {index[bad[0]]} at position {bad[0]}"
-            )
-
-
 def load_images(images, index, flip):
     """Rows `index` on the [0, 1] scale in fp32, mirrored along W where `flip`."""
     x = images if index is None else images[index]
@@ -51,7 +38,6 @@ def projected_step(delta, grad, image, alpha, eps):
 
 
 def projected_step_(delta, index, grad, images, flip, alpha, eps, nonfinite):
-    check_index("projected_step_", index, len(delta))
     step = projected_step(
         load_delta(delta, index, eps), grad.float(), load_images(images, index, flip), alpha, eps
     )

@@ -14,7 +14,9 @@ from torch import nn
 from miue_fast import freeze, generate, models, perturb
 from miue_fast.dispatch.registry import OPS
 from miue_fast.frozen import layers
-from miue_fast.frozen.lower import NotLowered, lower
+from miue_fast.frozen.convolution import Conv
+from miue_fast.frozen.plan import plan
+from miue_fast.frozen.trace import NotLowered
 from miue_fast.generation import Options
 from miue_fast.ops import projected_step_
 from miue_fast.ops.convolution import quantised
@@ -517,7 +519,7 @@ def test_fallback_is_named_logged_once_and_right(name, caplog):
     f, d, g = by_autograd(model, "avgpool", images)
     model.float()
     with pytest.raises(NotLowered, match=reason):
-        lower(model, "avgpool")
+        plan(model, "avgpool")
     with caplog.at_level(logging.WARNING, "miue_fast"):
         net = freeze(model, chunk=4)
     assert (
@@ -662,7 +664,7 @@ def test_fp8_is_near_bfloat16(name):
     model.float()
     images = images_of(size).float()
     net, plain = freeze(model, feature, fp8=True), freeze(model, feature, dtype=torch.bfloat16)
-    convolutions = [layer for layer in net.plan.layers if isinstance(layer, layers.Conv)]
+    convolutions = [layer for layer in net.plan.layers if isinstance(layer, Conv)]
     assert (
         net.fp8 and net.fused and not plain.fp8 and not net.stem.fp8 and net.dtype == torch.bfloat16
     )

@@ -8,7 +8,8 @@ from torch import nn
 from torch.fx import wrap
 
 from miue_fast import freeze, models
-from miue_fast.frozen.lower import NotLowered, lower
+from miue_fast.frozen.plan import plan
+from miue_fast.frozen.trace import NotLowered
 
 IMAGES = torch.rand(6, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 
@@ -71,7 +72,7 @@ def test_a_trace_follows_what_holds_the_layers_and_leaves_nothing_behind():
 def test_a_function_that_wants_to_be_whole_is_named():
     """torch.fx.wrap: with a stand-in for the tensor this one would take the other branch."""
     with pytest.raises(NotLowered, match=r"whole, which torch.fx.wrap keeps whole"):
-        lower(Wrapping().eval(), "avgpool")
+        plan(Wrapping().eval(), "avgpool")
 
 
 class Calling(models.ResNet):

@@ -382,6 +382,7 @@ def run(net, images, labels, flip, options, chunk):
         for layer in net.plan.layers:
             if hasattr(layer, "module"):
                 layer.module = None  # a step must not look at the model's own weights
+        net.resolve()
         images, labels, flip = map(there, (images, labels, flip))
         delta = torch.empty(images.shape, dtype=getattr(torch, options.delta_dtype), device="meta")
         descent = Descent.__new__(Descent)
