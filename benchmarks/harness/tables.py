@@ -3,15 +3,9 @@
 import json
 from pathlib import Path
 
+from miue_fast.dispatch.registry import OPS
+
 FORMAT = 1
-COUNTED = (
-    "nt_xent",
-    "mi_ue_value_and_grad",
-    "class_covariance",
-    "conv_forward",
-    "conv_input_grad",
-    "conv_input_grad_step_",
-)  # in FLOP, not bytes
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 
@@ -143,7 +137,7 @@ def _rate(r):
         return "-"
     if r["op"] == "pgd_step":
         return f"{r['rate']:.3g} image-steps/s"
-    return f"{r['rate'] / 1e9:.3g} {'GFLOP/s' if r['op'] in COUNTED else 'GB/s'}"
+    return f"{r['rate'] / 1e9:.3g} {'GB/s' if OPS[r['op']].kind == 'pointwise' else 'GFLOP/s'}"
 
 
 def _all_rows(rows):

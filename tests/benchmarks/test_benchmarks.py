@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 import torch
 from _schema import check_schema
-from _support import LOSSES
 
 from benchmarks import bench
 from benchmarks.baselines import other, strong
@@ -161,7 +160,7 @@ def test_only_some_ops(tmp_path):
 
 @pytest.mark.parametrize(
     "workload, half",
-    [(w, False) for w in SMALL] + [(w, True) for w in SMALL if w.op in LOSSES],
+    [(w, False) for w in SMALL] + [(w, True) for w in SMALL if OPS[w.op].kind == "loss"],
     ids=lambda v: getattr(v, "name", "bfloat16" if v else ""),
 )
 def test_baselines_agree_with_the_float64_reference(workload, half, monkeypatch):

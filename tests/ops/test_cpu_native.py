@@ -13,21 +13,13 @@ import torch
 import miue_fast.ops  # noqa: F401  (registers the ops)
 from miue_fast.dispatch import native
 from miue_fast.dispatch.registry import OPS
-from miue_fast.ops.conv_epilogue import activations
 from miue_fast.reference.conv_epilogue import mask_bytes
+from tests import samples
+from tests.samples.conv_epilogue import activations
 
 pytestmark = pytest.mark.skipif(native.cpu_missing() is not None, reason=str(native.cpu_missing()))
 LEVELS = ["generic", "avx2", "avx512"]
-NAMES = [
-    "nt_xent",
-    "intra_class_distance",
-    "mi_ue_value_and_grad",
-    "projected_step",
-    "projected_step_",
-    "perturbed_input",
-    "conv_epilogue_",
-    "conv_grad_epilogue_",
-]
+NAMES = [name for name, op in OPS.items() if op.kind in ("pointwise", "loss")]
 
 
 @pytest.fixture(autouse=True)
@@ -119,7 +111,7 @@ def assert_parity(op, args):
 @pytest.mark.parametrize("name", NAMES)
 def test_samples_at_every_level(name):
     for dtype in native(name).dtypes:
-        for args in OPS[name].samples("cpu", dtype):
+        for args in samples.make(name, "cpu", dtype):
             assert_parity(OPS[name], args)
 
 
