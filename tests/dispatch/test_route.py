@@ -2,6 +2,7 @@
 what was measured.
 """
 
+import json
 import logging
 
 import pytest
@@ -20,9 +21,9 @@ def machine(monkeypatch):
     """make(triton=reason, cuda=reason, wgmma=reason, measured=backend) makes a machine."""
 
     def make(triton=None, cuda=None, wgmma=None, measured="cuda"):
-        monkeypatch.setattr(convolution._triton, "missing", lambda: triton)
-        monkeypatch.setattr(convolution._native, "cuda_missing", lambda: cuda)
-        monkeypatch.setattr(convolution._native, "wgmma_missing", lambda: cuda or wgmma)
+        monkeypatch.setattr(convolution.triton, "missing", lambda: triton)
+        monkeypatch.setattr(convolution.native, "cuda_missing", lambda: cuda)
+        monkeypatch.setattr(convolution.native, "wgmma_missing", lambda: cuda or wgmma)
         monkeypatch.setattr(convolution, "faster", lambda *args: measured)
         monkeypatch.setattr(convolution, "_told", set())
 
@@ -108,7 +109,7 @@ def test_route_of_a_loss(monkeypatch, rows, width, dtype, missing, expected):
     }
     monkeypatch.setattr(measured, "_table", lambda: {"some GPU": table})
     monkeypatch.setattr(measured, "_name", lambda device: "some GPU")
-    monkeypatch.setattr(_loss._native, "cuda_missing", lambda: missing)
+    monkeypatch.setattr(_loss.native, "cuda_missing", lambda: missing)
     measured._batches.cache_clear()
     try:
         features = torch.empty(rows, width, dtype=dtype, device="meta")
@@ -118,6 +119,25 @@ def test_route_of_a_loss(monkeypatch, rows, width, dtype, missing, expected):
         ) == ("auto" if missing else "cuda")
     finally:
         measured._batches.cache_clear()
+
+
+def test_a_table_is_read_when_there_is_one(monkeypatch, tmp_path):
+    """No file: nothing is known to be faster."""
+    features = torch.empty(512, 8, dtype=torch.bfloat16, device="meta")
+    layer = "conv_forward", weight(), SIZE, [1, 1]
+    monkeypatch.setattr(measured, "TABLE", tmp_path / "measured.json")
+    monkeypatch.setattr(measured, "_name", lambda device: "some GPU")
+    measured.forget()
+    try:
+        assert measured.faster(*layer) == "cuda"
+        assert measured.faster_loss("nt_xent", features) == "triton"
+        table = {measured.key(*layer): "wgmma", "nt_xent 512 bfloat16": "cuda"}
+        measured.TABLE.write_text(json.dumps({"some GPU": table}))
+        measured.forget()
+        assert measured.faster(*layer) == "wgmma"
+        assert measured.faster_loss("nt_xent", features) == "cuda"
+    finally:
+        measured.forget()
 
 
 def test_masks_start_at_a_multiple_of_eight():
