@@ -70,9 +70,7 @@ METHOD = {
         "calls: back to back as Python makes them, with its time between launches"
     ),
     "extra_bytes": "peak of torch's allocator over one call outside a graph, results included",
-    "parity": (
-        "the checks of tests/_support.py on the registry's samples, on fresh memory full of NaN"
-    ),
+    "parity": ("the checks of tests/_support.py on tests/samples, on fresh memory full of NaN"),
     "error_of_allowed": (
         "largest error against float64 as a fraction of: "
         "twice the reference's error plus four roundings"
@@ -183,27 +181,22 @@ def parity_of(case, emit):
     """One op, backend and dtype by the contract's own checks; fresh memory is full of NaN, as in
     the tests.
     """
-    sys.path.insert(0, str(tables.ROOT / "tests"))
-    import _support
+    from tests import _support, samples
+    from tests.samples.losses import large_losses
 
     torch.use_deterministic_algorithms(True, warn_only=True)
     warnings.filterwarnings("ignore", message=".*deterministic")
     torch.utils.deterministic.fill_uninitialized_memory = True
     op, count = OPS[case["op"]], 0
     impl = next(i for i in op.impls if i.backend == case["implementation"])
-    samples = list(op.samples_of(impl, measure.GPU, getattr(torch, case["dtype"])))
+    dtype = getattr(torch, case["dtype"])
+    found = list(samples.taken(op.name, impl, measure.GPU, dtype))
     if impl.forms:
-        samples += _support.large_losses(
-            measure.GPU, getattr(torch, case["dtype"]), big=measure.GPU != "cpu"
-        )
-    for args in samples:
+        found += large_losses(measure.GPU, dtype, big=measure.GPU != "cpu")
+    for args in found:
         try:
             with measure.true_float32():
-                if op.exact:
-                    _support.assert_same_bits(
-                        _support.run(op, impl.fn, args), _support.run(op, op.reference.fn, args)
-                    )
-                elif impl.forms:
+                if impl.forms:
                     mine = max(
                         (form.weights for form in impl.forms if len(args[0]) > form.rows),
                         default=0.0,
@@ -214,7 +207,7 @@ def parity_of(case, emit):
                     ):
                         _support.check_losses(op, args, [replace(impl, fn=fn)], weights)
                 else:
-                    _support.checker(op)(op, args, [impl])
+                    _support.check(op, args, [impl])
         except (
             RuntimeError,
             AssertionError,

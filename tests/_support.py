@@ -1,26 +1,14 @@
 """What the tests of the contract share: the cases of the registry and the derived tolerance."""
 
-import math
-
-import numpy as np
 import pytest
 import torch
 
 import miue_fast  # registers the ops
 from miue_fast.dispatch.registry import OPS
+from tests.samples.conv_epilogue import mask_by_numpy
 
 assert miue_fast
 DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
-LOSSES = ("nt_xent", "intra_class_distance", "mi_ue_value_and_grad")
-POINTWISE = (
-    "projected_step",
-    "projected_step_",
-    "perturbed_input",
-    "conv_epilogue_",
-    "conv_grad_epilogue_",
-)
-CONVOLUTIONS = ("conv_forward", "conv_input_grad", "conv_input_grad_step_")
-STATISTICS = ("class_covariance",)
 BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -218,52 +206,6 @@ def check_losses(op, args, impls, weights=0.0):
     return plain, truth
 
 
-def large_losses(device, dtype, big=False):
-    """Arguments of nt_xent for its kernels of large batches: several spans of several tiles, every
-    width of a tile, rows that no vector reads, weights of every size. big: more rows than any other
-    kernel takes (a GPU's number of multiprocessors decides the spans)."""
-    gen = torch.Generator().manual_seed(4)
-
-    def case(features, labels, temperature=0.1, denominator="all"):
-        return features.to(dtype).to(device), labels.to(device), temperature, denominator, True
-
-    for batch, width, temperature, denominator in [
-        (200, 128, 0.1, "all"),
-        (200, 100, 0.5, "negatives"),
-        (300, 3, 0.1, "all"),
-        (70, 200, 0.1, "negatives"),
-        (140, 512, 0.1, "all"),
-        (130, 500, 0.02, "negatives"),
-        *(
-            (2300, width, 0.1, way)
-            for width in (512, 200, 100)
-            for way in ("all", "negatives")
-            if big
-        ),
-    ]:
-        yield case(
-            torch.randn(batch, width, generator=gen),
-            torch.arange(batch) % 7,
-            temperature,
-            denominator,
-        )
-    features = torch.randn(130, 500, generator=gen)
-    whole, labels, *rest = case(features, torch.arange(130) % 3)
-    yield whole[::2, 1:], labels[:65], *rest
-    yield case(features * torch.logspace(-3, 3, 130)[:, None], torch.arange(130) // 2)
-    centres, apart = (
-        torch.randn(3, 128, generator=gen),
-        torch.randn(1, 20, generator=gen) * (-1.0) ** torch.arange(10)[:, None],
-    )
-    yield case(
-        centres[torch.arange(130) % 3], torch.arange(130) % 3
-    )  # nothing left to learn: tiny weights
-    apart = apart + 0.1 * torch.randn(10, 20, generator=gen)
-    yield case(
-        apart, torch.arange(10) % 2, 1e-3, "negatives"
-    )  # the weight of a column that is not there overflows
-
-
 def check_convolutions(op, args, impls):
     """Every implementation against the reference in float64; the mask must be that of the call's
     own values.
@@ -342,15 +284,24 @@ def check_statistics(op, args, impls):
         assert_close(got[2], plain[2], truth[2], moved[1] + moved[0] ** 2)
 
 
-def checker(op):
-    """The check of an op that is not pointwise: (op, args, impls)."""
-    return (
-        check_convolutions
-        if op.name in CONVOLUTIONS
-        else check_statistics
-        if op.name in STATISTICS
-        else check_losses
-    )
+def check_bits(op, args, impls):
+    """Every implementation gives the reference's bits."""
+    plain = run(op, op.reference.fn, args)
+    for impl in impls:
+        assert_same_bits(run(op, impl.fn, args), plain)
+
+
+CHECKS = {
+    "pointwise": check_bits,
+    "loss": check_losses,
+    "convolution": check_convolutions,
+    "statistics": check_statistics,
+}
+
+
+def check(op, args, impls):
+    """Every implementation gives what an op of this kind has to give for these arguments."""
+    return CHECKS[op.kind](op, args, impls)
 
 
 def check_shrinks(op, args, plain, truth):
@@ -375,119 +326,3 @@ def check_shrinks(op, args, plain, truth):
             f"output {k}: {(g - t).abs().max():.3e}, allowed {allowed:.3e}: "
             "the reference is not the formula"
         )
-
-
-def values(tensor):
-    """numpy values in the arithmetic of the pointwise ops: float64 for float64, else float32."""
-    return (
-        tensor.detach()
-        .cpu()
-        .to(torch.float64 if tensor.dtype == torch.float64 else torch.float32)
-        .numpy()
-    )
-
-
-def step_by_numpy(delta, grad, image, alpha, eps):
-    """The projected step written a second time, from algorithm.md 2 instead of the reference."""
-    alpha, eps = (delta.dtype.type(v) for v in (alpha, eps))
-    sign = (grad > 0).astype(delta.dtype) - (grad < 0).astype(delta.dtype)
-    moved = np.minimum(np.maximum(delta - alpha * sign, -eps), eps)
-    step = np.minimum(np.maximum(image + moved, 0), 1) - image
-    return np.where(step < 0 - eps, 0 - eps, np.where(step > eps, eps, step)).astype(delta.dtype)
-
-
-def rows_by_numpy(images, index, flip):
-    rows = range(len(images)) if index is None else index.tolist()
-    for b, row in enumerate(rows):
-        x = values(images[row]) / np.float32(255 if images.dtype == torch.uint8 else 1)
-        yield b, row, x[..., ::-1] if flip is not None and flip[b] else x
-
-
-def delta_by_numpy(delta, row, eps):
-    return values(delta[row]) * np.float32(eps / 127 if delta.dtype == torch.int8 else 1)
-
-
-def projected_step_by_numpy(delta, grad, image, alpha, eps):
-    return [
-        torch.from_numpy(step_by_numpy(values(delta), values(grad), values(image), alpha, eps)).to(
-            delta.dtype
-        )
-    ]
-
-
-def projected_step_inplace_by_numpy(delta, index, grad, images, flip, alpha, eps, nonfinite):
-    out = delta.cpu().clone()
-    for b, row, x in rows_by_numpy(images, index, flip):
-        step = step_by_numpy(delta_by_numpy(delta, row, eps), values(grad[b]), x, alpha, eps)
-        if delta.dtype == torch.int8:
-            step = np.clip(np.rint(step * np.float32(127 / eps)), -127, 127)
-        out[row] = torch.from_numpy(step).to(delta.dtype)
-    count = sum(not math.isfinite(g) for g in grad.double().flatten().tolist())
-    return [out] if nonfinite is None else [out, nonfinite.cpu() + count]
-
-
-def perturbed_input_by_numpy(images, delta, index, flip, mean, std, eps, dtype, channels_last):
-    batch = images.shape[0] if index is None else index.shape[0]
-    out = torch.empty((batch, *images.shape[1:]), dtype=dtype)
-    for b, row, x in rows_by_numpy(images, index, flip):
-        if delta is not None:
-            x = x + delta_by_numpy(delta, row, eps)
-        for c in range(len(mean)):
-            x = x.copy()
-            x[c] = (x[c] - np.float32(mean[c])) * np.float32(1 / std[c])
-        out[b] = torch.from_numpy(x.copy()).to(dtype)
-    return [out]
-
-
-def in_memory_order(tensor):
-    """The values of a channels-last [B, C, H, W] or contiguous [B, C] tensor, channels fastest."""
-    x = values(tensor)
-    return (np.moveaxis(x, 1, -1) if x.ndim == 4 else x).reshape(-1)
-
-
-def mask_by_numpy(y):
-    """The ReLU bits of y's own values, least significant first, in whole words of 64."""
-    with np.errstate(invalid="ignore"):
-        bits = np.packbits(~(in_memory_order(y) <= 0), bitorder="little")
-    return torch.from_numpy(np.pad(bits, (0, -len(bits) % 8)))
-
-
-def back_in_shape(flat, like):
-    b, c, *space = like.shape
-    x = torch.from_numpy(np.ascontiguousarray(flat)).view(b, *space, c)
-    return (x.permute(0, 3, 1, 2) if space else x).to(like.dtype)
-
-
-def conv_epilogue_by_numpy(y, bias, residual, relu, mask):
-    v = in_memory_order(y)
-    with np.errstate(invalid="ignore", over="ignore"):
-        if bias is not None:
-            v = v + np.tile(values(bias), len(v) // max(len(bias), 1))
-        if residual is not None:
-            v = v + in_memory_order(residual)
-        rounded = back_in_shape(v, y)
-        if relu:
-            rounded = back_in_shape(
-                np.where(in_memory_order(rounded) <= 0, np.float32(0), in_memory_order(rounded)), y
-            )
-    return [rounded] if mask is None else [rounded, mask_by_numpy(rounded)]
-
-
-def conv_grad_epilogue_by_numpy(grad, addend, mask):
-    g = in_memory_order(grad)
-    with np.errstate(invalid="ignore", over="ignore"):
-        g = g if addend is None else g + in_memory_order(addend)
-    if mask is not None:
-        g = np.where(
-            np.unpackbits(mask.cpu().numpy(), bitorder="little")[: len(g)], g, np.zeros_like(g)
-        )
-    return [back_in_shape(g, grad)]
-
-
-BY_NUMPY = {
-    "projected_step": projected_step_by_numpy,
-    "projected_step_": projected_step_inplace_by_numpy,
-    "perturbed_input": perturbed_input_by_numpy,
-    "conv_epilogue_": conv_epilogue_by_numpy,
-    "conv_grad_epilogue_": conv_grad_epilogue_by_numpy,
-}

@@ -1,5 +1,6 @@
-"""The best that PyTorch alone gives: matmul-form losses, hand-written gradients, in-place updates,
-each also under torch.compile.
+"""The fastest forms known that take PyTorch alone: matmul-form losses, hand-written gradients,
+in-place updates, each also under torch.compile. The tables count this library's reference among
+them, because it is PyTorch too.
 
 PATHS[op][name] has the arguments of the op's `Impl.fn`. Only what the workloads use is covered:
 denominator "all"."""
@@ -323,6 +324,8 @@ CAPTURABLE = {
     "projected_step": ("in place", "compiled"),
     "projected_step_": ("in place", "compiled"),
 }
+# the form of a similarity loss that anybody would write, in the tables beside the fastest one
+PLAIN = {"nt_xent": "matmul, autograd", "mi_ue_value_and_grad": "autograd"}
 COMPILED = "compiled"  # in the name of every path that needs torch.compile
 PATHS = {
     "nt_xent": {

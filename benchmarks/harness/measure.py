@@ -22,6 +22,7 @@ from miue_fast.reference.conv_epilogue import unpack
 
 COMPILE_LIMIT = 120  # seconds for one torch.compile
 SAMPLE = 1e-3  # seconds: faster calls are timed several at once
+ROUNDS = 5  # of every implementation, however slow
 GPU = "cuda"  # where the stages of device.py put their tensors; tests run them on "cpu"
 LATE = "left out: the time of its stage was over"
 PUBLISHED = {
@@ -271,23 +272,25 @@ def first_line(error):
 
 
 def interleaved(calls, clock, budget, most=100):
-    """Seconds per call of each entry, sampled in turn. `budget`: seconds for each entry; calls of a
-    second and more run twice or so.
+    """Seconds per call of each entry, sampled in turn, one sample of each in a round.
+
+    budget: seconds for each entry, which ends the sampling after ROUNDS rounds at the earliest;
+        most: rounds at most. A call of a second and more has no untimed call before each sample.
     """
     samples, number, rounds, slow = {}, {}, {}, set()
     for name, call in calls.items():
         once = clock(call, 1)
         if once > 1:
             slow.add(name)
-        samples[name] = [once] if once > 1 else []
+        samples[name] = []
         number[name] = max(1, math.ceil(SAMPLE / once))
-        rounds[name] = min(most, max(1 if once > 1 else 3, int(budget / (2 * number[name] * once))))
+        rounds[name] = min(most, max(ROUNDS, int(budget / (2 * number[name] * once))))
     names = list(calls)
     until = time.monotonic() + 2 * budget * len(
         names
     )  # a machine that slows down meanwhile ends the sampling early
     for turn in range(max(rounds.values(), default=0)):
-        if turn >= 3 and time.monotonic() > until:
+        if turn >= ROUNDS and time.monotonic() > until:
             break
         shift = turn % len(names)
         for name in names[shift:] + names[:shift]:
@@ -301,12 +304,15 @@ def interleaved(calls, clock, budget, most=100):
 
 
 def spread(samples):
-    ordered = sorted(samples)
-
-    def at(fraction):
-        return ordered[round(fraction * (len(ordered) - 1))]
-
-    return {"median_s": at(0.5), "p10_s": at(0.1), "p90_s": at(0.9), "samples": len(ordered)}
+    """The median, the 10th and the 90th percentile, and the number of the samples."""
+    several = samples if len(samples) > 1 else samples * 2  # `quantiles` refuses a single one
+    low, *_, high = statistics.quantiles(several, n=10, method="inclusive")
+    return {
+        "median_s": statistics.median(samples),
+        "p10_s": low,
+        "p90_s": high,
+        "samples": len(samples),
+    }
 
 
 def enter(rows, timed):

@@ -3,15 +3,11 @@
 import json
 from pathlib import Path
 
+from benchmarks.baselines import strong
+from benchmarks.harness import measure
+from miue_fast.dispatch.registry import OPS
+
 FORMAT = 1
-COUNTED = (
-    "nt_xent",
-    "mi_ue_value_and_grad",
-    "class_covariance",
-    "conv_forward",
-    "conv_input_grad",
-    "conv_input_grad_step_",
-)  # in FLOP, not bytes
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 
@@ -31,9 +27,12 @@ def load(path):
 
 
 def fastest(rows, role):
-    """The fastest timed row of a role, or None."""
+    """The fastest timed row of a role, or None. This library's reference is a PyTorch form like the
+    others, so it counts as "strong" too.
+    """
+    roles = (role, "reference") if role == "strong" else (role,)
     return min(
-        (r for r in rows if r["role"] == role and r["median_s"] is not None),
+        (r for r in rows if r["role"] in roles and r["median_s"] is not None),
         key=lambda r: r["median_s"],
         default=None,
     )
@@ -73,38 +72,52 @@ def _groups(rows):
 
 
 def _cell(row):
-    return (
-        "-"
-        if row is None
-        else f"{seconds(row['median_s'])} ({seconds(row['p10_s'])} - {seconds(row['p90_s'])})"
-    )
+    if row is None:
+        return "-"
+    if row["samples"] == 1:
+        return f"{seconds(row['median_s'])} (n = 1)"
+    few = f"n = {row['samples']}: " if row["samples"] < measure.ROUNDS else ""
+    return f"{seconds(row['median_s'])} ({few}{seconds(row['p10_s'])} - {seconds(row['p90_s'])})"
 
 
 def _summary(rows):
-    """One line per workload: the published path, the best of PyTorch, the fallback, the best of
-    this library.
+    """One line per workload: the published path, the fastest PyTorch form known, the reference,
+    the best of this library; one more for the plain matmul form of a similarity loss.
     """
     for name, group in _groups(rows).items():
-        eager, strong, plain, ours = (
+        eager, best, plain, ours = (
             fastest(group, role) for role in ("eager", "strong", "reference", "ours")
         )
-        faster = [ratio(times(other, ours)) if ours and other else "-" for other in (eager, strong)]
+        faster = [ratio(times(other, ours)) if ours and other else "-" for other in (eager, best)]
         memory = " / ".join(
             size(r["extra_bytes"]) if r and r["extra_bytes"] is not None else "-"
-            for r in (ours, strong, eager)
+            for r in (ours, best, eager)
         )
-        which = f": {strong['implementation']}" if strong else ""
+        which = f": {best['implementation']}" if best else ""
         mine = f": {ours['implementation']}" if ours else ""
         memory = memory if any(r["extra_bytes"] is not None for r in group) else "-"
         yield (
             name,
             _cell(eager),
-            _cell(strong) + which,
+            _cell(best) + which,
             _cell(plain),
             _cell(ours) + mine,
             *faster,
             memory,
         )
+        yield from _plain_matmul(name, group, ours)
+
+
+def _plain_matmul(name, group, ours):
+    """A line of its own for the similarity losses: what the matrix product alone gives, written as
+    anybody would, with PyTorch's autograd.
+    """
+    found = fastest(
+        [r for r in group if r["implementation"] == strong.PLAIN.get(r["op"])], "strong"
+    )
+    if found and ours:
+        cells = "-", _cell(found), "-", _cell(ours), "-", ratio(times(found, ours)), "-"
+        yield f"{name}, plain matmul form: {found['implementation']}", *cells
 
 
 def _others(rows):
@@ -143,7 +156,7 @@ def _rate(r):
         return "-"
     if r["op"] == "pgd_step":
         return f"{r['rate']:.3g} image-steps/s"
-    return f"{r['rate'] / 1e9:.3g} {'GFLOP/s' if r['op'] in COUNTED else 'GB/s'}"
+    return f"{r['rate'] / 1e9:.3g} {'GB/s' if OPS[r['op']].kind == 'pointwise' else 'GFLOP/s'}"
 
 
 def _all_rows(rows):
@@ -356,14 +369,17 @@ def markdown(record, *, details=True):
         head = (
             "workload",
             "eager (published path)",
-            "strong (best PyTorch)",
+            "strong (fastest PyTorch form known, the reference included)",
             "reference",
             "this library",
             "vs eager",
             "vs strong",
             "extra memory: ours / strong / eager",
         )
-        parts.append("Median of a call (10th - 90th percentile).\n\n" + table(head, _summary(rows)))
+        parts.append(
+            f"Median of a call (10th - 90th percentile; n: how many samples, where fewer than "
+            f"{measure.ROUNDS}).\n\n" + table(head, _summary(rows))
+        )
         parts += _others(record["rows"])
         parts += [_missing(record["rows"])] * bool(_missing(record["rows"]))
     if details and rows:

@@ -2,6 +2,7 @@
 
 python -m benchmarks.pages.readme [FILE]          # print the tables of a record (default: cpu.json)
 python -m benchmarks.pages.readme --readme        # put them into README.md
+python -m benchmarks.pages.readme --matrix        # print the op x backend table of README.md
 python -m benchmarks.pages.readme --check         # exit code 1 if README.md is not current
 python -m benchmarks.pages.readme FILE --plot PNG # the roofline of a device run (needs matplotlib)
 python -m benchmarks.pages.readme FILE --write-table    # who is faster there, into the package
@@ -14,19 +15,48 @@ from pathlib import Path
 
 from benchmarks.harness import layers, tables, workloads
 from miue_fast.dispatch import measured
+from miue_fast.dispatch.registry import OPS
 
-SHIPPED = tables.ROOT / "miue_fast" / "dispatch" / "measured.json"
+SHIPPED = measured.TABLE
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
+# Where the kernels of each backend have really run; changed by hand when that changes.
+RUN_ON = {
+    "reference": "CPU",
+    "cpu": "CPU (generic, AVX2 and AVX-512)",
+    "triton": "interpreter on the CPU; compiled for sm_80 and sm_90; **never on a GPU**",
+    "cuda": "host shim on the CPU; compiled for sm_80 and sm_90a; **never on a GPU**",
+    "wgmma": "host shim on the CPU; compiled for sm_90a; **never on a GPU**",
+}
+DTYPES = {
+    "float64": "f64",
+    "float32": "f32",
+    "float16": "f16",
+    "bfloat16": "bf16",
+    "float8_e4m3fn": "e4m3",
+    "int8": "int8",
+}
+
+
+def matrix():
+    """The op x backend table: the dtypes that each implementation of the registry takes, and where
+    the kernels of that backend have really run.
+    """
+    rows = []
+    for name, op in OPS.items():
+        taken = {impl.backend: {str(d)[6:] for d in impl.dtypes} for impl in op.impls}
+        cells = [" ".join(v for k, v in DTYPES.items() if k in taken.get(b, ())) for b in RUN_ON]
+        rows.append((f"`{name}`", *cells))
+    return tables.table(("op", *RUN_ON), [*rows, ("*has run on*", *RUN_ON.values())])
 
 
 def write_table(record):
     """The faster backend of each layer and loss in the record, into the table that the package
-    ships; the other entries stay.
+    ships, which this makes if there is none; the other entries stay.
     """
     found = layers.table(record["layer_times"]) | workloads.loss_table(record["rows"])
     if not found:
         return 0
-    shipped = json.loads(SHIPPED.read_text())
+    shipped = json.loads(SHIPPED.read_text()) if SHIPPED.exists() else {}
     shipped[record["environment"]["gpu"]] = shipped.get(record["environment"]["gpu"], {}) | found
     SHIPPED.write_text(json.dumps(shipped, indent=1, sort_keys=True) + "\n")
     measured.forget()
@@ -72,11 +102,15 @@ def main(argv=None):
         action="store_true",
         help="exit code 1 if README.md does not show the present results",
     )
+    parser.add_argument("--matrix", action="store_true", help="print the table of ops and backends")
     parser.add_argument(
         "--plot", type=Path, metavar="FILE", help="draw the roofline of a device.py run"
     )
     parser.add_argument("--write-table", action="store_true", help="take over who is faster")
     options = parser.parse_args(argv)
+    if options.matrix:
+        print(matrix())
+        return 0
     if options.plot or options.write_table:
         record = tables.load(options.file)
         if options.plot:

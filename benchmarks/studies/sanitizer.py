@@ -40,8 +40,8 @@ def exercise(op, backend, device):
     """Runs samples of every dtype, the largest that LIMIT allows and smaller ones; prints how
     many.
     """
-    sys.path.insert(0, str(tables.ROOT / "tests"))
-    import _support
+    from tests import samples
+    from tests.samples.losses import large_losses
 
     impl = next(i for i in OPS[op].impls if i.backend == backend)
     count = 0
@@ -49,7 +49,7 @@ def exercise(op, backend, device):
         if OPS[op].why_not(impl, device, dtype):
             continue
         found = sorted(
-            (args for args in OPS[op].samples_of(impl, device, dtype) if elements(args) <= LIMIT),
+            (args for args in samples.taken(op, impl, device, dtype) if elements(args) <= LIMIT),
             key=elements,
             reverse=True,
         )
@@ -57,7 +57,7 @@ def exercise(op, backend, device):
         if impl.forms:  # the wide tiles of their kernels
             found += [
                 args
-                for args in _support.large_losses(device, dtype)
+                for args in large_losses(device, dtype)
                 if args[0].shape[1] > 128 and elements(args) <= LIMIT
             ]
         for args in found:

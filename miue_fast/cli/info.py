@@ -1,54 +1,40 @@
-"""`python -m miue_fast info`: which backend serves which op here, or why not; versions, build
-flags, devices.
+"""`python -m miue_fast info`: versions, devices, build flags, and which backend serves which op
+here, or why not.
 """
+
+from typing import TextIO
 
 import torch
 
 from ..dispatch.environment import build_flags, cpu_level, versions
 from ..dispatch.registry import OPS
 
-# Where the kernels of each backend have really run; changed by hand when that changes, printed into
-# the README.
-RUN_ON = {
-    "reference": "CPU",
-    "cpu": "CPU (generic, AVX2 and AVX-512)",
-    "triton": "interpreter on the CPU; compiled for sm_80 and sm_90; **never on a GPU**",
-    "cuda": "host shim on the CPU; compiled for sm_80 and sm_90a; **never on a GPU**",
-    "wgmma": "host shim on the CPU; compiled for sm_90a; **never on a GPU**",
-}
 
-
-def matrix():
-    """{op: {backend: (devices, reason or None)}}, straight from the registry."""
-    return {
-        name: {impl.backend: (sorted(impl.devices), impl.missing()) for impl in op.impls}
-        for name, op in OPS.items()
-    }
-
-
-def markdown():
-    """The op x backend table of the README: the dtypes each implementation takes, and where that
-    backend has really run.
+def served() -> dict[str, dict[str, list[str]]]:
+    """{what holds: {backend: the ops for which it holds}}: "runs on cpu", or why the backend is not
+    available; each said once, in the order of the registry.
     """
-    backends = ("reference", "cpu", "triton", "cuda", "wgmma")
-    short = {
-        "float64": "f64",
-        "float32": "f32",
-        "float16": "f16",
-        "bfloat16": "bf16",
-        "float8_e4m3fn": "e4m3",
-        "int8": "int8",
-    }
-    lines = ["| op | " + " | ".join(backends) + " |", "|---" * (len(backends) + 1) + "|"]
+    found: dict[str, dict[str, list[str]]] = {}
     for name, op in OPS.items():
-        taken = {impl.backend: {str(d)[6:] for d in impl.dtypes} for impl in op.impls}
-        cells = [" ".join(v for k, v in short.items() if k in taken.get(b, ())) for b in backends]
-        lines.append(f"| `{name}` | " + " | ".join(cells) + " |")
-    lines.append("| *has run on* | " + " | ".join(RUN_ON[b] for b in backends) + " |")
-    return "\n".join(lines)
+        for impl in op.impls:
+            here = "runs on " + " and ".join(sorted(impl.devices - {"meta"}))
+            reason = impl.missing()
+            outcome = f"not available: {reason}" if reason else here
+            found.setdefault(outcome, {}).setdefault(impl.backend, []).append(name)
+    return found
 
 
-def main(out=None):
+def _which(backend: str, names: list[str]) -> str:
+    """The backend, with its ops if they are not all."""
+    others = [name for name in OPS if name not in names]
+    if not others:
+        return backend
+    short = "only " + ", ".join(names) if len(names) < len(others) else ""
+    return f"{backend} ({short or 'all but ' + ', '.join(others)})"
+
+
+def main(out: TextIO | None = None) -> None:
+    """Prints everything to `out`, or to the standard output."""
     print(
         "versions:",
         ", ".join(f"{name} {version or 'not installed'}" for name, version in versions().items()),
@@ -61,8 +47,7 @@ def main(out=None):
     )
     for name, flags in build_flags().items():
         print(f"build _{name}: {flags or 'not built'}", file=out)
-    for name, backends in matrix().items():
-        print(name, file=out)
-        for backend, (on, reason) in backends.items():
-            there = "available on " + ", ".join(d for d in on if d != "meta")
-            print(f"  {backend:<10}{'no: ' + reason if reason else there}", file=out)
+    print("ops:", ", ".join(OPS), file=out)
+    for outcome, backends in served().items():
+        which = ", ".join(_which(*entry) for entry in backends.items())
+        print(f"  {which}: {outcome}", file=out)

@@ -13,6 +13,10 @@ from torch.autograd.graph import increment_version
 LIB = torch.library.Library("miue_fast", "DEF")
 OPS: dict[str, "Op"] = {}
 BACKENDS = ("auto", "triton", "cuda", "wgmma", "cpu", "reference")
+# What an op is decides how its results are judged: "pointwise" ops give the bits of the reference
+# on every backend; losses, convolutions and statistics are held to a tolerance around their float64
+# oracle. Tests and benchmarks read it instead of lists of names.
+KINDS = ("pointwise", "loss", "convolution", "statistics")
 log = logging.getLogger("miue_fast")
 
 
@@ -55,10 +59,9 @@ class Op:
     name: str
     schema: str
     impls: tuple[Impl, ...]  # in order of preference; the last is the reference
-    samples: Callable  # (device, dtype) -> iterable of argument tuples without `backend`
+    kind: str  # one of KINDS
     truth: Callable  # float64 oracle, same arguments
     dtype_of: Callable  # the dtype that dispatch looks at, from the arguments
-    exact: bool  # pointwise: bitwise equal to the reference
     mutates: tuple[int, ...]  # positions of the arguments written in place
     # the schema's arguments -> the backend that "auto" takes for them on a GPU; None: the first
     # that can
@@ -69,9 +72,10 @@ class Op:
     def reference(self) -> Impl:
         return self.impls[-1]
 
-    def samples_of(self, impl: Impl, device: str, dtype: torch.dtype) -> Iterable[tuple]:
-        """The samples that an implementation takes."""
-        return (args for args in self.samples(device, dtype) if not impl.refuses(*args))
+    @property
+    def exact(self) -> bool:
+        """Whether every implementation must give the bits of the reference."""
+        return self.kind == "pointwise"
 
     def choose(self, backend: str, device: str, dtype: torch.dtype) -> Impl:
         """The implementation that serves (device, dtype); BackendError lists every backend with its
@@ -127,25 +131,37 @@ def _listed(reasons):
 def define(
     schema: str,
     *,
+    kind: str,
     reference: Callable,
     fake: Callable,
-    samples,
     dtypes: Iterable[torch.dtype],
     impls: Iterable[Impl] = (),
     truth: Callable | None = None,
     dtype_of: Callable | None = None,
-    exact: bool = False,
     mutates: Iterable[int] = (),
     route: Callable | None = None,
     check: Callable | None = None,
 ) -> Op:
-    """Registers `miue_fast::<op>`. Every schema ends in `str backend`; the reference serves every
-    device and `dtypes`.
+    """Registers the op `miue_fast::<name>` and returns its entry in OPS.
 
-    check: takes the arguments without `backend` and raises what only real tensors can tell (values,
-        addresses). It runs inside the op, so that torch.compile does not trace it.
+    Args:
+        schema: PyTorch's schema string; its last argument is `str backend`.
+        kind: one of KINDS. ValueError otherwise.
+        reference: the PyTorch implementation, with the schema's arguments without `backend`. It
+            serves every device and `dtypes`.
+        fake: the shapes of the results, with the schema's arguments; see torch.library.
+        impls: the other implementations, in order of preference.
+        truth: the float64 oracle, with the reference's arguments; the reference itself by default.
+        dtype_of: the dtype that dispatch looks at, from the arguments; that of the first one by
+            default.
+        mutates: the positions of the arguments that are written in place.
+        route: the arguments -> the backend that "auto" takes for them on a GPU.
+        check: called with the arguments without `backend`, raises where their values or addresses
+            are wrong. It runs inside the op, so torch.compile does not trace it.
     """
     name = schema.split("(")[0]
+    if kind not in KINDS:
+        raise ValueError(f"{name}: kind: expected one of {', '.join(KINDS)}, got {kind!r}")
     plain = Impl(
         "reference", reference, frozenset({"cpu", "cuda", "meta"}), frozenset(dtypes), lambda: None
     )
@@ -153,10 +169,9 @@ def define(
         name,
         schema,
         (*impls, plain),
-        samples,
+        kind,
         truth or reference,
         dtype_of or (lambda *args: args[0].dtype),
-        exact,
         tuple(mutates),
         route,
     )

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from ..dispatch.registry import OPS
-from ..ops.convolution import geometry, quantised, resolve
+from ..ops.convolution import resolve
+from ..ops.geometry import geometry, quantised
 from .base import NHWC, Gradients, Layer, Tape, gather, keep, scale_and_shift, spread, wide
 
 

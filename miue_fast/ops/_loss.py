@@ -1,6 +1,4 @@
-"""What the three loss ops share: fake outputs, the autograd rule, the float64 oracle and the
-feature samples.
-"""
+"""What the three loss ops share: fake outputs, the autograd rule and the float64 oracle."""
 
 import torch
 
@@ -175,34 +173,3 @@ torch.library.register_fake(
     lib=LIB,
 )
 torch.library.register_autograd("miue_fast::scaled_gradient", _no_second_derivative, lib=LIB)
-
-
-def samples(device, dtype):
-    """(features, labels): one, ragged, workload-sized; duplicates, zero rows, lone members, tight
-    clusters, strange labels, strides.
-    """
-    gen = torch.Generator().manual_seed(7)
-
-    def make(batch, width, classes, *, spread=1.0, offset=0):
-        labels = torch.randint(classes, (batch,), generator=gen) + offset
-        centres = torch.randn(classes, width, generator=gen)
-        features = centres[labels - offset] + spread * torch.randn(batch, width, generator=gen)
-        return features.relu().to(dtype).to(device), labels.to(device)
-
-    yield make(2, 1, 2)
-    yield make(1, 5, 1)
-    yield make(7, 3, 2)
-    yield make(33, 17, 4, offset=-3)
-    yield make(40, 64, 10, spread=0.01)  # tight clusters: the end of every run
-    features, labels = make(24, 16, 3)
-    features[5] = features[4]
-    labels[5] = labels[4]
-    features[9] = 0
-    yield features, labels.to(torch.int32).long()
-    labels = labels.clone()
-    labels[0] = 2**40  # a class with one member, and labels that are no small numbers
-    yield features, labels
-    wide, labels = make(20, 32, 3)
-    yield wide[:, ::2], labels  # strided rows
-    yield wide[::2, :9], labels[::2].contiguous()
-    yield make(130, 70, 7)

@@ -12,37 +12,6 @@ from ..support import messages
 OP = "class_covariance"
 
 
-def _samples(device, dtype):
-    """One row to several tiles, a class longer than a chain of sums; empty, lone, equal and
-    collapsed classes far from zero; strides.
-    """
-    gen = torch.Generator().manual_seed(7)
-
-    def make(batch, width, classes, *, spread=1.0, shift=0.0, num_classes=None):
-        labels = torch.randint(classes, (batch,), generator=gen)
-        centres = torch.randn(classes, width, generator=gen) + shift
-        features = centres[labels] + spread * torch.randn(batch, width, generator=gen)
-        return features.to(dtype).to(device), labels.to(device), num_classes or classes
-
-    yield make(2, 1, 2)
-    yield make(1, 5, 1)
-    yield make(7, 3, 2, num_classes=5)
-    yield make(33, 17, 4)
-    yield make(40, 36, 3, spread=0.02, shift=100)  # collapsed: the one-pass form has no digit left
-    yield make(
-        20, 6, 2, spread=2e-5, shift=100
-    )  # ... and in float32 the rounding of the mean is as large as the spread
-    features, labels, classes = make(24, 16, 3)
-    features[labels == 1] = features[0].clone()  # no variance at all
-    yield features, labels, classes
-    yield features, torch.where(labels == 2, 7, labels), 8
-    wide, labels, classes = make(20, 32, 3)
-    yield wide[:, ::2], labels, classes
-    yield wide[::2, :9], labels[::2].contiguous(), classes
-    yield make(600, 5, 2)
-    yield make(130, 70, 7)
-
-
 def _check(features, labels, num_classes):
     if labels.numel():
         low, high = labels.aminmax()
@@ -69,7 +38,7 @@ define(
     ),
     reference=_reference,
     fake=_fake,
-    samples=_samples,
+    kind="statistics",
     dtypes=DOUBLES,
     check=_check,
     impls=[

@@ -16,67 +16,6 @@ from ..support import messages
 NHWC = torch.channels_last
 
 
-def activations(device, dtype, *shape, seed=7):
-    """Channels-last values with exact zeros, both signs of zero, NaN and Inf among them."""
-    gen = torch.Generator().manual_seed(seed)
-    y = torch.randn(shape, generator=gen, dtype=torch.float64)
-    y[torch.rand(shape, generator=gen) < 0.1] = 0
-    y[torch.rand(shape, generator=gen) < 0.05] = -0.0
-    for k, special in enumerate((torch.nan, torch.inf, -torch.inf)):
-        y.view(-1)[k : k + 1] = special
-    y = y.to(dtype).to(device)
-    return y.contiguous(memory_format=NHWC) if y.dim() == 4 else y
-
-
-SHAPES = [
-    (0, 16, 2, 2),
-    (1, 1, 1, 1),
-    (2, 3, 5, 7),
-    (3, 16, 4, 4),
-    (1, 33, 3, 3),
-    (2, 64, 8, 8),
-    (5, 10),
-    (4, 130),
-    (1, 8, 17, 1),
-]
-
-
-def _bias(device, dtype, count):
-    """Among them numbers that, added to a zero, round to zero in float16 and in bfloat16."""
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
-    bias = torch.linspace(-1, 1, count, dtype=wide, device=device)
-    bias[1::4], bias[2::4] = 1e-9, 1e-41
-    return bias
-
-
-def _mask(y):
-    return torch.full((mask_bytes(y.numel()),), 0xA5, dtype=torch.uint8, device=y.device)
-
-
-def _samples(device, dtype):
-    for k, shape in enumerate(SHAPES):
-        y = activations(device, dtype, *shape)
-        other = activations(device, dtype, *shape, seed=8)
-        bias = _bias(device, dtype, shape[1])
-        yield y, bias, None, True, _mask(y)
-        yield y, bias, other, True, _mask(y)
-        yield y, (None, bias)[k % 2], (other, None)[k // 2 % 2], k % 3 == 0, None
-
-
-def _grad_samples(device, dtype):
-    for shape in SHAPES:
-        y = activations(device, dtype, *shape)
-        mask = _mask(y)
-        reference(y.clone(memory_format=torch.preserve_format), None, None, True, mask)
-        grad, other = (
-            activations(device, dtype, *shape, seed=9),
-            activations(device, dtype, *shape, seed=10),
-        )
-        yield grad, None, mask
-        yield grad, other, mask
-        yield grad, other, None
-
-
 def _impls(name):
     return [
         Impl("triton", triton.lazy(name, "conv_epilogue"), triton.DEVICES, FLOATS, triton.missing),
@@ -111,9 +50,8 @@ define(
     ),
     reference=reference,
     fake=lambda *args: None,
-    samples=_samples,
+    kind="pointwise",
     dtypes=DOUBLES,
-    exact=True,
     mutates=(0, 4),
     check=aligned("conv_epilogue_", 4),
     impls=_impls("conv_epilogue_"),
@@ -122,9 +60,8 @@ define(
     "conv_grad_epilogue_(Tensor(a!) grad, Tensor? addend, Tensor? mask, str backend) -> ()",
     reference=reference_grad,
     fake=lambda *args: None,
-    samples=_grad_samples,
+    kind="pointwise",
     dtypes=DOUBLES,
-    exact=True,
     mutates=(0,),
     check=aligned("conv_grad_epilogue_", 2),
     impls=_impls("conv_grad_epilogue_"),

@@ -15,47 +15,15 @@ from ..dispatch import checks, native, triton
 from ..dispatch.masks import mask_bytes
 from ..dispatch.measured import faster
 from ..dispatch.registry import DOUBLES, FLOATS, OPS, Impl, define, log
-from ..reference.conv_epilogue import conv_epilogue_
 from ..reference.convolution import conv_forward as reference
 from ..reference.convolution import conv_input_grad as reference_grad
 from ..reference.convolution import conv_input_grad_step_ as reference_step
 from ..support import messages
 from .conv_epilogue import aligned, check_bias, check_mask, dense
-from .geometry import (
-    FP8,
-    OPERANDS,
-    check_like,
-    check_scale,
-    geometry,
-    out_size,
-    quantised,
-    result_dtype,
-)
+from .geometry import FP8, OPERANDS, check_like, check_scale, geometry, out_size, result_dtype
 from .projected_step import check_step
 
 NHWC, HALVES = torch.channels_last, frozenset({torch.float16, torch.bfloat16})
-# (batch, in, out, height, width, kernel, stride, padding, dilation, groups)
-SHAPES = [
-    (2, 16, 16, 6, 6, 3, 1, 1, 1, 1),
-    (3, 16, 32, 8, 4, 3, 2, 1, 1, 1),
-    (1, 32, 16, 4, 6, 1, 1, 0, 1, 1),
-    (2, 48, 32, 4, 4, 1, 2, 0, 1, 1),
-    (2, 3, 16, 8, 8, 3, 1, 1, 1, 1),  # a stem
-]
-WIDE = [  # what `wgmma` takes: whole images in a tile, one and several; rows of one, with a rest
-    (1, 64, 64, 5, 8, 3, 1, 1, 1, 1),
-    (3, 64, 64, 2, 5, 3, 1, 1, 1, 1),
-    (3, 64, 64, 7, 33, 3, 1, 1, 1, 1),
-    (1, 64, 64, 5, 64, 3, 1, 1, 1, 1),
-    (3, 64, 64, 13, 12, 3, 1, 1, 1, 1),
-]
-ODD = [  # what the library takes and the Triton kernels refuse
-    (1, 3, 5, 7, 6, 3, 1, 1, 1, 1),
-    (2, 3, 8, 9, 9, 7, 2, 3, 1, 1),
-    (2, 8, 8, 7, 5, 3, 2, 1, 1, 1),
-    (2, 8, 12, 6, 6, 3, 1, 2, 2, 4),
-    (2, 6, 4, 5, 5, 2, 2, 0, 1, 1),
-]
 
 
 def why_not_triton(
@@ -84,102 +52,6 @@ def why_not_triton(
 
 
 why_not_wgmma = native.why_not_conv64  # why `wgmma` does not take a layer, or None
-
-
-def _operands(device, dtype, shape):
-    b, c, k, h, w, r, stride, padding, dilation, groups = shape
-    gen = torch.Generator().manual_seed(sum(shape))
-
-    def make(*size, spread=1.0, kind=torch.bfloat16 if dtype == FP8 else dtype):
-        return (
-            (spread * torch.randn(size, generator=gen, dtype=torch.float64))
-            .to(kind)
-            .to(device)
-            .contiguous(memory_format=NHWC)
-        )
-
-    x, weight = make(b, c, h, w), make(k, c // groups, r, r, spread=(c * r * r / groups) ** -0.5)
-    p, q = (((n + 2 * padding - dilation * (r - 1) - 1) // stride + 1) for n in (h, w))
-    bias = (
-        torch.randn(k, generator=gen, dtype=torch.float64)
-        .to(torch.float64 if dtype == torch.float64 else torch.float32)
-        .to(device)
-    )
-    pairs = [[v, v] for v in (stride, padding, dilation)]
-    return make, x, weight, bias, (b, k, p, q), (*pairs, groups)
-
-
-def _products(dtype, a, b):
-    """Both operands in dtype, and the scale of their product."""
-    if dtype != FP8:
-        return a, b, None
-    (a, first), (b, second) = quantised(a), quantised(b)
-    return a, b, first * second
-
-
-def _shapes(device, dtype):
-    shapes = SHAPES if triton.INTERPRET or device == "cuda" else [*SHAPES, *ODD]
-    if dtype == FP8:
-        shapes = [(b, 2 * c, 2 * k, *rest) for b, c, k, *rest in shapes if c != 3]
-    return [*shapes, *WIDE] if dtype in HALVES else shapes
-
-
-def _samples(device, dtype):
-    for n, shape in enumerate(_shapes(device, dtype)):
-        make, x, weight, bias, out, conv = _operands(device, dtype, shape)
-        x, weight, scale = _products(dtype, x, weight)
-        for k, (with_bias, with_residual, relu) in enumerate(
-            [(1, 1, 1), (1, 0, 1), (0, 1, 0), (0, 0, 0), (0, 0, 1), (1, 1, 0)]
-        ):
-            if n < 2 or k % 3 == n % 3:
-                yield (
-                    x,
-                    weight,
-                    bias if with_bias else None,
-                    make(*out) if with_residual else None,
-                    *conv,
-                    bool(relu),
-                    bool(relu) and k != 4,
-                    scale,
-                )
-
-
-def _bits(x):
-    mask = torch.empty(mask_bytes(x.numel()), dtype=torch.uint8, device=x.device)
-    conv_epilogue_(x.clone(memory_format=torch.preserve_format), None, None, True, mask)
-    return mask
-
-
-def _grad_samples(device, dtype):
-    for n, shape in enumerate(_shapes(device, dtype)):
-        make, x, weight, _, out, conv = _operands(device, dtype, shape)
-        grad, weight, scale = _products(dtype, make(*out), weight)
-        for k, (with_addend, with_mask) in enumerate([(1, 1), (0, 1), (1, 0), (0, 0)]):
-            if n < 2 or k % 2 == n % 2:
-                addend, mask = (
-                    make(*x.shape) if with_addend else None,
-                    _bits(x) if with_mask else None,
-                )
-                yield grad, weight, addend, mask, list(x.shape), *conv, scale
-
-
-def _step_samples(device, dtype):
-    for n, shape in enumerate(s for s in _shapes(device, dtype) if s[1] == 3):
-        make, x, weight, _, out, conv = _operands(device, dtype, shape)
-        gen = torch.Generator().manual_seed(n)
-        store = (x.shape[0] + 2, *x.shape[1:])
-        images = torch.randint(256, store, generator=gen, dtype=torch.uint8)
-        index = torch.randperm(store[0], generator=gen)[: x.shape[0]]
-        flip = torch.rand(x.shape[0], generator=gen) < 0.5
-        start = (torch.rand(store, generator=gen) - 0.5) / 16
-        for k, delta in enumerate(
-            [start, start.half(), torch.randint(-127, 128, store, generator=gen, dtype=torch.int8)]
-        ):
-            used = images if k % 2 else images / 255
-            count = torch.zeros(1, dtype=torch.int64, device=device) if k else None
-            rest = (flip if k != 1 else None, *conv, 0.3 / 255, 8 / 255)
-            args = (delta, index, make(*out), weight, used, *rest, count)
-            yield tuple(a.to(device) if isinstance(a, torch.Tensor) else a for a in args)
 
 
 def _impls(name, device_fn, on_cpu=DOUBLES, on_triton=FLOATS | {FP8}, wgmma=()):
@@ -237,7 +109,7 @@ define(
     ),
     reference=reference,
     fake=_fake,
-    samples=_samples,
+    kind="convolution",
     dtypes=OPERANDS,
     impls=_impls(
         "conv_forward",
@@ -261,7 +133,7 @@ define(
     ),
     reference=reference_grad,
     fake=_fake_grad,
-    samples=_grad_samples,
+    kind="convolution",
     dtypes=OPERANDS,
     check=aligned("conv_input_grad", 3),
     impls=_impls(
@@ -288,7 +160,7 @@ define(
     ),
     reference=checks.with_row_numbers("conv_input_grad_step_", reference_step, store=0, index=1),
     fake=lambda *args: None,
-    samples=_step_samples,
+    kind="convolution",
     dtypes=FLOATS,
     dtype_of=lambda *args: args[2].dtype,
     mutates=(0, 12),

@@ -6,14 +6,6 @@ from ..reference.intra_class_distance import formula
 from ..reference.intra_class_distance import intra_class_distance as reference
 from . import _loss
 
-
-def _samples(device, dtype):
-    for features, labels in _loss.samples(device, dtype):
-        yield features, labels, True, True
-        yield features, labels, False, True
-    yield features, labels, True, False
-
-
 define(
     (
         "intra_class_distance(Tensor features, Tensor labels, bool normalize_dim, bool want_grad, "
@@ -22,7 +14,7 @@ define(
     reference=reference,
     truth=_loss.truth(formula, drop=1),
     fake=_loss.fake,
-    samples=_samples,
+    kind="loss",
     dtypes=DOUBLES,
     impls=[
         Impl("triton", triton.lazy("intra_class_distance"), triton.DEVICES, FLOATS, triton.missing),

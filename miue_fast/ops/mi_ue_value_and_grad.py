@@ -11,15 +11,6 @@ from ..reference.mi_ue_value_and_grad import mi_ue_value_and_grad as reference
 from ..support import messages
 from . import _loss
 
-
-def _samples(device, dtype):
-    for features, labels in _loss.samples(device, dtype):
-        yield features, labels, 0.1, 0.1, "all", True
-        yield features, labels, 0.2, 0.0, "all", True
-        if len(labels.unique()) > 1:
-            yield features, labels, 0.1, 0.1, "negatives", False
-
-
 define(
     (
         "mi_ue_value_and_grad(Tensor features, Tensor labels, float temperature, float zeta, "
@@ -28,7 +19,7 @@ define(
     reference=reference,
     truth=_loss.truth(formula, drop=0),
     fake=lambda features, *args: _loss.fake(features, None, True, None),
-    samples=_samples,
+    kind="loss",
     dtypes=DOUBLES,
     impls=[
         Impl("triton", triton.lazy("mi_ue_value_and_grad"), triton.DEVICES, FLOATS, triton.missing),

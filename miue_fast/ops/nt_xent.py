@@ -7,19 +7,6 @@ from ..reference.nt_xent import nt_xent as reference
 from ..support import messages
 from . import _loss
 
-
-def _samples(device, dtype):
-    for features, labels in _loss.samples(device, dtype):
-        yield features, labels, 0.1, "all", True
-        yield features, labels, 0.5, "all", False
-        if len(labels.unique()) > 1:
-            yield features, labels, 0.1, "negatives", True
-    features, labels = list(_loss.samples(device, dtype))[3]
-    for temperature in (1e-3, 0.02, 10.0):
-        yield features, labels, temperature, "all", True
-        yield features, labels, temperature, "negatives", True
-
-
 define(
     (
         "nt_xent(Tensor features, Tensor labels, float temperature, str denominator, "
@@ -28,7 +15,7 @@ define(
     reference=reference,
     truth=_loss.truth(formula, drop=1),
     fake=_loss.fake,
-    samples=_samples,
+    kind="loss",
     dtypes=DOUBLES,
     impls=[
         Impl(

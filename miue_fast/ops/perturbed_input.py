@@ -8,26 +8,6 @@ from ..dispatch import checks, native, triton
 from ..dispatch.registry import FLOATS, Impl, define
 from ..reference.perturbed_input import perturbed_input as reference
 from ..support import messages
-from .projected_step import store_samples
-
-MEAN, STD = [0.485, 0.456, 0.406, 0.5], [0.229, 0.224, 0.225, 0.25]
-
-
-def _samples(device, dtype):
-    for store in (torch.float32, torch.float16, torch.int8):
-        for k, (delta, index, shape, images, flip) in enumerate(store_samples(device, store)):
-            mean, std = (MEAN[: shape[1]], STD[: shape[1]]) if k % 3 else ([], [])
-            yield (
-                images,
-                delta if k % 5 else None,
-                index,
-                flip,
-                mean,
-                std,
-                8 / 255,
-                dtype,
-                k % 4 < 2,
-            )
 
 
 def _fake(images, delta, index, flip, mean, std, eps, dtype, channels_last, backend):
@@ -45,10 +25,9 @@ define(
     ),
     reference=checks.with_row_numbers("perturbed_input", reference, store=0, index=2),
     fake=_fake,
-    samples=_samples,
+    kind="pointwise",
     dtypes=FLOATS,
     dtype_of=lambda *args: args[7],
-    exact=True,
     impls=[
         Impl("triton", triton.lazy("perturbed_input"), triton.DEVICES, FLOATS, triton.missing),
         Impl("cuda", native.perturbed_input, frozenset({"cuda"}), FLOATS, native.cuda_missing),

@@ -8,28 +8,6 @@ from ..reference.projected_step import projected_step as reference
 from ..reference.projected_step import projected_step_ as reference_
 from ..support import messages
 
-
-def _samples(device, dtype):
-    gen = torch.Generator().manual_seed(7)
-
-    def make(*shape):
-        image = torch.rand(shape, generator=gen)
-        image.view(-1)[::5] = 0
-        image.view(-1)[1::5] = 1
-        grad = torch.randn(shape, generator=gen)
-        grad.view(-1)[::7] = 0
-        grad.view(-1)[3::11] = torch.nan
-        delta = (torch.rand(shape, generator=gen) - 0.5) / 8
-        return tuple(x.to(dtype).to(device) for x in (delta, grad, image))
-
-    for shape in [(0,), (1,), (7,), (3, 5, 1), (2, 3, 32, 32), (5, 3, 17, 13)]:
-        yield *make(*shape), 0.8 / 255, 8 / 255
-    yield *make(33), 0.0, 8 / 255
-    yield *make(33), 0.1, 0.0
-    delta, grad, image = make(4, 3, 8, 8)
-    yield delta, grad.to(memory_format=torch.channels_last), image, 0.002, 0.03
-
-
 define(
     (
         "projected_step(Tensor delta, Tensor grad, Tensor image, float alpha, float eps, "
@@ -37,9 +15,8 @@ define(
     ),
     reference=reference,
     fake=lambda delta, *args: torch.empty_like(delta, memory_format=torch.contiguous_format),
-    samples=_samples,
+    kind="pointwise",
     dtypes=DOUBLES,
-    exact=True,
     impls=[
         Impl("triton", triton.lazy("projected_step"), triton.DEVICES, FLOATS, triton.missing),
         Impl("cuda", native.projected_step, frozenset({"cuda"}), FLOATS, native.cuda_missing),
@@ -50,69 +27,6 @@ define(
 STORES = frozenset({torch.float32, torch.float16, torch.int8})
 
 
-def store_samples(device, dtype, eps=8 / 255):
-    """(delta store, index, batch shape, images, flip): dtype is the store's; images uint8 and
-    float, with and without index and flip.
-    """
-    gen = torch.Generator().manual_seed(7)
-    for count, batch, c, h, w in [
-        (1, 1, 1, 1, 1),
-        (5, 3, 3, 5, 7),
-        (6, 6, 3, 32, 32),
-        (4, 2, 1, 3, 18),
-        (9, 4, 4, 8, 64),
-        (3, 0, 3, 4, 4),
-    ]:
-        images = torch.randint(256, (count, c, h, w), generator=gen, dtype=torch.uint8)
-        images[0] = 0
-        images[-1, :, 0] = 255
-        delta = (torch.rand(images.shape, generator=gen) * 2 - 1) * eps
-        delta = (delta * (127 / eps)).round().to(dtype) if dtype == torch.int8 else delta.to(dtype)
-        order = torch.randperm(count, generator=gen)[:batch]
-        flip = torch.rand(batch, generator=gen) < 0.5
-        yield (
-            delta.to(device),
-            order.to(device),
-            (batch, c, h, w),
-            images.to(device),
-            flip.to(device),
-        )
-        whole = torch.rand(images.shape, generator=gen)
-        mirror = torch.arange(count) % 2 == 0 if batch % 2 else None
-        yield (
-            delta.clone().to(device),
-            None,
-            (count, c, h, w),
-            whole.to(device),
-            mirror if mirror is None else mirror.to(device),
-        )
-
-
-def _store_step_samples(device, dtype):
-    gen = torch.Generator().manual_seed(11)
-    grads = [torch.float32, torch.float16, torch.bfloat16]
-    for k, (delta, index, shape, images, flip) in enumerate(store_samples(device, dtype)):
-        grad = torch.randn(shape, generator=gen)
-        grad.view(-1)[::7] = 0
-        grad.view(-1)[2::13] = torch.nan
-        grad.view(-1)[5::17] = torch.inf
-        grad = grad.to(grads[k % 3]).to(device)
-        if k % 2:
-            grad = grad.contiguous(memory_format=torch.channels_last)
-        count = torch.zeros(1, dtype=torch.int64, device=device) if k % 4 < 2 else None
-        yield delta, index, grad, images, flip, 0.8 / 255, 8 / 255, count
-    yield (
-        delta,
-        index,
-        grad[:, :, ::1, ::1].transpose(2, 3),
-        images.transpose(2, 3).contiguous(),
-        flip,
-        0.001,
-        0.03,
-        None,
-    )
-
-
 define(
     (
         "projected_step_(Tensor(a!) delta, Tensor? index, Tensor grad, Tensor images, "
@@ -120,9 +34,8 @@ define(
     ),
     reference=checks.with_row_numbers("projected_step_", reference_, store=0, index=1),
     fake=lambda *args: None,
-    samples=_store_step_samples,
+    kind="pointwise",
     dtypes=STORES,
-    exact=True,
     mutates=(0, 7),
     impls=[
         Impl(

@@ -693,7 +693,7 @@ def test_report_and_plot_of_a_record(tmp_path, monkeypatch):
     assert all(target["measured"] is not None for target in record["targets"])
     tables.save(record, tmp_path / "device.json")
     monkeypatch.setattr(readme, "SHIPPED", tmp_path / "table.json")
-    (tmp_path / "table.json").write_text("{}")
+    assert not (tmp_path / "table.json").exists()
     assert readme.main([str(tmp_path / "device.json"), "--write-table"]) == 0
     table = json.loads((tmp_path / "table.json").read_text())["Some GPU"]
     losses = {

@@ -18,6 +18,7 @@ from miue_fast.dispatch.registry import OPS
 from miue_fast.evaluation import run_cell
 from miue_fast.generation import Options
 from miue_fast.generation.step import Descent
+from tests import samples
 
 IMAGES = torch.rand(6, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 LABELS = torch.arange(6) % 2
@@ -161,7 +162,7 @@ def test_calls_may_be_made_in_different_modes(make, mode):
 def test_ops_keep_their_precision_under_autocast(name):
     op = OPS[name]
     dtype = torch.int8 if name == "projected_step_" else torch.float32
-    for args in list(op.samples("cpu", dtype))[:6]:
+    for args in list(samples.make(name, "cpu", dtype))[:6]:
         outcome = []
         for mode in (torch.autocast("cpu", enabled=False), torch.autocast("cpu", torch.bfloat16)):
             given = [

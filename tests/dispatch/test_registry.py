@@ -7,19 +7,25 @@ import logging
 
 import pytest
 import torch
-from _support import CONVOLUTIONS, LOSSES, OPS, POINTWISE, STATISTICS, cases_of
+from _support import OPS, cases_of
 
 import miue_fast
 from miue_fast import BackendError
-from miue_fast.dispatch.registry import BACKENDS, Impl, Op
+from miue_fast.dispatch.registry import BACKENDS, KINDS, Impl, Op, define
+from tests import samples
 
 ALL = pytest.mark.parametrize("op", OPS.values(), ids=OPS)
 
 
 def test_the_ops():
-    assert set(OPS) == {*LOSSES, *POINTWISE, *CONVOLUTIONS, *STATISTICS}
-    assert all(op.exact == (name in POINTWISE) for name, op in OPS.items())
+    assert len(OPS) == 12 and {op.kind for op in OPS.values()} == set(KINDS)
     assert all(callable(getattr(miue_fast.ops, name)) for name in OPS)
+
+
+def test_an_op_has_one_of_the_kinds():
+    with pytest.raises(ValueError, match=r"^odd: kind: expected one of pointwise, .*, got 'new'$"):
+        define("odd(Tensor x) -> Tensor", kind="new", reference=None, fake=None, dtypes=())
+    assert "odd" not in OPS
 
 
 @ALL
@@ -51,11 +57,16 @@ def test_schema(op):
 @ALL
 def test_samples_cover_the_input(op):
     for dtype in op.reference.dtypes:
-        samples = list(op.samples("cpu", dtype))
-        assert all(op.dtype_of(*args) == dtype for args in samples)
-        assert len(samples) >= 9
-        tensors = [a for args in samples for a in args if isinstance(a, torch.Tensor)]
-        assert any(not t.is_contiguous() for t in tensors) or op.name == "perturbed_input"
+        found = list(samples.make(op.name, "cpu", dtype))
+        assert all(op.dtype_of(*args) == dtype for args in found)
+        assert len(found) >= 9
+        strided = [args[k] for args in found for k in samples.of(op.name).strided]
+        assert any(not tensor.is_contiguous() for tensor in strided) or not strided
+
+
+def test_an_op_without_samples_says_where_they_go():
+    with pytest.raises(KeyError, match=r"scaled has no samples: add tests/samples/scaled\.py"):
+        samples.of("scaled")
 
 
 @pytest.mark.parametrize("op, impl, device", cases_of(dtypes=False))
@@ -65,7 +76,7 @@ def test_a_backend_asked_for_is_the_one_that_runs(op, impl, device):
 
 
 def fake_op(*impls):
-    return Op("thing", "", impls, None, None, None, False, (), None)
+    return Op("thing", "", impls, "pointwise", None, None, (), None)
 
 
 def impl(backend, missing=None, dtypes=(torch.float32,), devices=("cpu",)):

@@ -2,6 +2,7 @@
 what was measured.
 """
 
+import json
 import logging
 
 import pytest
@@ -118,6 +119,25 @@ def test_route_of_a_loss(monkeypatch, rows, width, dtype, missing, expected):
         ) == ("auto" if missing else "cuda")
     finally:
         measured._batches.cache_clear()
+
+
+def test_a_table_is_read_when_there_is_one(monkeypatch, tmp_path):
+    """No file: nothing is known to be faster."""
+    features = torch.empty(512, 8, dtype=torch.bfloat16, device="meta")
+    layer = "conv_forward", weight(), SIZE, [1, 1]
+    monkeypatch.setattr(measured, "TABLE", tmp_path / "measured.json")
+    monkeypatch.setattr(measured, "_name", lambda device: "some GPU")
+    measured.forget()
+    try:
+        assert measured.faster(*layer) == "cuda"
+        assert measured.faster_loss("nt_xent", features) == "triton"
+        table = {measured.key(*layer): "wgmma", "nt_xent 512 bfloat16": "cuda"}
+        measured.TABLE.write_text(json.dumps({"some GPU": table}))
+        measured.forget()
+        assert measured.faster(*layer) == "wgmma"
+        assert measured.faster_loss("nt_xent", features) == "cuda"
+    finally:
+        measured.forget()
 
 
 def test_masks_start_at_a_multiple_of_eight():

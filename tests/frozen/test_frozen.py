@@ -19,7 +19,7 @@ from miue_fast.frozen.plan import plan
 from miue_fast.frozen.trace import NotLowered
 from miue_fast.generation import Options
 from miue_fast.ops import projected_step_
-from miue_fast.ops.convolution import quantised
+from miue_fast.ops.geometry import quantised
 
 
 def lively(model, seed=0):

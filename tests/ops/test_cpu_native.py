@@ -13,21 +13,13 @@ import torch
 import miue_fast.ops  # noqa: F401  (registers the ops)
 from miue_fast.dispatch import native
 from miue_fast.dispatch.registry import OPS
-from miue_fast.ops.conv_epilogue import activations
 from miue_fast.reference.conv_epilogue import mask_bytes
+from tests import samples
+from tests.samples.conv_epilogue import activations
 
 pytestmark = pytest.mark.skipif(native.cpu_missing() is not None, reason=str(native.cpu_missing()))
 LEVELS = ["generic", "avx2", "avx512"]
-NAMES = [
-    "nt_xent",
-    "intra_class_distance",
-    "mi_ue_value_and_grad",
-    "projected_step",
-    "projected_step_",
-    "perturbed_input",
-    "conv_epilogue_",
-    "conv_grad_epilogue_",
-]
+NAMES = [name for name, op in OPS.items() if op.kind in ("pointwise", "loss")]
 
 
 @pytest.fixture(autouse=True)
@@ -54,7 +46,7 @@ def threads():
     torch.set_num_threads(before)
 
 
-def native(name):
+def compiled(name):
     return next(impl for impl in OPS[name].impls if impl.backend == "cpu")
 
 
@@ -98,7 +90,7 @@ def assert_parity(op, args):
         )
     )
     for level in here():
-        got = results(op, native(op.name).fn, args)
+        got = results(op, compiled(op.name).fn, args)
         assert len(plain) == len(got)
         for t, p, g in zip(truth, plain, got):
             assert (g.dtype, g.shape) == (p.dtype, p.shape)
@@ -118,8 +110,8 @@ def assert_parity(op, args):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_samples_at_every_level(name):
-    for dtype in native(name).dtypes:
-        for args in OPS[name].samples("cpu", dtype):
+    for dtype in compiled(name).dtypes:
+        for args in samples.make(name, "cpu", dtype):
             assert_parity(OPS[name], args)
 
 
@@ -205,23 +197,26 @@ def everything():
 def test_the_result_does_not_depend_on_the_thread_count(threads):
     for op, args in everything():
         threads(1)
-        one = results(op, native(op.name).fn, args)
+        one = results(op, compiled(op.name).fn, args)
         for count in (2, 3, 7):
             threads(count)
-            assert all(map(same_bits, one, results(op, native(op.name).fn, args))), (op.name, count)
+            assert all(map(same_bits, one, results(op, compiled(op.name).fn, args))), (
+                op.name,
+                count,
+            )
 
 
 def test_a_hundred_repeats_give_the_same_bits():
     for op, args in everything():
-        first = results(op, native(op.name).fn, args)
+        first = results(op, compiled(op.name).fn, args)
         for _ in range(100 if args[0].shape[0] < 2000 else 10):
-            assert all(map(same_bits, first, results(op, native(op.name).fn, args))), op.name
+            assert all(map(same_bits, first, results(op, compiled(op.name).fn, args))), op.name
 
 
 def test_dirty_workspaces_and_outputs_do_not_show(monkeypatch):
     empty = torch.empty
     for op, args in everything():
-        clean = results(op, native(op.name).fn, args)
+        clean = results(op, compiled(op.name).fn, args)
         for byte in (0xFF, 0x7F, 0x00):  # NaN and -1; huge; zero
             with monkeypatch.context() as patch:
 
@@ -231,7 +226,7 @@ def test_dirty_workspaces_and_outputs_do_not_show(monkeypatch):
                     return memory
 
                 patch.setattr(torch, "empty", dirty)
-                got = results(op, native(op.name).fn, args)
+                got = results(op, compiled(op.name).fn, args)
             assert all(map(same_bits, clean, got)), (op.name, byte)
 
 

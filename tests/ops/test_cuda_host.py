@@ -9,22 +9,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from _support import (
-    CONVOLUTIONS,
-    LOSSES,
-    OPS,
-    STATISTICS,
-    assert_same_bits,
-    check_losses,
-    checker,
-    large_losses,
-)
+from _support import OPS, assert_same_bits, check, check_losses
 
 from miue_fast.dispatch import native
 from miue_fast.dispatch.registry import BackendError
-from miue_fast.ops.conv_epilogue import activations
 from miue_fast.reference.conv_epilogue import mask_bytes, unpack
+from tests import samples as inputs
 from tests.ops import test_ranges as ranges
+from tests.samples.conv_epilogue import activations
+from tests.samples.losses import large_losses
 
 spec = importlib.util.spec_from_file_location(
     "shim_build", Path(__file__).parents[1] / "shim/build.py"
@@ -66,10 +59,10 @@ def cases():
 def samples(op, impl, dtype):
     """(number, arguments), without what takes 128 OS threads seconds: half of the half-precision
     losses, two thirds of mi_ue (the same kernels again), all but one wide batch of the distance."""
-    half = op.name in LOSSES and dtype != torch.float32
+    half = op.kind == "loss" and dtype != torch.float32
     every = 3 if op.name == "mi_ue_value_and_grad" else 2 if half else 1
     wide = 0
-    for k, args in enumerate(op.samples_of(impl, "cpu", dtype)):
+    for k, args in enumerate(inputs.taken(op.name, impl, "cpu", dtype)):
         if op.name in ("intra_class_distance", "mi_ue_value_and_grad") and len(args[1]) > 100:
             wide += 1
             if op.name != "intra_class_distance" or dtype != torch.float32 or wide > 1:
@@ -121,8 +114,8 @@ def test_parity(op, impl, dtype):
             assert all(same_bits(a, b) for a, b in zip(got, run(fn, op, args), strict=True)), (
                 f"sample {k} does not repeat"
             )
-        if op.name in (*CONVOLUTIONS, *STATISTICS):
-            checker(op)(op, args, [impl])
+        if op.kind in ("convolution", "statistics"):
+            check(op, args, [impl])
             continue
         if op.exact:
             assert_same_bits(got, plain)
@@ -135,7 +128,7 @@ def loss_cases(dtype):
     """What every way is tried on: the op's samples, and rows of several chunks and tiles of
     features.
     """
-    found = list(OPS["nt_xent"].samples("cpu", dtype))
+    found = list(inputs.make("nt_xent", "cpu", dtype))
     gen = torch.Generator().manual_seed(3)
     for batch, width in [(10, 300), (5, 500)] if dtype == torch.float32 else [(10, 300), (9, 1000)]:
         features = torch.rand(batch, width, generator=gen).to(dtype)
@@ -272,7 +265,7 @@ def test_weights_of_the_gradient_in_both_orders_of_memory():
     op, impl = OPS["conv_input_grad"], cuda_impl(OPS["conv_input_grad"], "wgmma")
     for fitting in (weight, inner, weight.contiguous()):
         args = grad, fitting, None, None, list(grad.shape), *WIDE
-        checker(op)(op, args, [impl])
+        check(op, args, [impl])
         assert_same_bits(run(impl.fn, op, args), run(impl.fn, op, (grad, weight, *args[2:])))
 
 
@@ -304,7 +297,7 @@ def test_widths():
     weight = wide(64, 3, 3, seed=1) / 24
     op, impl = OPS["conv_forward"], cuda_impl(OPS["conv_forward"], "wgmma")
     for width in range(4, 65, 6):
-        checker(op)(op, (wide(1, 2, width), weight, None, None, *WIDE, True, True), [impl])
+        check(op, (wide(1, 2, width), weight, None, None, *WIDE, True, True), [impl])
 
 
 def test_memory_that_no_16_byte_access_takes():
@@ -315,7 +308,7 @@ def test_memory_that_no_16_byte_access_takes():
     ]
     odd = torch.randn(64 * 9 * 64 + 1).bfloat16()[1:].view(64, 3, 3, 64).permute(0, 3, 1, 2) / 24
     args = whole[0], odd, None, whole[1], *WIDE, True, True
-    checker(op)(op, args, [impl])
+    check(op, args, [impl])
 
 
 def test_what_is_not_finite_stays_with_its_neighbours():

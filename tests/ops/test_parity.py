@@ -4,44 +4,34 @@ oracle, or bitwise with the reference.
 
 import pytest
 import torch
-from _support import (
-    BY_NUMPY,
-    LOSSES,
-    OPS,
-    assert_same_bits,
-    cases_of,
-    check_losses,
-    check_shrinks,
-    checker,
-    run,
-)
+from _support import OPS, assert_same_bits, cases_of, check, check_losses, check_shrinks, run
+
+from tests import samples
 
 
 @pytest.mark.parametrize("op, impl, device, dtype", cases_of())
 def test_parity(op, impl, device, dtype):
     count = 0
-    for args in op.samples_of(impl, device, dtype):
+    for args in samples.taken(op.name, impl, device, dtype):
         count += 1
-        if op.exact:
-            assert_same_bits(run(op, impl.fn, args), run(op, op.reference.fn, args))
-        else:
-            checker(op)(op, args, [impl])
+        check(op, args, [impl])
     assert count
 
 
-@pytest.mark.parametrize("name", BY_NUMPY)
+@pytest.mark.parametrize("name", [name for name in OPS if samples.of(name).formula])
 def test_pointwise_reference_is_the_formula(name):
     op = OPS[name]
     for dtype in op.reference.dtypes:
-        for args in op.samples("cpu", dtype):
-            assert_same_bits(run(op, op.reference.fn, args), BY_NUMPY[name](*args))
+        for args in samples.make(name, "cpu", dtype):
+            expected = samples.of(name).formula(*args)
+            assert_same_bits(run(op, op.reference.fn, args), expected)
 
 
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("name", [name for name, op in OPS.items() if op.kind == "loss"])
 def test_loss_reference_is_the_formula(name):
     op = OPS[name]
     for dtype in op.reference.dtypes:
-        for args in op.samples("cpu", dtype):
+        for args in samples.make(name, "cpu", dtype):
             plain, truth = check_losses(op, args, [])
             check_shrinks(op, args, plain, truth)
 

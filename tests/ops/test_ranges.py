@@ -8,6 +8,7 @@ from _support import OPS, assert_same_bits, available, cases_of, clone, run
 
 import miue_fast
 from miue_fast import ops
+from tests import samples
 
 EPS = 8 / 255
 
@@ -201,7 +202,9 @@ def test_the_budget_holds_in_the_store(op, impl, device, dtype):
 @pytest.mark.parametrize("op, impl, device", cases_of("conv_input_grad_step_", dtypes=False))
 def test_the_budget_holds_in_the_fused_step(op, impl, device):
     args = next(
-        a for a in op.samples_of(impl, device, torch.float32) if a[0].dtype == torch.float32
+        a
+        for a in samples.taken(op.name, impl, device, torch.float32)
+        if a[0].dtype == torch.float32
     )
     names = [
         a.split()[-1]

@@ -14,17 +14,18 @@ from pathlib import Path
 import pytest
 import torch
 from _support import (
-    LOSSES,
     OPS,
     assert_same_bits,
     check_convolutions,
     check_losses,
     check_statistics,
     clone,
-    large_losses,
     mask_by_numpy,
     run,
 )
+
+from tests import samples as inputs
+from tests.samples.losses import large_losses
 
 pytest.importorskip("triton")
 HERE = Path(__file__).parent
@@ -131,8 +132,8 @@ else:
         not there.
         """
         monkeypatch.setattr(nt_xent, "STORED_ROWS", 0)
-        samples = list(OPS["nt_xent"].samples("cpu", torch.float16))
-        for args in samples[:-6:3] + samples[-6:] + list(large_losses("cpu", torch.float16))[-3:]:
+        found = list(inputs.make("nt_xent", "cpu", torch.float16))
+        for args in found[:-6:3] + found[-6:] + list(large_losses("cpu", torch.float16))[-3:]:
             check_losses(OPS["nt_xent"], args, [triton_impl("nt_xent")], 2**-11)
 
     @HALF_AND_SINGLE
@@ -162,10 +163,10 @@ else:
             OPS["nt_xent"], (features.to(dtype), labels, 0.2, "all", True), [triton_impl("nt_xent")]
         )
 
-    @pytest.mark.parametrize("name", LOSSES)
+    @pytest.mark.parametrize("name", [name for name, op in OPS.items() if op.kind == "loss"])
     def test_interpreted_degenerate_batches(name):
         op, impl = OPS[name], triton_impl(name)
-        args = next(a for a in op.samples("cpu", torch.float32) if a[-1] is True)[2:]
+        args = next(a for a in inputs.make(name, "cpu", torch.float32) if a[-1] is True)[2:]
         for shape in ((0, 4), (3, 0), (0, 0), (1, 1)):
             features, labels = torch.rand(shape), torch.zeros(shape[0], dtype=torch.int64)
             assert_same_bits(
@@ -201,7 +202,7 @@ else:
     @pytest.mark.parametrize("name", OPS)
     def test_interpreted_repeats(name):
         op, impl = OPS[name], triton_impl(name)
-        args = list(op.samples("cpu", torch.float32))[:8][-1]
+        args = list(inputs.make(name, "cpu", torch.float32))[:8][-1]
         assert_same_bits(run(op, impl.fn, args), run(op, impl.fn, args))
 
     def test_interpreted_strides():
@@ -270,7 +271,7 @@ else:
 
     def test_interpreted_inputs_are_left_alone():
         for name, op in OPS.items():
-            args = list(op.samples("cpu", torch.float32))[:6][-1]
+            args = list(inputs.make(name, "cpu", torch.float32))[:6][-1]
             kept = clone(args)
             triton_impl(name).fn(*args)
             unwritten = [

@@ -11,8 +11,9 @@ import pytest
 import torch
 from PIL import Image
 
+from benchmarks.pages import readme
 from miue_fast import data, models
-from miue_fast.cli import commands, info
+from miue_fast.cli import commands
 
 README = (Path(__file__).parents[2] / "README.md").read_text()
 EVIDENCE = {
@@ -95,6 +96,6 @@ def test_info_runs_without_a_warning():
 def test_the_table_of_ops_and_backends_is_current():
     begin, end = "<!-- matrix:begin -->\n", "\n<!-- matrix:end -->"
     shown = README[README.index(begin) + len(begin) : README.index(end)]
-    assert shown == info.markdown(), (
-        "run `python -m miue_fast info --markdown` and paste it between the markers"
+    assert shown == readme.matrix(), (
+        "run `python -m benchmarks.pages.readme --matrix` and paste it between the markers"
     )
