@@ -159,6 +159,54 @@ struct Conv64Args {
     int64_t B, H, W;
 };
 
+// A frozen convolution whose weights were transformed and packed: 3x3 with padding 1 at stride 1 (in tiles of 4x4 or 2x2 results) or 2,
+// and 1x1 with padding 0 at stride 1 or 2. The input gradient at stride 1 is a convolution of the same family, at stride 2 one of its own.
+enum class ConvFamily : int { three4 = 0, three2, strided, strided_back, one, one_strided, one_back };
+
+//   weight [K][C][taps][taps] of the forward, element strides in `stride`; with `back` its C and K are this one's K and C
+//   packed packed_weights_floats_cpu() values, for the instruction level in use
+struct PackWeightsArgs {
+    ConvFamily family;
+    bool back;
+    const float* weight;
+    int64_t stride[4];
+    int64_t C, K;  // input and result channels of the packed convolution
+    float* packed;
+};
+
+// y = relu(x * weight + bias + residual), its bits in mask_out; or y = mask_in ? x * weight + residual : 0.
+//   x [B, H, W, C], y and residual [B, P, Q, K], bias [K], masks as above; all f32; bias, residual and masks may be null
+//   mask_out only with relu; mask_in without
+struct PackedConvArgs {
+    ConvFamily family;
+    const float* x;
+    const float* packed;
+    const float* bias;
+    const float* residual;
+    bool relu;
+    uint8_t* mask_out;
+    const uint8_t* mask_in;
+    float* y;
+    int64_t B, H, W, C, P, Q, K;
+    void* workspace;  // packed_conv_workspace_cpu() bytes, 64-byte aligned
+};
+
+// The weight gradient of a 3x3 convolution with stride 1 and padding 1: grad_weight [K][3][3][C] from x [B, H, W, C] and grad [B, H, W, K].
+struct ConvWeightGradArgs {
+    const float* x;
+    const float* grad;
+    float* grad_weight;
+    int64_t B, H, W, C, K;
+    void* workspace;  // conv_weight_grad_workspace_cpu() bytes, 64-byte aligned
+};
+
+int64_t conv_weight_grad_workspace_cpu(int64_t C, int64_t K);
+void conv_weight_grad_cpu(const ConvWeightGradArgs&, int threads);
+int64_t packed_weights_floats_cpu(ConvFamily, int64_t C, int64_t K);
+void pack_weights_cpu(const PackWeightsArgs&, int threads);
+int64_t packed_conv_workspace_cpu(ConvFamily, int64_t B, int64_t P, int64_t Q, int64_t C, int64_t K, int threads);
+void packed_conv_cpu(const PackedConvArgs&, int threads);
+
 int64_t nt_xent_workspace_cpu(int64_t B, int64_t D, DType dtype, bool want_grad);
 int64_t intra_class_distance_workspace_cpu(int64_t B, int64_t D, DType dtype, bool want_grad);
 int64_t class_covariance_workspace_cpu(int64_t B, int64_t D, DType dtype, int64_t K);

@@ -65,6 +65,73 @@ struct LossKernels {
     void (*covariance)(const CovarianceJob<T>&, int64_t k, int64_t p, int64_t q);
 };
 
+// Memory that will be needed soon, asked for line by line between products.
+class Ahead {
+public:
+    void range(const void* from, int64_t bytes) {
+        if (from && bytes > 0) at_[count_] = static_cast<const char*>(from), end_[count_++] = static_cast<const char*>(from) + bytes;
+    }
+    // The next `bytes` of it, or `other` where nothing is left.
+    const char* take(int64_t bytes, const char* other) {
+        while (now_ < count_ && at_[now_] >= end_[now_]) now_++;
+        if (now_ == count_) return other;
+        const char* from = at_[now_];
+        at_[now_] += bytes;
+        return from;
+    }
+
+private:
+    const char *at_[3], *end_[3];
+    int count_ = 0, now_ = 0;
+};
+
+// One packed convolution: x [B, H, W, C] to y [B, P, Q, K] in tiles of the result. The epilogue reads and writes ReLU bits in whole
+// vectors, so K must be a multiple of them where there is one (residual, relu or a mask); else it is a pass of its own.
+struct TileJob {
+    const float *x, *bias, *residual;
+    float* y;
+    bool relu;
+    uint8_t* mask_out;
+    const uint8_t* mask_in;
+    int64_t B, H, W, C, P, Q, K;
+    int64_t tiles_h, tiles_w;
+    int64_t block;    // tiles whose products are taken together
+    int64_t panel;    // result channels of one register tile
+    int64_t group;    // result channels whose products are taken together: panels
+    int64_t depth;    // C padded to vectors
+    int64_t in_step, out_step;  // values between the transforms' products
+};
+
+// Weights of C input channels and some result channels, each `taps` x `taps`, to their transforms.
+struct PackJob {
+    const float* weight;
+    int64_t result_stride, channel_stride, row_stride, column_stride;
+    int64_t C, taps, products;  // of one dimension
+    double transform[9][3];     // [product][tap]
+    int64_t panel;
+};
+
+struct TileFamily {
+    int64_t inputs, products, results, input_step, result_step, offset;  // of one dimension
+    void (*in)(const TileJob&, int64_t first, int64_t count, float* to);
+    void (*out)(const TileJob&, int64_t first, int64_t count, int64_t channel, int64_t width, const float* from);
+};
+
+struct TileKernels {
+    int64_t rows, lanes, vectors;  // of a register tile
+    bool fused;                    // the epilogue can be taken with the results
+    void (*products)(const TileJob&, int64_t products, int64_t count, int64_t panels, const float* in, const float* weights, float* out,
+                     Ahead&);
+    // Result channels [first, first + count) of one panel, to[c][column]; `step` values between products.
+    void (*pack)(const PackJob&, int64_t first, int64_t count, float* to, int64_t step);
+    // The weight gradient at stride 1, see tiles.h.
+    void (*grad_in)(const TileJob&, int64_t first, int64_t count, float* to);
+    void (*outer_products)(const TileJob&, int64_t count, const float* in, const float* grad, float* sums, bool add, Ahead&);
+    void (*weight_grad)(const double (&transform)[9][3], int64_t C, int64_t K, int64_t rows, int64_t panel, const float* sums, int64_t step,
+                        float* to);
+    TileFamily families[7];  // in the order of ConvFamily
+};
+
 struct Kernels {
     const char* name;
     LossKernels<float> f32;
@@ -76,6 +143,7 @@ struct Kernels {
     // Values [from, to), `from` a multiple of 64. The bias repeats for 63 values past its end.
     void (*epilogue)(const ConvEpilogueArgs&, int64_t from, int64_t to);
     void (*grad_epilogue)(const ConvGradEpilogueArgs&, int64_t from, int64_t to);
+    TileKernels tiles;
 };
 
 template <class T>

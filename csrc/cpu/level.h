@@ -14,11 +14,17 @@ namespace MIUE_LEVEL {
 #include "covariance.h"
 //
 #include "epilogue.h"
+#include "tiles.h"
 
 template <class T>
 constexpr LossKernels<T> loss_table() {
     return {NR<T>, pack<T>, similarity<T>, sums<T>, gradient<T>, BLOCK, convert<T>, distances<T>, sum<T>, pull<T>, finish<T>,
             centre<T>, covariance<T>};
+}
+constexpr TileKernels tile_kernels() {
+    return {TILE_ROWS, LANES<float>, TILE_VECTORS, LANES<float> >= 8, products, pack_panel, grad_in, outer_products, weight_grad,
+            {tile_family<Three4>(), tile_family<Three2>(), tile_family<Strided>(), tile_family<StridedBack>(), tile_family<One<1>>(),
+             tile_family<One<2>>(), tile_family<OneBack>()}};
 }
 }  // namespace MIUE_LEVEL
 
@@ -29,5 +35,6 @@ constexpr LossKernels<T> loss_table() {
 extern const Kernels MIUE_JOIN(MIUE_LEVEL, _kernels) = {
     MIUE_TEXT(MIUE_LEVEL), MIUE_LEVEL::loss_table<float>(), MIUE_LEVEL::loss_table<double>(), MIUE_LEVEL::step, MIUE_LEVEL::step_inplace,
     MIUE_LEVEL::input, MIUE_LEVEL::epilogue, MIUE_LEVEL::grad_epilogue,
+    MIUE_LEVEL::tile_kernels(),
 };
 }  // namespace miue

@@ -423,3 +423,66 @@ def conv_input_grad_step_(
         grad, weight, [len(grad), *images.shape[1:]], stride, padding, dilation, groups
     )
     projected_step_(delta, index, slope, images, flip, alpha, eps, nonfinite)
+
+
+# csrc/ops.h, ConvFamily
+_FAMILIES = {
+    name: number
+    for number, name in enumerate(
+        ("three4", "three2", "strided", "strided_back", "one", "one_strided", "one_back")
+    )
+}
+
+
+def packed_weights_size(family: str, channels: int, results: int) -> int:
+    """How many float32 values the packed weights take at the instruction level in use."""
+    return _cpu.packed_weights_floats(_FAMILIES[family], channels, results)
+
+
+def pack_weights(
+    family: str, back: bool, weight: torch.Tensor, channels: int, results: int, packed: torch.Tensor
+) -> None:
+    """Transforms weights [K, C, R, S] in float64, and writes them as `packed_conv` reads them."""
+    _cpu.pack_weights(
+        _FAMILIES[family],
+        back,
+        weight.data_ptr(),
+        list(weight.stride()),
+        channels,
+        results,
+        packed.data_ptr(),
+        torch.get_num_threads(),
+    )
+
+
+def packed_conv(
+    family: str,
+    x: torch.Tensor,
+    packed: torch.Tensor,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    relu: bool,
+    mask: torch.Tensor | None,
+    keep: torch.Tensor | None,
+    y: torch.Tensor,
+) -> None:
+    """Writes a frozen convolution and its epilogue into y: csrc/ops.h, PackedConvArgs."""
+    batch, channels, height, width = x.shape
+    _, results, rows, columns = y.shape
+    number, threads = _FAMILIES[family], torch.get_num_threads()
+    size = _cpu.packed_conv_workspace(number, batch, rows, columns, channels, results, threads)
+    workspace = torch.empty(size, dtype=torch.uint8)
+    _cpu.packed_conv(
+        number,
+        x.data_ptr(),
+        packed.data_ptr(),
+        _ptr(bias),
+        _ptr(residual),
+        relu,
+        _ptr(mask),
+        _ptr(keep),
+        y.data_ptr(),
+        [batch, height, width, channels, rows, columns, results],
+        workspace.data_ptr(),
+        threads,
+    )
