@@ -25,7 +25,6 @@ import sys
 import tempfile
 import time
 import warnings
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -192,7 +191,7 @@ def parity_of(case, emit):
     op, count = OPS[case["op"]], 0
     impl = next(i for i in op.impls if i.backend == case["implementation"])
     samples = list(op.samples_of(impl, measure.GPU, getattr(torch, case["dtype"])))
-    if impl.forms:
+    if op.name == "nt_xent":
         samples += _support.large_losses(
             measure.GPU, getattr(torch, case["dtype"]), big=measure.GPU != "cpu"
         )
@@ -203,16 +202,9 @@ def parity_of(case, emit):
                     _support.assert_same_bits(
                         _support.run(op, impl.fn, args), _support.run(op, op.reference.fn, args)
                     )
-                elif impl.forms:
-                    mine = max(
-                        (form.weights for form in impl.forms if len(args[0]) > form.rows),
-                        default=0.0,
-                    )
-                    for fn, weights in (
-                        (impl.fn, mine),
-                        *((form.fn, form.weights) for form in impl.forms),
-                    ):
-                        _support.check_losses(op, args, [replace(impl, fn=fn)], weights)
+                elif op.name == "nt_xent":
+                    rounding = _support.rounding_of_weights(impl, args[0])
+                    _support.check_losses(op, args, [impl], rounding)
                 else:
                     _support.checker(op)(op, args, [impl])
         except (

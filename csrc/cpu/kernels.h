@@ -1,4 +1,5 @@
-// What the ops (compiled once) and the kernels (compiled once per instruction set) share: plain data and a table of functions.
+// What the ops (compiled once) and the kernels (compiled once per instruction set) share: plain
+// data and a table of functions.
 #pragma once
 #include <type_traits>
 #include <utility>
@@ -17,10 +18,13 @@ template <class T>
 struct NtXentJob {
     const NtXentArgs* args;
     int64_t B, D, panels, width_padded;  // panels * panel = padded B; width_padded = padded D
-    const T* ids;                        // class number of each row, -1 in the padding; small integers are exact in T
-    bool uniform;                        // one shift for every pair: S may be overwritten by E = exp((S - 1) / t)
-    bool kept;                           // the whole S is in memory
-    T *columns, *rows;                   // z as [panel][d][row in panel], and as [d panel][row][d in panel]
+    // class number of each row, -1 in the padding; small integers are exact in T
+    const T* ids;
+    // one shift for every pair: S may be overwritten by E = exp((S - 1) / t)
+    bool uniform;
+    bool kept;  // the whole S is in memory
+    // z as [panel][d][row in panel], and as [d panel][row][d in panel]
+    T *columns, *rows;
     T *norm, *own, *top, *same_weight, *other_weight;
     double* row_loss;
     T* similarity;  // kept: [panel][row][row in panel]
@@ -42,20 +46,24 @@ struct LossKernels {
     bool (*pack)(const NtXentJob<T>&, int64_t p);
     // Similarity of panels p <= q, stored at both places of the symmetric matrix.
     void (*similarity)(const NtXentJob<T>&, int64_t p, int64_t q);
-    // Sums, row losses and weights of panel q. `slice`: SLICE * panel values, unused when S is kept.
+    // Sums, row losses and weights of panel q. `slice`: SLICE * panel values, unused when S is
+    // kept.
     void (*sums)(const NtXentJob<T>&, int64_t q, T* slice);
     // Gradient rows of panel q. `grad`: panel * width_padded values.
     void (*gradient)(const NtXentJob<T>&, int64_t q, T* slice, T* grad);
 
     int64_t block;  // rows handled together by the distance kernels
     void (*convert)(T* out, const void* in, DType, int64_t n);
-    // out[r, j] = ||f[i + r] - f[from + j]|| for r < rows <= block, j < count; f has rows of `stride` values, `n` of them used.
-    void (*distances)(const T* f, int64_t stride, int64_t n, int64_t i, int64_t rows, int64_t from, int64_t count, T* out, int64_t ld);
+    // out[r, j] = ||f[i + r] - f[from + j]|| for r < rows <= block, j < count; f has rows of
+    // `stride` values, `n` of them used.
+    void (*distances)(const T* f, int64_t stride, int64_t n, int64_t i, int64_t rows, int64_t from,
+                      int64_t count, T* out, int64_t ld);
     double (*sum)(const T* values, int64_t n);
-    // weights[r, j] = (1 + share[from + j] / share[i + r]) / distance, 0 at a distance below the smallest normal number; then
-    // grad[r] += sum_j weights[r, j] (f[i + r] - f[from + j]). (A share alone may be too small for T, and so may its part per distance.)
-    void (*pull)(const T* f, int64_t stride, const double* share, int64_t i, int64_t rows, int64_t from, int64_t count, T* weights, int64_t ld,
-                 T* grad);
+    // weights[r, j] = (1 + share[from + j] / share[i + r]) / distance, 0 at a distance below the
+    // smallest normal number; then grad[r] += sum_j weights[r, j] (f[i + r] - f[from + j]). (A
+    // share alone may be too small for T, and so may its part per distance.)
+    void (*pull)(const T* f, int64_t stride, const double* share, int64_t i, int64_t rows,
+                 int64_t from, int64_t count, T* weights, int64_t ld, T* grad);
     // out = addend + weight * (share * values); addend may be null, or out.
     void (*finish)(T* out, const T* values, const T* addend, T weight, double share, int64_t n);
 
@@ -70,7 +78,8 @@ struct Kernels {
     LossKernels<float> f32;
     LossKernels<double> f64;
     void (*step)(const ProjectedStepArgs&, int64_t from, int64_t to);
-    // Pixels [from, to) of batch row b, all channels; returns the number of NaN and Inf in the gradient there.
+    // Pixels [from, to) of batch row b, all channels; returns the number of NaN and Inf in the
+    // gradient there.
     int64_t (*step_inplace)(const ProjectedStepInplaceArgs&, int64_t b, int64_t from, int64_t to);
     void (*input)(const PerturbedInputArgs&, int64_t b, int64_t from, int64_t to);
     // Values [from, to), `from` a multiple of 64. The bias repeats for 63 values past its end.

@@ -20,9 +20,9 @@ def machine(monkeypatch):
     """make(triton=reason, cuda=reason, wgmma=reason, measured=backend) makes a machine."""
 
     def make(triton=None, cuda=None, wgmma=None, measured="cuda"):
-        monkeypatch.setattr(convolution._triton, "missing", lambda: triton)
-        monkeypatch.setattr(convolution._native, "cuda_missing", lambda: cuda)
-        monkeypatch.setattr(convolution._native, "wgmma_missing", lambda: cuda or wgmma)
+        monkeypatch.setattr(convolution.triton, "missing", lambda: triton)
+        monkeypatch.setattr(convolution.native, "cuda_missing", lambda: cuda)
+        monkeypatch.setattr(convolution.native, "wgmma_missing", lambda: cuda or wgmma)
         monkeypatch.setattr(convolution, "faster", lambda *args: measured)
         monkeypatch.setattr(convolution, "_told", set())
 
@@ -108,7 +108,7 @@ def test_route_of_a_loss(monkeypatch, rows, width, dtype, missing, expected):
     }
     monkeypatch.setattr(measured, "_table", lambda: {"some GPU": table})
     monkeypatch.setattr(measured, "_name", lambda device: "some GPU")
-    monkeypatch.setattr(_loss._native, "cuda_missing", lambda: missing)
+    monkeypatch.setattr(_loss.native, "cuda_missing", lambda: missing)
     measured._batches.cache_clear()
     try:
         features = torch.empty(rows, width, dtype=dtype, device="meta")
