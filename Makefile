@@ -8,7 +8,7 @@ PYTHON ?= python3
 setup: $(VENV)/.ready
 
 # torch is pinned here and nowhere else: users' installs take any torch >= 2.11.
-$(VENV)/.ready: requirements-dev.txt pyproject.toml setup.py $(wildcard csrc/*.* csrc/*/*.*)
+$(VENV)/.ready: requirements-dev.txt pyproject.toml setup.py $(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*.*)
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install -q -r requirements-dev.txt
 	$(PY) -m pip install -q -e .
@@ -24,6 +24,7 @@ test: setup
 lint: setup
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+	find csrc tests/shim -name "*.h" -o -name "*.cpp" -o -name "*.cu*" | xargs $(VENV)/bin/clang-format --dry-run -Werror
 
 bench: setup
 	$(PY) -m benchmarks.bench --out benchmarks/results/cpu.json

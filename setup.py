@@ -1,9 +1,11 @@
 """Package map and the two extension modules. Metadata and tool settings are in pyproject.toml.
 
 MIUE_BUILD=auto (default) builds what this machine can; cpu, cuda and none ask for exactly that and
-fail if it is impossible."""
+fail if it is impossible. MIUE_CUDA_ARCHS="80 90a" names the GPU architectures that CUDA C++ is
+compiled for, rows of miue_fast/dispatch/architectures.py (default: all of them)."""
 
 import os
+import runpy
 import shutil
 import subprocess
 import sysconfig
@@ -17,7 +19,31 @@ WANT = os.environ.get("MIUE_BUILD", "auto")
 CXX = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
 CUDA_HOME = os.environ.get("CUDA_HOME", "/usr/local/cuda")
 NVCC = shutil.which("nvcc") or shutil.which(f"{CUDA_HOME}/bin/nvcc")
-GENCODE = ["80,code=sm_80", "90a,code=sm_90a", "90,code=compute_90"]
+TABLE = runpy.run_path(str(ROOT / "miue_fast/dispatch/architectures.py"))
+
+
+def architectures():
+    try:
+        return TABLE["chosen"](os.environ.get("MIUE_CUDA_ARCHS"))
+    except ValueError as error:
+        raise SystemExit(str(error)) from None
+
+
+ARCHITECTURES = architectures()
+
+
+def rows_of(source):
+    """The architectures that this file of csrc/cuda is compiled for."""
+    folder = str(Path(source).parent)
+    return [row for row in ARCHITECTURES if folder in row.folders]
+
+
+def gencode(rows):
+    return " ".join(f"-gencode={row.gencode}" for row in rows)
+
+
+def _compiled(path):
+    return path.suffix == ".cpp" or (path.suffix == ".cu" and rows_of(path))
 
 
 def extensions():
@@ -32,7 +58,7 @@ def extensions():
     modules = [m for m, on in (("cpu", want_cpu), ("cuda", want_cuda)) if on]
     found = []
     for m in modules:
-        kernels = sorted(str(p) for p in Path("csrc", m).iterdir() if p.suffix in (".cpp", ".cu"))
+        kernels = sorted(str(p) for p in Path("csrc", m).rglob("*.c*") if _compiled(p))
         headers = [str(p) for p in Path("csrc").rglob("*.*")]
         found.append(
             Extension(
@@ -59,7 +85,7 @@ class NinjaBuild(build_ext):
         flags = "-O3 -ffp-contract=off -fno-math-errno -fPIC -fvisibility=hidden" + (
             "" if cuda else " -fopenmp"
         )
-        gencode = " ".join(f"-gencode=arch=compute_{g}" for g in GENCODE)
+        hopper = "-DMIUE_HOPPER" if any(TABLE["HOPPER"] in a.folders for a in ARCHITECTURES) else ""
         include = (
             f"-I{ROOT / 'csrc'} -I{pybind11.get_include()} -I{sysconfig.get_paths()['include']}"
         )
@@ -67,13 +93,13 @@ class NinjaBuild(build_ext):
             "-std=c++17 -O3 -fmad=false --threads 2 -cudart static -Xcompiler "
             "-fPIC,-fvisibility=hidden"
         )
-        define = f"-DMIUE_BUILD_FLAGS='\"{flags}{' ' + gencode if cuda else ''}\"'"
+        define = f"-DMIUE_BUILD_FLAGS='\"{flags}{' ' + gencode(ARCHITECTURES) if cuda else ''}\"'"
         text = f"""
 rule cxx
-  command = {CXX} -std=c++17 {flags} {include} {define} -MMD -MF $out.d -c $in -o $out
+  command = {CXX} -std=c++17 {flags} {hopper} {include} {define} -MMD -MF $out.d -c $in -o $out
   depfile = $out.d
 rule nvcc
-  command = {NVCC} {nvcc_flags} {gencode} -I{ROOT / "csrc"} -MMD -MF $out.d -c $in -o $out
+  command = {NVCC} {nvcc_flags} {hopper} $gencode -I{ROOT / "csrc"} -MMD -MF $out.d -c $in -o $out
   depfile = $out.d
 rule link
   command = {NVCC + " -cudart static -Xcompiler" if cuda else CXX} \
@@ -82,10 +108,9 @@ rule link
         objects = []
         for source in ext.sources:
             objects.append(f"{folder / source.replace('/', '_')}.o")
-            text += (
-                f"build {objects[-1]}: "
-                f"{'nvcc' if source.endswith('.cu') else 'cxx'} {ROOT.resolve() / source}\n"
-            )
+            rule = "nvcc" if source.endswith(".cu") else "cxx"
+            text += f"build {objects[-1]}: {rule} {ROOT.resolve() / source}\n"
+            text += f"  gencode = {gencode(rows_of(source))}\n" if rule == "nvcc" else ""
         text += f"build {output}: link {' '.join(objects)}\n"
         (folder / "build.ninja").write_text(text)
         output.parent.mkdir(parents=True, exist_ok=True)

@@ -25,7 +25,6 @@ import sys
 import tempfile
 import time
 import warnings
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -191,21 +190,14 @@ def parity_of(case, emit):
     impl = next(i for i in op.impls if i.backend == case["implementation"])
     dtype = getattr(torch, case["dtype"])
     found = list(samples.taken(op.name, impl, measure.GPU, dtype))
-    if impl.forms:
+    if op.name == "nt_xent":
         found += large_losses(measure.GPU, dtype, big=measure.GPU != "cpu")
     for args in found:
         try:
             with measure.true_float32():
-                if impl.forms:
-                    mine = max(
-                        (form.weights for form in impl.forms if len(args[0]) > form.rows),
-                        default=0.0,
-                    )
-                    for fn, weights in (
-                        (impl.fn, mine),
-                        *((form.fn, form.weights) for form in impl.forms),
-                    ):
-                        _support.check_losses(op, args, [replace(impl, fn=fn)], weights)
+                if op.name == "nt_xent":
+                    rounding = _support.rounding_of_weights(impl, args[0])
+                    _support.check_losses(op, args, [impl], rounding)
                 else:
                     _support.check(op, args, [impl])
         except (

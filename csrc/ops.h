@@ -1,5 +1,6 @@
-// The native ops. One signature per op; `<op>_cpu` takes a thread count where `<op>_cuda` takes a stream.
-// Pointers are to memory of the op's own device unless the comment says "host". No torch, no Python.
+// The native ops. One signature per op; `<op>_cpu` takes a thread count where `<op>_cuda` takes a
+// stream. Pointers are to memory of the op's own device unless the comment says "host". No torch,
+// no Python.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -8,12 +9,16 @@ namespace miue {
 
 enum class DType : int { none = -1, f32 = 0, f16 = 1, bf16 = 2, f64 = 3, u8 = 4, i8 = 5 };
 
-// NT-Xent over all pairs (or, with `negatives`, cross-class pairs only): value, and gradient when `grad` is not null.
-//   features [B, D], element stride `row_stride` between rows, 1 inside; f32, f16, bf16, f64 (f64: cpu only)
+// NT-Xent over all pairs (or, with `negatives`, cross-class pairs only): value, and gradient when
+// `grad` is not null.
+//   features [B, D], element stride `row_stride` between rows, 1 inside; f32, f16, bf16, f64 (f64:
+//       cpu only)
 //   labels   [B]
 //   loss     one f32 (f64 for f64 features)
-//   grad     [B, D] contiguous, f32 (f64 for f64 features): half precision would flush what loss scaling lifts; may be null
-//   workspace of at least nt_xent_workspace_*() bytes, 64-byte aligned, never more than 32 MB + O(B*D)
+//   grad     [B, D] contiguous, f32 (f64 for f64 features): half precision would flush what loss
+//            scaling lifts; may be null
+//   workspace of at least nt_xent_workspace_*() bytes, 64-byte aligned, never more than 32 MB +
+//       O(B*D)
 struct NtXentArgs {
     const void* features;
     DType dtype;
@@ -27,9 +32,9 @@ struct NtXentArgs {
     void* workspace;
 };
 
-// Within-class distance: mean_i log(1 + scale * sum_{j: y_j = y_i} ||f_i - f_j||), scale = 1/D or 1.
-// Writes loss = addend_loss + weight * distance and grad = addend_grad + weight * gradient; both addends may be null,
-// are f32 (f64 for f64 features), and may be the outputs themselves.
+// Within-class distance: mean_i log(1 + scale * sum_{j: y_j = y_i} ||f_i - f_j||), scale = 1/D or
+// 1. Writes loss = addend_loss + weight * distance and grad = addend_grad + weight * gradient; both
+// addends may be null, are f32 (f64 for f64 features), and may be the outputs themselves.
 struct IntraClassDistanceArgs {
     const void* features;
     DType dtype;
@@ -45,7 +50,8 @@ struct IntraClassDistanceArgs {
     void* workspace;
 };
 
-// Count, mean and covariance of every class: C = 1/n sum (f - m)(f - m)^T over its rows, 0 for a class without rows.
+// Count, mean and covariance of every class: C = 1/n sum (f - m)(f - m)^T over its rows, 0 for a
+// class without rows.
 //   labels      [B]; a row whose label is outside [0, K) belongs to no class
 //   counts      [K]
 //   means       [K, D], covariances [K, D, D]: contiguous, f32 (f64 for f64 features)
@@ -62,8 +68,8 @@ struct ClassCovarianceArgs {
     void* workspace;
 };
 
-// out = clamp(image + clamp(delta - alpha * sign(grad), -eps, eps), 0, 1) - image on n values of one dtype.
-// sign(0) = sign(NaN) = 0. f16 and bf16 compute in f32 and round once.
+// out = clamp(image + clamp(delta - alpha * sign(grad), -eps, eps), 0, 1) - image on n values of
+// one dtype. sign(0) = sign(NaN) = 0. f16 and bf16 compute in f32 and round once.
 struct ProjectedStepArgs {
     void* out;
     const void* delta;
@@ -77,7 +83,8 @@ struct ProjectedStepArgs {
 // The same step in place on rows `index` of the poison store.
 //   delta  [N, C, H, W] contiguous; f32, f16 or i8 levels (value = level * eps/127)
 //   grad   [B, C, H, W], any strides (in elements); f32, f16, bf16
-//   images [N, C, H, W] contiguous; u8 (value = u8/255) or f32; read mirrored along W where flip[b] != 0
+//   images [N, C, H, W] contiguous; u8 (value = u8/255) or f32; read mirrored along W where flip[b]
+//       != 0
 //   index  [B], unique, in [0, N); null = 0..B-1.   flip [B] or null
 //   nonfinite: one i64, incremented by the number of NaN or Inf gradient values; may be null
 struct ProjectedStepInplaceArgs {
@@ -95,7 +102,8 @@ struct ProjectedStepInplaceArgs {
     int64_t* nonfinite;
 };
 
-// out[b] = (flip_b(images[index_b]) + delta[index_b] - mean) * (1 / std), written contiguous or channels-last.
+// out[b] = (flip_b(images[index_b]) + delta[index_b] - mean) * (1 / std), written contiguous or
+// channels-last.
 //   images as above; delta as above or null; out f32, f16, bf16 [B, C, H, W]
 //   mean, inv_std: C floats in HOST memory, or null for no normalisation; cuda takes C <= 16 there
 struct PerturbedInputArgs {
@@ -115,9 +123,12 @@ struct PerturbedInputArgs {
 };
 
 // y = relu(y + bias + residual) in place on `count` values in NHWC order: channels vary fastest.
-//   y, residual: f32, f16, bf16, f64 (f64: cpu only); bias [channels] f32 (f64 for f64); bias and residual may be null
-//   mask: ReLU bits, 8 * ceil(count / 64) bytes, 8-byte aligned, or null: bit k of byte b is !(y[8 b + k] <= 0) after rounding, 0 past the end
-// Sums in f32 (f64), (y + bias) first, rounded once. Without `relu` the values stay as they are and the mask is written all the same.
+//   y, residual: f32, f16, bf16, f64 (f64: cpu only); bias [channels] f32 (f64 for f64); bias and
+//       residual may be null
+//   mask: ReLU bits, 8 * ceil(count / 64) bytes, 8-byte aligned, or null: bit k of byte b is !(y[8
+//       b + k] <= 0) after rounding, 0 past the end
+// Sums in f32 (f64), (y + bias) first, rounded once. Without `relu` the values stay as they are and
+// the mask is written all the same.
 struct ConvEpilogueArgs {
     void* y;
     DType dtype;
@@ -128,7 +139,8 @@ struct ConvEpilogueArgs {
     int64_t channels, count;
 };
 
-// grad = bit ? grad + addend : 0 in place on `count` values; addend and mask (as above) may be null.
+// grad = bit ? grad + addend : 0 in place on `count` values; addend and mask (as above) may be
+// null.
 struct ConvGradEpilogueArgs {
     void* grad;
     DType dtype;
@@ -137,10 +149,12 @@ struct ConvGradEpilogueArgs {
     int64_t count;
 };
 
-// A 3x3 convolution of 64 to 64 channels, stride 1, padding 1: y = relu(x * weight + bias + residual), or its input gradient. Hopper only.
+// A 3x3 convolution of 64 to 64 channels, stride 1, padding 1: y = relu(x * weight + bias +
+// residual), or its input gradient. Hopper only.
 //   x, residual, y: [B, H, W, 64] f16 or bf16, W in 4..64; residual may be null
-//   weight   [64][3][3][64]: with `transpose` the first 64 are summed over, else the last; `reverse` takes the taps back to front.
-//            Forward from [K][3][3][C]: neither. Input gradient: reverse, and transpose unless the memory is [C][3][3][K]
+//   weight   [64][3][3][64]: with `transpose` the first 64 are summed over, else the last;
+//            `reverse` takes the taps back to front. Forward from [K][3][3][C]: neither. Input
+//            gradient: reverse, and transpose unless the memory is [C][3][3][K]
 //   bias     [64] f32 or null
 //   mask_out the ReLU's bits as above (8 B H W bytes) or null
 //   mask_in  what has no bit here becomes 0, not with relu; or null
@@ -161,7 +175,15 @@ struct Conv64Args {
 
 // A frozen convolution whose weights were transformed and packed: 3x3 with padding 1 at stride 1 (in tiles of 4x4 or 2x2 results) or 2,
 // and 1x1 with padding 0 at stride 1 or 2. The input gradient at stride 1 is a convolution of the same family, at stride 2 one of its own.
-enum class ConvFamily : int { three4 = 0, three2, strided, strided_back, one, one_strided, one_back };
+enum class ConvFamily : int {
+    three4 = 0,
+    three2,
+    strided,
+    strided_back,
+    one,
+    one_strided,
+    one_back
+};
 
 //   weight [K][C][taps][taps] of the forward, element strides in `stride`; with `back` its C and K are this one's K and C
 //   packed packed_weights_floats_cpu() values, for the instruction level in use
@@ -204,7 +226,8 @@ int64_t conv_weight_grad_workspace_cpu(int64_t C, int64_t K);
 void conv_weight_grad_cpu(const ConvWeightGradArgs&, int threads);
 int64_t packed_weights_floats_cpu(ConvFamily, int64_t C, int64_t K);
 void pack_weights_cpu(const PackWeightsArgs&, int threads);
-int64_t packed_conv_workspace_cpu(ConvFamily, int64_t B, int64_t P, int64_t Q, int64_t C, int64_t K, int threads);
+int64_t packed_conv_workspace_cpu(ConvFamily, int64_t B, int64_t P, int64_t Q, int64_t C, int64_t K,
+                                  int threads);
 void packed_conv_cpu(const PackedConvArgs&, int threads);
 
 int64_t nt_xent_workspace_cpu(int64_t B, int64_t D, DType dtype, bool want_grad);
@@ -219,7 +242,8 @@ void perturbed_input_cpu(const PerturbedInputArgs&, int threads);
 void conv_epilogue_cpu(const ConvEpilogueArgs&, int threads);
 void conv_grad_epilogue_cpu(const ConvGradEpilogueArgs&, int threads);
 
-// "generic", "avx2" or "avx512": the best this processor has unless MIUE_CPU_LEVEL or set_cpu_level says otherwise.
+// "generic", "avx2" or "avx512": the best this processor has unless MIUE_CPU_LEVEL or set_cpu_level
+// says otherwise.
 const char* cpu_level();
 void set_cpu_level(const char* name);
 
@@ -227,9 +251,6 @@ int64_t nt_xent_workspace_cuda(int64_t B, int64_t D, DType dtype, bool want_grad
 int64_t intra_class_distance_workspace_cuda(int64_t B, int64_t D, DType dtype, bool want_grad);
 int64_t class_covariance_workspace_cuda(int64_t B, int64_t D, DType dtype, int64_t K);
 void nt_xent_cuda(const NtXentArgs&, void* stream);
-// For tests and benchmarks: nt_xent_cuda without its kernel for small batches, and without those for Hopper either.
-void nt_xent_large_cuda(const NtXentArgs&, void* stream);
-void nt_xent_several_cuda(const NtXentArgs&, void* stream);
 void intra_class_distance_cuda(const IntraClassDistanceArgs&, void* stream);
 void class_covariance_cuda(const ClassCovarianceArgs&, void* stream);
 void projected_step_cuda(const ProjectedStepArgs&, void* stream);
@@ -237,6 +258,8 @@ void projected_step_inplace_cuda(const ProjectedStepInplaceArgs&, void* stream);
 void perturbed_input_cuda(const PerturbedInputArgs&, void* stream);
 void conv_epilogue_cuda(const ConvEpilogueArgs&, void* stream);
 void conv_grad_epilogue_cuda(const ConvGradEpilogueArgs&, void* stream);
+#ifdef MIUE_HOPPER  // some of the architectures that _cuda is built for may use csrc/cuda/hopper
 void conv64_cuda(const Conv64Args&, void* stream);
+#endif
 
 }  // namespace miue

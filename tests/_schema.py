@@ -151,14 +151,7 @@ def check_schema(record):
     for row in record["rows"]:
         assert row.keys() - launch - PAIRED == ROW, row
         assert all(value > 0 for value in row.get("times_ours", {}).values()), row
-        assert row["op"] in OPS and row["role"] in (
-            "ours",
-            "candidate",
-            "reference",
-            "eager",
-            "strong",
-            "other",
-        )
+        assert row["op"] in OPS and row["role"] in ("ours", "reference", "eager", "strong", "other")
         if row["reason"]:
             assert (
                 row["median_s"] is row["rate"] is row["extra_bytes"] is None and row["samples"] == 0

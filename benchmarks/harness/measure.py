@@ -42,9 +42,7 @@ class Candidate:
     """One implementation of a workload's op, or the reason why it takes no part."""
 
     name: str
-    # "ours", "candidate" (of the library, but no call takes it there), "reference", "eager",
-    # "strong", "other"
-    role: str
+    role: str  # "ours", "reference", "eager", "strong" or "other"
     fn: Callable
     reason: str | None
     oracle: Callable | None = None  # of what computes another function
@@ -63,9 +61,6 @@ def candidates(workload, device, args, quick):
         yield Candidate(
             impl.backend, "reference" if impl is op.reference else "ours", impl.fn, reason
         )
-        for form in impl.forms if device in ("cuda", GPU) else ():
-            if workload.batch <= form.rows:
-                yield Candidate(form.name, "candidate", form.fn, reason)
     baselines = [("eager", "eager", getattr(eager, workload.op))]
     baselines += [(name, "strong", fn) for name, fn in strong.PATHS[workload.op].items()]
     for name, role, fn in baselines:
@@ -443,15 +438,14 @@ def run(workload, device, *, quick, budget, copies=1):
                 row["extra_bytes"] = cuda_extra_bytes(calls[candidate.name])
             if device == GPU:
                 row["launch"] = "calls"
-                own_kernels = candidate.role in ("ours", "candidate")
-                if own_kernels or candidate.name in strong.CAPTURABLE.get(workload.op, ()):
+                if ours or candidate.name in strong.CAPTURABLE.get(workload.op, ()):
                     try:
                         calls[candidate.name] = captured(
                             lambda fn=candidate.fn, own=own: [fn(*a) for a in own]
                         )
                         row["launch"], inside[candidate.name] = "graph", len(own)
                     except RuntimeError as error:
-                        if own_kernels:
+                        if ours:
                             row |= {
                                 "reason": f"failed: not captured: {first_line(error)}",
                                 "launch": None,

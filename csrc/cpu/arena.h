@@ -6,7 +6,7 @@
 namespace miue {
 
 class Arena {
-public:
+  public:
     explicit Arena(void* base) : base_(static_cast<char*>(base)) {}
     template <class T>
     T* take(int64_t count) {
@@ -16,7 +16,7 @@ public:
     }
     int64_t used() const { return used_; }
 
-private:
+  private:
     char* base_;
     int64_t used_ = 0;
 };

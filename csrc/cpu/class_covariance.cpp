@@ -1,4 +1,5 @@
-// Class covariance: rows sorted by class; then, for some classes at a time, centred panels and their products.
+// Class covariance: rows sorted by class; then, for some classes at a time, centred panels and
+// their products.
 #include "arena.h"
 #include "kernels.h"
 #include "parallel.h"
@@ -21,7 +22,8 @@ int64_t lay_out(Plan<T>& plan, int64_t B, int64_t D, int64_t K, void* base) {
     plan.starts = arena.take<int64_t>(K + 1);
     plan.next = arena.take<int64_t>(K);
     plan.order = arena.take<int64_t>(B);
-    plan.centred = arena.take<T>(B * ((D + PAD - 1) / PAD * PAD));  // only what one window needs is touched
+    // only what one window needs is touched
+    plan.centred = arena.take<T>(B * ((D + PAD - 1) / PAD * PAD));
     return arena.used();
 }
 
@@ -47,13 +49,18 @@ void run(const ClassCovarianceArgs& args, int threads) {
     Plan<T> plan;
     lay_out(plan, args.B, args.D, args.K, args.workspace);
     sort(plan, args);
-    const int64_t panels = (args.D + kernel.panel - 1) / kernel.panel, pairs = panels * (panels + 1) / 2;
-    const int64_t rows_at_a_time = panels ? WINDOW / (panels * kernel.panel * int64_t(sizeof(T))) : 0;
+    const int64_t panels = (args.D + kernel.panel - 1) / kernel.panel,
+                  pairs = panels * (panels + 1) / 2;
+    const int64_t rows_at_a_time =
+        panels ? WINDOW / (panels * kernel.panel * int64_t(sizeof(T))) : 0;
     const bool alone = double(args.B) * double(args.D) * double(args.D) < ALONE;
     for (int64_t first = 0, last; first < args.K; first = last) {
         const int64_t begin = plan.starts[first];
-        for (last = first + 1; last < args.K && plan.starts[last + 1] - begin <= rows_at_a_time; last++) {}
-        const CovarianceJob<T> job{&args, plan.starts, plan.order, begin, plan.starts[last] - begin, plan.centred};
+        for (last = first + 1; last < args.K && plan.starts[last + 1] - begin <= rows_at_a_time;
+             last++) {
+        }
+        const CovarianceJob<T> job{
+            &args, plan.starts, plan.order, begin, plan.starts[last] - begin, plan.centred};
         Queue centre((last - first) * panels), multiply((last - first) * pairs);
         parallel(alone ? 1 : threads, [&](int) {
             centre.drain([&](int64_t i) { kernel.centre(job, first + i / panels, i % panels); });
@@ -72,7 +79,8 @@ void run(const ClassCovarianceArgs& args, int threads) {
 int64_t class_covariance_workspace_cpu(int64_t B, int64_t D, DType dtype, int64_t K) {
     Plan<float> single;
     Plan<double> twice;
-    return dtype == DType::f64 ? lay_out(twice, B, D, K, nullptr) : lay_out(single, B, D, K, nullptr);
+    return dtype == DType::f64 ? lay_out(twice, B, D, K, nullptr)
+                               : lay_out(single, B, D, K, nullptr);
 }
 
 void class_covariance_cpu(const ClassCovarianceArgs& args, int threads) {

@@ -12,7 +12,9 @@ void over_words(int64_t count, int threads, const Work& work) {
     constexpr int64_t UNIT = 16384;
     const int64_t units = (count + UNIT - 1) / UNIT;
     Queue queue(units);
-    parallel(at_most(threads, units), [&](int) { queue.drain([&](int64_t u) { work(u * UNIT, at_most(count, (u + 1) * UNIT)); }); });
+    parallel(at_most(threads, units), [&](int) {
+        queue.drain([&](int64_t u) { work(u * UNIT, at_most(count, (u + 1) * UNIT)); });
+    });
 }
 
 template <class T>

@@ -1,4 +1,5 @@
-// Rows of one dtype to and from rows of float. bf16 and the generic f16 are bit arithmetic; f16 elsewhere is one instruction.
+// Rows of one dtype to and from rows of float. bf16 and the generic f16 are bit arithmetic; f16
+// elsewhere is one instruction.
 MIUE_INLINE uint32_t bits(float x) {
     uint32_t u;
     __builtin_memcpy(&u, &x, 4);
@@ -10,9 +11,7 @@ MIUE_INLINE float real(uint32_t u) {
     return x;
 }
 
-MIUE_INLINE float from_bf16(uint16_t h) {
-    return real(uint32_t(h) << 16);
-}
+MIUE_INLINE float from_bf16(uint16_t h) { return real(uint32_t(h) << 16); }
 MIUE_INLINE uint16_t to_bf16(float x) {
     const uint32_t u = bits(x);
     return x != x ? 0x7fc0 : uint16_t((u + 0x7fff + ((u >> 16) & 1)) >> 16);
@@ -20,24 +19,32 @@ MIUE_INLINE uint16_t to_bf16(float x) {
 MIUE_INLINE float from_f16(uint16_t h) {
     const uint32_t magnitude = uint32_t(h & 0x7fff) << 13;
     // times 2^112 moves the exponent's bias and makes f16 denormals normal
-    const uint32_t u = magnitude >= 0x0f800000u ? magnitude | 0x7f800000u : bits(real(magnitude) * 0x1p112f);
+    const uint32_t u =
+        magnitude >= 0x0f800000u ? magnitude | 0x7f800000u : bits(real(magnitude) * 0x1p112f);
     return real(u | uint32_t(h & 0x8000) << 16);
 }
 MIUE_INLINE uint16_t to_f16(float x) {
     const uint32_t u = bits(x), magnitude = u & 0x7fffffff;
     const uint32_t normal = (magnitude - 0x38000000u + 0xfff + ((magnitude >> 13) & 1)) >> 13;
-    const uint32_t denormal = bits(real(magnitude) + 0.5f) - bits(0.5f);  // 0.5f has the f16 denormals' spacing in its last bit
+    // 0.5f has the f16 denormals' spacing in its last bit
+    const uint32_t denormal = bits(real(magnitude) + 0.5f) - bits(0.5f);
     const uint32_t special = magnitude > 0x7f800000u ? 0x7e00 : 0x7c00;
-    const uint32_t h = magnitude >= 0x47800000u ? special : magnitude < 0x38800000u ? denormal : normal;
+    const uint32_t h = magnitude >= 0x47800000u  ? special
+                       : magnitude < 0x38800000u ? denormal
+                                                 : normal;
     return uint16_t(h | (u >> 16 & 0x8000));
 }
 
 static void f16_to_float(float* __restrict out, const uint16_t* __restrict in, int64_t n) {
     int64_t i = 0;
 #if MIUE_BYTES == 64
-    for (; i + 16 <= n; i += 16) _mm512_storeu_ps(out + i, _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(in + i))));
+    for (; i + 16 <= n; i += 16)
+        _mm512_storeu_ps(
+            out + i, _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(in + i))));
 #elif MIUE_BYTES == 32
-    for (; i + 8 <= n; i += 8) _mm256_storeu_ps(out + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(in + i))));
+    for (; i + 8 <= n; i += 8)
+        _mm256_storeu_ps(
+            out + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(in + i))));
 #endif
     for (; i < n; i++) out[i] = from_f16(in[i]);
 }
@@ -45,10 +52,12 @@ static void float_to_f16(uint16_t* __restrict out, const float* __restrict in, i
     int64_t i = 0;
 #if MIUE_BYTES == 64
     for (; i + 16 <= n; i += 16)
-        _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + i), _mm512_cvtps_ph(_mm512_loadu_ps(in + i), _MM_FROUND_TO_NEAREST_INT));
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + i),
+                            _mm512_cvtps_ph(_mm512_loadu_ps(in + i), _MM_FROUND_TO_NEAREST_INT));
 #elif MIUE_BYTES == 32
     for (; i + 8 <= n; i += 8)
-        _mm_storeu_si128(reinterpret_cast<__m128i*>(out + i), _mm256_cvtps_ph(_mm256_loadu_ps(in + i), _MM_FROUND_TO_NEAREST_INT));
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(out + i),
+                         _mm256_cvtps_ph(_mm256_loadu_ps(in + i), _MM_FROUND_TO_NEAREST_INT));
 #endif
     for (; i < n; i++) out[i] = to_f16(in[i]);
 }
@@ -79,7 +88,10 @@ MIUE_INLINE void narrow(void* out, DType dtype, const float* __restrict in, int6
 }
 
 MIUE_INLINE int64_t size_of(DType dtype) {
-    return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : dtype == DType::f16 || dtype == DType::bf16 ? 2 : 1;
+    return dtype == DType::f64                           ? 8
+           : dtype == DType::f32                         ? 4
+           : dtype == DType::f16 || dtype == DType::bf16 ? 2
+                                                         : 1;
 }
 constexpr int64_t THROUGH = 64;  // doubles pass through float in pieces of this size
 MIUE_INLINE void widen(double* __restrict out, const void* in, DType dtype, int64_t n) {

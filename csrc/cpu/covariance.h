@@ -11,12 +11,16 @@ static void centre(const CovarianceJob<T>& job, int64_t k, int64_t p) {
     const int64_t left = args.D - p * NR<T>, width = left < NR<T> ? left : NR<T>;
     T* const rows = job.centred + (p * job.rows + first - job.begin) * NR<T>;
     const auto source_of = [&](int64_t i) {
-        return static_cast<const char*>(args.features) + (job.order[i] * args.row_stride + p * NR<T>) * size;
+        return static_cast<const char*>(args.features) +
+               (job.order[i] * args.row_stride + p * NR<T>)*size;
     };
     Wide total[NV] = {};
-    // Doubles are summed less the first of them: of equal ones the mean is exact, as it is of floats summed in doubles.
+    // Doubles are summed less the first of them: of equal ones the mean is exact, as it is of
+    // floats summed in doubles.
     const auto origin = [&](int v) {
-        return sizeof(T) == sizeof(double) && last > first ? __builtin_convertvector(load(rows + v * LANES<T>), Wide) : Wide{};
+        return sizeof(T) == sizeof(double) && last > first
+                   ? __builtin_convertvector(load(rows + v * LANES<T>), Wide)
+                   : Wide{};
     };
     for (int64_t i = first; i < last; i++) {
         T* x = rows + (i - first) * NR<T>;
@@ -28,9 +32,12 @@ static void centre(const CovarianceJob<T>& job, int64_t k, int64_t p) {
             for (int v = 0; v < NV; v++) store(x + v * LANES<T>, V<T>{});
             widen(x, source, args.dtype, width);
         }
-        for (int v = 0; v < NV; v++) total[v] += __builtin_convertvector(load(x + v * LANES<T>), Wide) - origin(v);
+        for (int v = 0; v < NV; v++)
+            total[v] += __builtin_convertvector(load(x + v * LANES<T>), Wide) - origin(v);
     }
-    V<T> high[NV], low[NV];  // the mean as a sum of two numbers: the rounding of one would be the spread of a collapsed class
+    // the mean as a sum of two numbers: the rounding of one would be the spread of a collapsed
+    // class
+    V<T> high[NV], low[NV];
     T mean[NR<T>];
     for (int v = 0; v < NV; v++) {
         total[v] = total[v] / (last > first ? double(last - first) : 1.0) + origin(v);
@@ -40,7 +47,8 @@ static void centre(const CovarianceJob<T>& job, int64_t k, int64_t p) {
     }
     __builtin_memcpy(static_cast<T*>(args.means) + k * args.D + p * NR<T>, mean, width * sizeof(T));
     for (T* x = rows; x < rows + (last - first) * NR<T>; x += NR<T>)
-        for (int v = 0; v < NV; v++) store(x + v * LANES<T>, load(x + v * LANES<T>) - high[v] - low[v]);
+        for (int v = 0; v < NV; v++)
+            store(x + v * LANES<T>, load(x + v * LANES<T>) - high[v] - low[v]);
 }
 
 // Writes block [NR, NR] of panels p and q as far as the matrix [D, D] goes.
@@ -55,22 +63,28 @@ template <class T>
 static void covariance(const CovarianceJob<T>& job, int64_t k, int64_t p, int64_t q) {
     const ClassCovarianceArgs& args = *job.args;
     const int64_t from = job.starts[k] - job.begin, count = job.starts[k + 1] - job.starts[k];
-    const T *a = job.centred + (p * job.rows + from) * NR<T>, *b = job.centred + (q * job.rows + from) * NR<T>;
+    const T *a = job.centred + (p * job.rows + from) * NR<T>,
+            *b = job.centred + (q * job.rows + from) * NR<T>;
     T block[NR<T> * NR<T>], mirrored[NR<T> * NR<T>];
     for (int64_t i = 0; i == 0 || i < count; i += CHAIN) {
         const int64_t depth = count - i < CHAIN ? count - i : CHAIN;
-        for (int64_t r = 0; r < NR<T>; r += MR) tile(a + i * NR<T> + r, NR<T>, b + i * NR<T>, depth, block + r * NR<T>, NR<T>, i > 0);
+        for (int64_t r = 0; r < NR<T>; r += MR)
+            tile(a + i * NR<T> + r, NR<T>, b + i * NR<T>, depth, block + r * NR<T>, NR<T>, i > 0);
     }
     const T divisor = T(count ? count : 1);
-    for (int64_t i = 0; i < NR<T> * NR<T>; i += LANES<T>) store(block + i, load(block + i) / divisor);
+    for (int64_t i = 0; i < NR<T> * NR<T>; i += LANES<T>)
+        store(block + i, load(block + i) / divisor);
     for (int64_t i = 0; i < NR<T> * NR<T>; i++) {
         if (__builtin_isfinite(block[i])) continue;
         double total = 0;  // the sum may be too large where its mean is not
-        for (int64_t k = 0; k < count; k++) total += double(a[k * NR<T> + i / NR<T>]) * 0x1p-300 * (double(b[k * NR<T> + i % NR<T>]) * 0x1p-300);
+        for (int64_t k = 0; k < count; k++)
+            total += double(a[k * NR<T> + i / NR<T>]) * 0x1p-300 *
+                     (double(b[k * NR<T> + i % NR<T>]) * 0x1p-300);
         block[i] = T(total / double(divisor) * 0x1p300 * 0x1p300);
     }
     T* matrix = static_cast<T*>(args.covariances) + k * args.D * args.D;
-    put(matrix, args.D, p, q, block);  // of one panel with itself symmetric as it is: both sums have the same terms in the same order
+    // of one panel with itself symmetric as it is: both sums have the same terms in the same order
+    put(matrix, args.D, p, q, block);
     if (p == q) return;
     transpose(mirrored, block);
     put(matrix, args.D, q, p, mirrored);

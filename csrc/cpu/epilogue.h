@@ -17,9 +17,7 @@ MIUE_INLINE f32v zero_unless(uint64_t flags, f32v v) {
 MIUE_INLINE f64v zero_unless(uint64_t flags, f64v v) {
     return f64v(_mm512_maskz_mov_pd(__mmask8(flags), __m512d(v)));
 }
-MIUE_INLINE uint64_t to_bits(uint64_t flags) {
-    return flags;
-}
+MIUE_INLINE uint64_t to_bits(uint64_t flags) { return flags; }
 template <class T>
 MIUE_INLINE uint64_t flags_at(uint64_t word, int64_t k) {
     return word >> k;
@@ -58,12 +56,8 @@ MIUE_INLINE Flags<T> flags_at(uint64_t word, int64_t k) {
 // Collects the flags of 64 values.
 #if MIUE_BYTES > 16
 #if MIUE_BYTES == 32
-MIUE_INLINE uint64_t to_bits(i32v flags) {
-    return unsigned(_mm256_movemask_ps(__m256(flags)));
-}
-MIUE_INLINE uint64_t to_bits(i64v flags) {
-    return unsigned(_mm256_movemask_pd(__m256d(flags)));
-}
+MIUE_INLINE uint64_t to_bits(i32v flags) { return unsigned(_mm256_movemask_ps(__m256(flags))); }
+MIUE_INLINE uint64_t to_bits(i64v flags) { return unsigned(_mm256_movemask_pd(__m256d(flags))); }
 #endif
 template <class T>
 struct Word {
@@ -71,9 +65,7 @@ struct Word {
     inline __attribute__((always_inline)) void set(int64_t k, Flags<T> flags) {
         word |= to_bits(flags) << k;
     }
-    inline __attribute__((always_inline)) uint64_t bits() const {
-        return word;
-    }
+    inline __attribute__((always_inline)) uint64_t bits() const { return word; }
 };
 #else
 template <class T>
@@ -93,9 +85,11 @@ struct Word {
 };
 #endif
 
-// `bias` may be read WORD - 1 values past its end, where it starts anew; `channel` is the first value's.
+// `bias` may be read WORD - 1 values past its end, where it starts anew; `channel` is the first
+// value's.
 template <class T>
-static void epilogue_words(T* y, const T* residual, const T* bias, int64_t channels, int64_t channel, bool relu, uint8_t* mask, int64_t words) {
+static void epilogue_words(T* y, const T* residual, const T* bias, int64_t channels,
+                           int64_t channel, bool relu, uint8_t* mask, int64_t words) {
     const int64_t step = WORD % channels;
     for (int64_t w = 0; w < words; w++) {
         Word<T> found;
@@ -139,8 +133,10 @@ static void epilogue_through(const ConvEpilogueArgs& a, int64_t from, int64_t to
         char* y = static_cast<char*>(a.y) + at * size_of(a.dtype);
         for (int64_t i = n; i < words * WORD; i++) v[i] = r[i] = 0;
         widen(v, y, a.dtype, n);
-        if (a.residual) widen(r, static_cast<const char*>(a.residual) + at * size_of(a.dtype), a.dtype, n);
-        epilogue_words<T>(v, a.residual ? r : nullptr, static_cast<const T*>(a.bias), a.channels, at % a.channels, a.relu, nullptr, words);
+        if (a.residual)
+            widen(r, static_cast<const char*>(a.residual) + at * size_of(a.dtype), a.dtype, n);
+        epilogue_words<T>(v, a.residual ? r : nullptr, static_cast<const T*>(a.bias), a.channels,
+                          at % a.channels, a.relu, nullptr, words);
         narrow(y, a.dtype, v, n);
         if (!a.mask) continue;
         widen(v, y, a.dtype, n);  // the bits are those of the rounded values
@@ -157,20 +153,23 @@ static void grad_through(const ConvGradEpilogueArgs& a, int64_t from, int64_t to
         char* grad = static_cast<char*>(a.grad) + at * size_of(a.dtype);
         for (int64_t i = n; i < words * WORD; i++) v[i] = r[i] = 0;
         widen(v, grad, a.dtype, n);
-        if (a.addend) widen(r, static_cast<const char*>(a.addend) + at * size_of(a.dtype), a.dtype, n);
+        if (a.addend)
+            widen(r, static_cast<const char*>(a.addend) + at * size_of(a.dtype), a.dtype, n);
         grad_words<T>(v, a.addend ? r : nullptr, a.mask ? a.mask + at / 8 : nullptr, words);
         narrow(grad, a.dtype, v, n);
     }
 }
 
-// Values [from, to), where `from` begins a word: whole words of float and double in place, the rest through buffers.
+// Values [from, to), where `from` begins a word: whole words of float and double in place, the rest
+// through buffers.
 static void epilogue(const ConvEpilogueArgs& a, int64_t from, int64_t to) {
     const auto run = [&](auto zero, DType own) {
         using T = decltype(zero);
         const int64_t words = a.dtype == own ? (to - from) / WORD : 0;
         const T* residual = static_cast<const T*>(a.residual);
-        epilogue_words<T>(static_cast<T*>(a.y) + from, residual ? residual + from : nullptr, static_cast<const T*>(a.bias), a.channels,
-                          from % a.channels, a.relu, a.mask ? a.mask + from / 8 : nullptr, words);
+        epilogue_words<T>(static_cast<T*>(a.y) + from, residual ? residual + from : nullptr,
+                          static_cast<const T*>(a.bias), a.channels, from % a.channels, a.relu,
+                          a.mask ? a.mask + from / 8 : nullptr, words);
         epilogue_through<T>(a, from + words * WORD, to);
     };
     a.dtype == DType::f64 ? run(0.0, DType::f64) : run(0.0f, DType::f32);
@@ -181,7 +180,8 @@ static void grad_epilogue(const ConvGradEpilogueArgs& a, int64_t from, int64_t t
         using T = decltype(zero);
         const int64_t words = a.dtype == own ? (to - from) / WORD : 0;
         const T* addend = static_cast<const T*>(a.addend);
-        grad_words<T>(static_cast<T*>(a.grad) + from, addend ? addend + from : nullptr, a.mask ? a.mask + from / 8 : nullptr, words);
+        grad_words<T>(static_cast<T*>(a.grad) + from, addend ? addend + from : nullptr,
+                      a.mask ? a.mask + from / 8 : nullptr, words);
         grad_through<T>(a, from + words * WORD, to);
     };
     a.dtype == DType::f64 ? run(0.0, DType::f64) : run(0.0f, DType::f32);

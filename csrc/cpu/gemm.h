@@ -1,4 +1,5 @@
-// The register tile of every matrix product here: MR x NR, both operands packed with the summed index outermost.
+// The register tile of every matrix product here: MR x NR, both operands packed with the summed
+// index outermost.
 #if MIUE_BYTES == 64
 constexpr int MR = 8, NV = 2;
 #elif MIUE_BYTES == 32
@@ -9,15 +10,18 @@ constexpr int MR = 4, NV = 2;
 template <class T>
 constexpr int NR = NV * LANES<T>;
 
-// Longest chain of additions in one tile: chains are summed apart, which keeps their roundings from piling up.
+// Longest chain of additions in one tile: chains are summed apart, which keeps their roundings from
+// piling up.
 constexpr int64_t CHAIN = 256;
 
-// The left operand is read in strips of a panel, a step no prefetcher follows into a far cache: it is asked for this many k ahead.
+// The left operand is read in strips of a panel, a step no prefetcher follows into a far cache: it
+// is asked for this many k ahead.
 constexpr int64_t LATER = 32;
 
 // c[MR, NR] (+)= sum_k a[k * stride + 0..MR) x b[k * NR + 0..NR)
 template <class T>
-static void tile(const T* a, int64_t stride, const T* b, int64_t depth, T* c, int64_t ld, bool add) {
+static void tile(const T* a, int64_t stride, const T* b, int64_t depth, T* c, int64_t ld,
+                 bool add) {
     V<T> acc[MR][NV] = {};
     for (int64_t k = 0; k < depth; k++, a += stride, b += NR<T>) {
         __builtin_prefetch(a + LATER * stride);
@@ -46,12 +50,14 @@ MIUE_INLINE V<T> zip(V<T> a, V<T> b, std::integer_sequence<int, l...>) {
 #if defined(__clang__)
     return __builtin_shufflevector(a, b, ((half * LANES<T> + l) / 2 + l % 2 * LANES<T>)...);
 #else
-    return __builtin_shuffle(a, b, typename Simd<T>::I{((half * LANES<T> + l) / 2 + l % 2 * LANES<T>)...});
+    return __builtin_shuffle(
+        a, b, typename Simd<T>::I{((half * LANES<T> + l) / 2 + l % 2 * LANES<T>)...});
 #endif
 }
 
-// out[NR, NR] = in[NR, NR] transposed, both contiguous, in squares of LANES rows held in registers. Zipping row r with row
-// r + LANES / 2 rotates the bits of (row, column) left by one; after log2(LANES) times row and column have changed places.
+// out[NR, NR] = in[NR, NR] transposed, both contiguous, in squares of LANES rows held in registers.
+// Zipping row r with row r + LANES / 2 rotates the bits of (row, column) left by one; after
+// log2(LANES) times row and column have changed places.
 template <class T>
 static void transpose(T* __restrict out, const T* __restrict in) {
     constexpr int L = LANES<T>;

@@ -1,5 +1,6 @@
-// Within-class distance: rows sorted by class, then blocks of rows against their own class.
-// Where all distances fit they are computed once per pair; else every block computes its own, once for the sums and once for the gradient.
+// Within-class distance: rows sorted by class, then blocks of rows against their own class. Where
+// all distances fit they are computed once per pair; else every block computes its own, once for
+// the sums and once for the gradient.
 #include <cmath>
 #include <limits>
 
@@ -52,7 +53,8 @@ int64_t lay_out(Plan<T>& plan, int64_t B, int64_t D, bool want_grad, void* base)
     return arena.used();
 }
 
-// Stable counting sort by class; returns the number of blocks and, through `pairs`, the sum of squared class sizes.
+// Stable counting sort by class; returns the number of blocks and, through `pairs`, the sum of
+// squared class sizes.
 template <class T>
 int64_t sort(Plan<T>& plan, const int64_t* labels, int64_t size, int64_t& pairs) {
     const int64_t count = number_classes(labels, plan.B, plan.classes, plan.table);
@@ -67,7 +69,8 @@ int64_t sort(Plan<T>& plan, const int64_t* labels, int64_t size, int64_t& pairs)
     for (int64_t c = 0; c < count; c++) {
         const int64_t begin = plan.starts[c], end = plan.starts[c + 1];
         for (int64_t row = begin; row < end; row += size)
-            plan.blocks[blocks++] = {row, at_most(size, end - row), begin, end, pairs + (row - begin) * (end - begin)};
+            plan.blocks[blocks++] = {row, at_most(size, end - row), begin, end,
+                                     pairs + (row - begin) * (end - begin)};
         pairs += (end - begin) * (end - begin);
     }
     return blocks;
@@ -94,7 +97,10 @@ void run(const IntraClassDistanceArgs& args, int threads) {
         T* held = plan.held + thread * MAX_BLOCK * RUN;
         copy.drain([&](int64_t i) {
             T* row = plan.features + i * stride;
-            kernel.convert(row, static_cast<const char*>(args.features) + plan.order[i] * args.row_stride * in_size, args.dtype, args.D);
+            kernel.convert(
+                row,
+                static_cast<const char*>(args.features) + plan.order[i] * args.row_stride * in_size,
+                args.dtype, args.D);
             for (int64_t k = args.D; k < stride; k++) row[k] = 0;
         });
         wait_for_all();
@@ -103,9 +109,10 @@ void run(const IntraClassDistanceArgs& args, int threads) {
             const int64_t width = block.end - block.begin;
             if (kept) {
                 T* own = plan.kept + block.distances;
-                kernel.distances(plan.features, stride, stride, block.row, block.rows, block.row, block.end - block.row,
-                                 own + (block.row - block.begin), width);
-                T* mirror = plan.kept + block.distances - (block.row - block.begin) * width;  // the class's first row
+                kernel.distances(plan.features, stride, stride, block.row, block.rows, block.row,
+                                 block.end - block.row, own + (block.row - block.begin), width);
+                // the class's first row
+                T* mirror = plan.kept + block.distances - (block.row - block.begin) * width;
                 for (int64_t r = 0; r < block.rows; r++)
                     for (int64_t j = block.row - block.begin + block.rows; j < width; j++)
                         mirror[j * width + block.row - block.begin + r] = own[r * width + j];
@@ -114,8 +121,10 @@ void run(const IntraClassDistanceArgs& args, int threads) {
             double total[MAX_BLOCK] = {};
             for (int64_t from = block.begin; from < block.end; from += RUN) {
                 const int64_t count = at_most(RUN, block.end - from);
-                kernel.distances(plan.features, stride, stride, block.row, block.rows, from, count, held, RUN);
-                for (int64_t r = 0; r < block.rows; r++) total[r] += kernel.sum(held + r * RUN, count);
+                kernel.distances(plan.features, stride, stride, block.row, block.rows, from, count,
+                                 held, RUN);
+                for (int64_t r = 0; r < block.rows; r++)
+                    total[r] += kernel.sum(held + r * RUN, count);
             }
             for (int64_t r = 0; r < block.rows; r++) set_share(block.row + r, total[r]);
         });
@@ -123,7 +132,9 @@ void run(const IntraClassDistanceArgs& args, int threads) {
         add.drain([&](int64_t at) {
             const Block& block = plan.blocks[at];
             const int64_t width = block.end - block.begin;
-            for (int64_t r = 0; r < block.rows; r++) set_share(block.row + r, kernel.sum(plan.kept + block.distances + r * width, width));
+            for (int64_t r = 0; r < block.rows; r++)
+                set_share(block.row + r,
+                          kernel.sum(plan.kept + block.distances + r * width, width));
         });
         wait_for_all();
         gradient.drain([&](int64_t at) {
@@ -134,14 +145,18 @@ void run(const IntraClassDistanceArgs& args, int threads) {
                 const int64_t count = at_most(RUN, block.end - from);
                 T* weights = kept ? plan.kept + block.distances + (from - block.begin) : held;
                 const int64_t ld = kept ? block.end - block.begin : RUN;
-                if (!kept) kernel.distances(plan.features, stride, stride, block.row, block.rows, from, count, held, RUN);
-                kernel.pull(plan.features, stride, plan.share, block.row, block.rows, from, count, weights, ld, grad);
+                if (!kept)
+                    kernel.distances(plan.features, stride, stride, block.row, block.rows, from,
+                                     count, held, RUN);
+                kernel.pull(plan.features, stride, plan.share, block.row, block.rows, from, count,
+                            weights, ld, grad);
             }
             for (int64_t r = 0; r < block.rows; r++) {
                 const int64_t out = plan.order[block.row + r] * args.D;
-                kernel.finish(static_cast<T*>(args.grad) + out, grad + r * stride,
-                              args.addend_grad ? static_cast<const T*>(args.addend_grad) + out : nullptr, T(args.weight),
-                              plan.share[block.row + r] * (scale / double(args.B)), args.D);
+                kernel.finish(
+                    static_cast<T*>(args.grad) + out, grad + r * stride,
+                    args.addend_grad ? static_cast<const T*>(args.addend_grad) + out : nullptr,
+                    T(args.weight), plan.share[block.row + r] * (scale / double(args.B)), args.D);
             }
         });
     });
@@ -158,7 +173,8 @@ void run(const IntraClassDistanceArgs& args, int threads) {
 int64_t intra_class_distance_workspace_cpu(int64_t B, int64_t D, DType dtype, bool want_grad) {
     Plan<float> single;
     Plan<double> twice;
-    return dtype == DType::f64 ? lay_out(twice, B, D, want_grad, nullptr) : lay_out(single, B, D, want_grad, nullptr);
+    return dtype == DType::f64 ? lay_out(twice, B, D, want_grad, nullptr)
+                               : lay_out(single, B, D, want_grad, nullptr);
 }
 
 void intra_class_distance_cpu(const IntraClassDistanceArgs& args, int threads) {

@@ -1,4 +1,5 @@
-// What the ops (compiled once) and the kernels (compiled once per instruction set) share: plain data and a table of functions.
+// What the ops (compiled once) and the kernels (compiled once per instruction set) share: plain
+// data and a table of functions.
 #pragma once
 #include <type_traits>
 #include <utility>
@@ -17,10 +18,13 @@ template <class T>
 struct NtXentJob {
     const NtXentArgs* args;
     int64_t B, D, panels, width_padded;  // panels * panel = padded B; width_padded = padded D
-    const T* ids;                        // class number of each row, -1 in the padding; small integers are exact in T
-    bool uniform;                        // one shift for every pair: S may be overwritten by E = exp((S - 1) / t)
-    bool kept;                           // the whole S is in memory
-    T *columns, *rows;                   // z as [panel][d][row in panel], and as [d panel][row][d in panel]
+    // class number of each row, -1 in the padding; small integers are exact in T
+    const T* ids;
+    // one shift for every pair: S may be overwritten by E = exp((S - 1) / t)
+    bool uniform;
+    bool kept;  // the whole S is in memory
+    // z as [panel][d][row in panel], and as [d panel][row][d in panel]
+    T *columns, *rows;
     T *norm, *own, *top, *same_weight, *other_weight;
     double* row_loss;
     T* similarity;  // kept: [panel][row][row in panel]
@@ -42,20 +46,24 @@ struct LossKernels {
     bool (*pack)(const NtXentJob<T>&, int64_t p);
     // Similarity of panels p <= q, stored at both places of the symmetric matrix.
     void (*similarity)(const NtXentJob<T>&, int64_t p, int64_t q);
-    // Sums, row losses and weights of panel q. `slice`: SLICE * panel values, unused when S is kept.
+    // Sums, row losses and weights of panel q. `slice`: SLICE * panel values, unused when S is
+    // kept.
     void (*sums)(const NtXentJob<T>&, int64_t q, T* slice);
     // Gradient rows of panel q. `grad`: panel * width_padded values.
     void (*gradient)(const NtXentJob<T>&, int64_t q, T* slice, T* grad);
 
     int64_t block;  // rows handled together by the distance kernels
     void (*convert)(T* out, const void* in, DType, int64_t n);
-    // out[r, j] = ||f[i + r] - f[from + j]|| for r < rows <= block, j < count; f has rows of `stride` values, `n` of them used.
-    void (*distances)(const T* f, int64_t stride, int64_t n, int64_t i, int64_t rows, int64_t from, int64_t count, T* out, int64_t ld);
+    // out[r, j] = ||f[i + r] - f[from + j]|| for r < rows <= block, j < count; f has rows of
+    // `stride` values, `n` of them used.
+    void (*distances)(const T* f, int64_t stride, int64_t n, int64_t i, int64_t rows, int64_t from,
+                      int64_t count, T* out, int64_t ld);
     double (*sum)(const T* values, int64_t n);
-    // weights[r, j] = (1 + share[from + j] / share[i + r]) / distance, 0 at a distance below the smallest normal number; then
-    // grad[r] += sum_j weights[r, j] (f[i + r] - f[from + j]). (A share alone may be too small for T, and so may its part per distance.)
-    void (*pull)(const T* f, int64_t stride, const double* share, int64_t i, int64_t rows, int64_t from, int64_t count, T* weights, int64_t ld,
-                 T* grad);
+    // weights[r, j] = (1 + share[from + j] / share[i + r]) / distance, 0 at a distance below the
+    // smallest normal number; then grad[r] += sum_j weights[r, j] (f[i + r] - f[from + j]). (A
+    // share alone may be too small for T, and so may its part per distance.)
+    void (*pull)(const T* f, int64_t stride, const double* share, int64_t i, int64_t rows,
+                 int64_t from, int64_t count, T* weights, int64_t ld, T* grad);
     // out = addend + weight * (share * values); addend may be null, or out.
     void (*finish)(T* out, const T* values, const T* addend, T weight, double share, int64_t n);
 
@@ -67,9 +75,11 @@ struct LossKernels {
 
 // Memory that will be needed soon, asked for line by line between products.
 class Ahead {
-public:
+  public:
     void range(const void* from, int64_t bytes) {
-        if (from && bytes > 0) at_[count_] = static_cast<const char*>(from), end_[count_++] = static_cast<const char*>(from) + bytes;
+        if (from && bytes > 0)
+            at_[count_] = static_cast<const char*>(from),
+            end_[count_++] = static_cast<const char*>(from) + bytes;
     }
     // The next `bytes` of it, or `other` where nothing is left.
     const char* take(int64_t bytes, const char* other) {
@@ -80,7 +90,7 @@ public:
         return from;
     }
 
-private:
+  private:
     const char *at_[3], *end_[3];
     int count_ = 0, now_ = 0;
 };
@@ -95,10 +105,10 @@ struct TileJob {
     const uint8_t* mask_in;
     int64_t B, H, W, C, P, Q, K;
     int64_t tiles_h, tiles_w;
-    int64_t block;    // tiles whose products are taken together
-    int64_t panel;    // result channels of one register tile
-    int64_t group;    // result channels whose products are taken together: panels
-    int64_t depth;    // C padded to vectors
+    int64_t block;              // tiles whose products are taken together
+    int64_t panel;              // result channels of one register tile
+    int64_t group;              // result channels whose products are taken together: panels
+    int64_t depth;              // C padded to vectors
     int64_t in_step, out_step;  // values between the transforms' products
 };
 
@@ -114,21 +124,23 @@ struct PackJob {
 struct TileFamily {
     int64_t inputs, products, results, input_step, result_step, offset;  // of one dimension
     void (*in)(const TileJob&, int64_t first, int64_t count, float* to);
-    void (*out)(const TileJob&, int64_t first, int64_t count, int64_t channel, int64_t width, const float* from);
+    void (*out)(const TileJob&, int64_t first, int64_t count, int64_t channel, int64_t width,
+                const float* from);
 };
 
 struct TileKernels {
     int64_t rows, lanes, vectors;  // of a register tile
     bool fused;                    // the epilogue can be taken with the results
-    void (*products)(const TileJob&, int64_t products, int64_t count, int64_t panels, const float* in, const float* weights, float* out,
-                     Ahead&);
+    void (*products)(const TileJob&, int64_t products, int64_t count, int64_t panels,
+                     const float* in, const float* weights, float* out, Ahead&);
     // Result channels [first, first + count) of one panel, to[c][column]; `step` values between products.
     void (*pack)(const PackJob&, int64_t first, int64_t count, float* to, int64_t step);
     // The weight gradient at stride 1, see tiles.h.
     void (*grad_in)(const TileJob&, int64_t first, int64_t count, float* to);
-    void (*outer_products)(const TileJob&, int64_t count, const float* in, const float* grad, float* sums, bool add, Ahead&);
-    void (*weight_grad)(const double (&transform)[9][3], int64_t C, int64_t K, int64_t rows, int64_t panel, const float* sums, int64_t step,
-                        float* to);
+    void (*outer_products)(const TileJob&, int64_t count, const float* in, const float* grad,
+                           float* sums, bool add, Ahead&);
+    void (*weight_grad)(const double (&transform)[9][3], int64_t C, int64_t K, int64_t rows,
+                        int64_t panel, const float* sums, int64_t step, float* to);
     TileFamily families[7];  // in the order of ConvFamily
 };
 
@@ -137,7 +149,8 @@ struct Kernels {
     LossKernels<float> f32;
     LossKernels<double> f64;
     void (*step)(const ProjectedStepArgs&, int64_t from, int64_t to);
-    // Pixels [from, to) of batch row b, all channels; returns the number of NaN and Inf in the gradient there.
+    // Pixels [from, to) of batch row b, all channels; returns the number of NaN and Inf in the
+    // gradient there.
     int64_t (*step_inplace)(const ProjectedStepInplaceArgs&, int64_t b, int64_t from, int64_t to);
     void (*input)(const PerturbedInputArgs&, int64_t b, int64_t from, int64_t to);
     // Values [from, to), `from` a multiple of 64. The bias repeats for 63 values past its end.

@@ -17,10 +17,13 @@ struct Level {
 const Level* find(const char* name) {
 #if defined(__x86_64__)
     __builtin_cpu_init();
-    const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-    const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-    static const Level levels[] = {{&avx512_kernels, has_avx512}, {&avx2_kernels, has_avx2}, {&generic_kernels, true}};
+    const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                          __builtin_cpu_supports("f16c");
+    const bool has_avx512 =
+        has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    static const Level levels[] = {
+        {&avx512_kernels, has_avx512}, {&avx2_kernels, has_avx2}, {&generic_kernels, true}};
 #else
     static const Level levels[] = {{&generic_kernels, true}};
 #endif
@@ -32,8 +35,10 @@ const Level* find(const char* name) {
 const Kernels* choose(const char* argument, const char* name) {
     const Level* level = find(name);
     const std::string got = name ? std::string("'") + name + "'" : "none";
-    require(level, "cpu_level", argument, "one of generic, avx2, avx512 (generic only where the processor is not x86-64)", got);
-    require(level->runs_here, "cpu_level", argument, std::string("a level this processor has (best: ") + find(nullptr)->kernels->name + ")",
+    require(level, "cpu_level", argument,
+            "one of generic, avx2, avx512 (generic only where the processor is not x86-64)", got);
+    require(level->runs_here, "cpu_level", argument,
+            std::string("a level this processor has (best: ") + find(nullptr)->kernels->name + ")",
             got);
     return level->kernels;
 }
@@ -51,9 +56,7 @@ const Kernels& kernels() {
     return *now;
 }
 
-const char* cpu_level() {
-    return kernels().name;
-}
+const char* cpu_level() { return kernels().name; }
 
 void set_cpu_level(const char* name) {
     current.store(choose("level", name), std::memory_order_release);

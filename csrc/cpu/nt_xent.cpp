@@ -1,5 +1,6 @@
-// NT-Xent: pack unit rows, similarities, row sums, gradient; one parallel region, panels of rows as units of work.
-// Small batches keep the symmetric similarity matrix (half of it computed); large ones recompute it slice by slice.
+// NT-Xent: pack unit rows, similarities, row sums, gradient; one parallel region, panels of rows as
+// units of work. Small batches keep the symmetric similarity matrix (half of it computed); large
+// ones recompute it slice by slice.
 #include <atomic>
 #include <limits>
 
@@ -13,16 +14,16 @@ namespace {
 
 constexpr int64_t KEEP = 26 << 20;  // bytes of S
 constexpr int64_t MAX_WORKERS = 64;
-constexpr double ALONE = 1 << 20;    // multiply-adds per product below which a second thread does not pay
-constexpr double PRECISE = 1 << 21;  // ... up to which doubles cost nothing that matters: rounding of s is amplified 1/t times
+// multiply-adds per product below which a second thread does not pay
+constexpr double ALONE = 1 << 20;
+// ... up to which doubles cost nothing that matters: rounding of s is amplified 1/t times
+constexpr double PRECISE = 1 << 21;
 
 bool in_double(int64_t B, int64_t D, DType dtype) {
     return dtype == DType::f64 || double(B) * double(B) * double(D) <= PRECISE;
 }
 
-int64_t padded(int64_t n, int64_t to) {
-    return (n + to - 1) / to * to;
-}
+int64_t padded(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
 template <class T>
 struct Plan {
@@ -72,7 +73,8 @@ void run(const NtXentArgs& args, int threads) {
     NtXentJob<T>& job = plan.job;
     job.args = &args;
     number_classes(args.labels, args.B, plan.classes, plan.table);
-    for (int64_t i = 0; i < job.panels * kernel.panel; i++) plan.ids[i] = i < args.B ? T(plan.classes[i]) : T(-1);
+    for (int64_t i = 0; i < job.panels * kernel.panel; i++)
+        plan.ids[i] = i < args.B ? T(plan.classes[i]) : T(-1);
 
     const bool alone = double(args.B) * double(args.B) * double(args.D) < ALONE;
     const int64_t pairs = job.kept ? job.panels * (job.panels + 1) / 2 : 0;
@@ -85,7 +87,8 @@ void run(const NtXentArgs& args, int threads) {
         wait_for_all();
         NtXentJob<T> mine = job;
         mine.uniform = all_unit.load(std::memory_order_relaxed) && !args.negatives;
-        int64_t q = 0, first = 0;  // pairs are numbered (0,0) (0,1) (1,1) (0,2) ...; a thread's numbers only grow
+        // pairs are numbered (0,0) (0,1) (1,1) (0,2) ...; a thread's numbers only grow
+        int64_t q = 0, first = 0;
         multiply.drain([&](int64_t pair) {
             while (pair > first + q) first += ++q;
             kernel.similarity(mine, pair - first, q);
@@ -94,7 +97,9 @@ void run(const NtXentArgs& args, int threads) {
         T* slice = plan.slices + thread * plan.slice_size;
         sum.drain([&](int64_t p) { kernel.sums(mine, p, slice); });
         wait_for_all();
-        gradient.drain([&](int64_t p) { kernel.gradient(mine, p, slice, plan.grads + thread * plan.grad_size); });
+        gradient.drain([&](int64_t p) {
+            kernel.gradient(mine, p, slice, plan.grads + thread * plan.grad_size);
+        });
     });
 
     double total = 0;
@@ -111,7 +116,8 @@ void run(const NtXentArgs& args, int threads) {
 int64_t nt_xent_workspace_cpu(int64_t B, int64_t D, DType dtype, bool want_grad) {
     Plan<float> single;
     Plan<double> twice;
-    return in_double(B, D, dtype) ? lay_out(twice, B, D, want_grad, PAD, nullptr) : lay_out(single, B, D, want_grad, PAD, nullptr);
+    return in_double(B, D, dtype) ? lay_out(twice, B, D, want_grad, PAD, nullptr)
+                                  : lay_out(single, B, D, want_grad, PAD, nullptr);
 }
 
 void nt_xent_cpu(const NtXentArgs& args, int threads) {

@@ -7,7 +7,8 @@
 
 namespace miue {
 
-// Runs body(thread number) on at most `threads` threads; the work is divided by queues, never by the number of threads.
+// Runs body(thread number) on at most `threads` threads; the work is divided by queues, never by
+// the number of threads.
 template <class Body>
 void parallel(int64_t threads, const Body& body) {
     if (threads <= 1) {
@@ -24,7 +25,7 @@ inline void wait_for_all() {
 
 // Hands out 0 .. count-1, each once.
 class Queue {
-public:
+  public:
     explicit Queue(int64_t count) : count_(count) {}
     Queue(Queue&& other) noexcept : count_(other.count_) {}  // before any work
     template <class Work>
@@ -32,13 +33,11 @@ public:
         for (int64_t i; (i = next_.fetch_add(1, std::memory_order_relaxed)) < count_;) work(i);
     }
 
-private:
+  private:
     std::atomic<int64_t> next_{0};
     const int64_t count_;
 };
 
-inline int64_t at_most(int64_t a, int64_t b) {
-    return a < b ? a : b;
-}
+inline int64_t at_most(int64_t a, int64_t b) { return a < b ? a : b; }
 
 }  // namespace miue

@@ -1,6 +1,8 @@
-// Kernels of projected_step and perturbed_input: dtypes are widened into short float buffers, one loop does the arithmetic.
+// Kernels of projected_step and perturbed_input: dtypes are widened into short float buffers, one
+// loop does the arithmetic.
 constexpr int64_t CHUNK = 1024;
-// A buffer's length. Not a power of two: a load whose address ends in the same 12 bits as an earlier store waits for it.
+// A buffer's length. Not a power of two: a load whose address ends in the same 12 bits as an
+// earlier store waits for it.
 constexpr int64_t SLOT = CHUNK + 64;
 
 template <class T>
@@ -12,19 +14,23 @@ MIUE_INLINE V<T> stepped(V<T> delta, V<T> grad, V<T> image, T alpha, T eps) {
     V<T> x = image + d;
     x = zero > x ? zero : x;
     x = one < x ? one : x;
-    d = x - image;  // an image outside [0, 1], or the rounding of the sum, must not cost the budget; NaN stays
+    // an image outside [0, 1], or the rounding of the sum, must not cost the budget; NaN stays
+    d = x - image;
     d = low > d ? low : d;
     return high < d ? high : d;
 }
 
 // `out` may be `delta`.
 template <class T>
-static void step_loop(T* out, const T* delta, const T* grad, const T* image, int64_t n, T alpha, T eps) {
+static void step_loop(T* out, const T* delta, const T* grad, const T* image, int64_t n, T alpha,
+                      T eps) {
     int64_t i = 0;
-    for (; i + LANES<T> <= n; i += LANES<T>) store(out + i, stepped(load(delta + i), load(grad + i), load(image + i), alpha, eps));
+    for (; i + LANES<T> <= n; i += LANES<T>)
+        store(out + i, stepped(load(delta + i), load(grad + i), load(image + i), alpha, eps));
     if (i == n) return;
     T rest[3][LANES<T>] = {};
-    for (int64_t k = i; k < n; k++) rest[0][k - i] = delta[k], rest[1][k - i] = grad[k], rest[2][k - i] = image[k];
+    for (int64_t k = i; k < n; k++)
+        rest[0][k - i] = delta[k], rest[1][k - i] = grad[k], rest[2][k - i] = image[k];
     store(rest[0], stepped(load(rest[0]), load(rest[1]), load(rest[2]), alpha, eps));
     for (int64_t k = i; k < n; k++) out[k] = rest[0][k - i];
 }
@@ -33,13 +39,17 @@ static void step(const ProjectedStepArgs& args, int64_t from, int64_t to) {
     if (args.dtype == DType::f64 || args.dtype == DType::f32) {
         const auto run = [&](auto zero) {
             using T = decltype(zero);
-            step_loop(static_cast<T*>(args.out) + from, static_cast<const T*>(args.delta) + from, static_cast<const T*>(args.grad) + from,
-                      static_cast<const T*>(args.image) + from, to - from, T(args.alpha), T(args.eps));
+            step_loop(static_cast<T*>(args.out) + from, static_cast<const T*>(args.delta) + from,
+                      static_cast<const T*>(args.grad) + from,
+                      static_cast<const T*>(args.image) + from, to - from, T(args.alpha),
+                      T(args.eps));
         };
         args.dtype == DType::f64 ? run(0.0) : run(0.0f);
         return;
     }
-    const auto half = [](const void* base, int64_t at) { return static_cast<const uint16_t*>(base) + at; };
+    const auto half = [](const void* base, int64_t at) {
+        return static_cast<const uint16_t*>(base) + at;
+    };
     float out[CHUNK], delta[CHUNK], grad[CHUNK], image[CHUNK];
     for (int64_t at = from; at < to; at += CHUNK) {
         const int64_t n = to - at < CHUNK ? to - at : CHUNK;
@@ -52,7 +62,8 @@ static void step(const ProjectedStepArgs& args, int64_t from, int64_t to) {
 }
 
 // Pixels [from, from + n) of one [H, W] plane on the [0, 1] scale, mirrored along W where `flip`.
-static void load_pixels(float* __restrict out, const void* plane, DType dtype, int64_t W, int64_t from, int64_t n, bool flip) {
+static void load_pixels(float* __restrict out, const void* plane, DType dtype, int64_t W,
+                        int64_t from, int64_t n, bool flip) {
     const uint8_t* bytes = static_cast<const uint8_t*>(plane);
     const float* floats = static_cast<const float*>(plane);
     if (!flip) {
@@ -63,7 +74,8 @@ static void load_pixels(float* __restrict out, const void* plane, DType dtype, i
         return;
     }
     for (int64_t i = 0; i < n;) {
-        const int64_t w = (from + i) % W, row = from + i - w, run = W - w < n - i ? W - w : n - i, last = row + W - 1 - w;
+        const int64_t w = (from + i) % W, row = from + i - w, run = W - w < n - i ? W - w : n - i,
+                      last = row + W - 1 - w;
         if (dtype == DType::u8)
             for (int64_t k = 0; k < run; k++) out[i + k] = float(bytes[last - k]) / 255.0f;
         else
@@ -73,7 +85,8 @@ static void load_pixels(float* __restrict out, const void* plane, DType dtype, i
 }
 
 // Values [at, at + n) of the perturbations: where they are, or widened into `buffer`.
-static const float* load_delta(float* __restrict buffer, const void* store, DType dtype, int64_t at, int64_t n, float unit) {
+static const float* load_delta(float* __restrict buffer, const void* store, DType dtype, int64_t at,
+                               int64_t n, float unit) {
     if (dtype == DType::f32) return static_cast<const float*>(store) + at;
     if (dtype == DType::i8) {
         const int8_t* levels = static_cast<const int8_t*>(store) + at;
@@ -84,11 +97,13 @@ static const float* load_delta(float* __restrict buffer, const void* store, DTyp
     return buffer;
 }
 
-static void store_delta(void* store, DType dtype, int64_t at, const float* __restrict values, int64_t n, float per_unit) {
+static void store_delta(void* store, DType dtype, int64_t at, const float* __restrict values,
+                        int64_t n, float per_unit) {
     if (dtype == DType::i8) {
         int8_t* levels = static_cast<int8_t*>(store) + at;
         for (int64_t i = 0; i < n; i++) {
-            float level = values[i] * per_unit + 12582912.0f - 12582912.0f;  // rounds half to even below 2^22
+            // rounds half to even below 2^22
+            float level = values[i] * per_unit + 12582912.0f - 12582912.0f;
             level = level < -127 ? -127 : level;
             level = level > 127 ? 127 : level;
             levels[i] = int8_t(int(level == level ? level : 0));
@@ -98,22 +113,27 @@ static void store_delta(void* store, DType dtype, int64_t at, const float* __res
     }
 }
 
-// Where the store holds the piece after pixels [at, at + n) of channel c of batch row b: the next channel, the next pixels or the next
-// row; -1 if there is none. Rows lie anywhere, where no hardware prefetcher looks, so it is asked for while this piece is computed.
+// Where the store holds the piece after pixels [at, at + n) of channel c of batch row b: the next
+// channel, the next pixels or the next row; -1 if there is none. Rows lie anywhere, where no
+// hardware prefetcher looks, so it is asked for while this piece is computed.
 template <class Args>
-static int64_t next_piece(const Args& args, int64_t b, int64_t c, int64_t at, int64_t n, int64_t to) {
+static int64_t next_piece(const Args& args, int64_t b, int64_t c, int64_t at, int64_t n,
+                          int64_t to) {
     const int64_t plane = args.H * args.W;
     const bool channel = c + 1 < args.C, pixels = at + n < to;
     if (!channel && !pixels && b + 1 == args.B) return -1;
     const int64_t row = channel || pixels ? b : b + 1;
-    return ((args.index ? args.index[row] : row) * args.C + (channel ? c + 1 : 0)) * plane + (channel ? at : pixels ? at + n : 0);
+    return ((args.index ? args.index[row] : row) * args.C + (channel ? c + 1 : 0)) * plane +
+           (channel  ? at
+            : pixels ? at + n
+                     : 0);
 }
 static void prefetch(const void* store, DType dtype, int64_t at, int64_t n) {
     const char* from = static_cast<const char*>(store) + at * size_of(dtype);
     for (int64_t byte = 0; byte < n * size_of(dtype); byte += 64) __builtin_prefetch(from + byte);
 }
-// work(i, count) on [0, n) in turns of 64, asking for as much of the perturbations of the next piece each time: a core can wait for some
-// twenty lines at once, not for a whole piece.
+// work(i, count) on [0, n) in turns of 64, asking for as much of the perturbations of the next
+// piece each time: a core can wait for some twenty lines at once, not for a whole piece.
 template <class Args, class Work>
 MIUE_INLINE void by_turns(const Args& args, int64_t next, int64_t n, const Work& work) {
     constexpr int64_t TURN = 64;
@@ -129,9 +149,11 @@ static void gather(U* __restrict out, const U* __restrict in, int64_t n, int64_t
     for (int64_t i = 0; i < n; i++) out[i] = in[i * (STEP ? STEP : step)];
 }
 
-// Pixels [from, from + n) of one channel of the gradient; `base` is the channel's first element, strides in elements.
+// Pixels [from, from + n) of one channel of the gradient; `base` is the channel's first element,
+// strides in elements.
 template <class U>
-static const U* pixels_of(const U* base, int64_t row_stride, int64_t stride, int64_t W, int64_t from, int64_t n, U* buffer) {
+static const U* pixels_of(const U* base, int64_t row_stride, int64_t stride, int64_t W,
+                          int64_t from, int64_t n, U* buffer) {
     for (int64_t i = 0; i < n;) {
         const int64_t w = (from + i) % W, h = (from + i) / W;
         const int64_t run = row_stride == W * stride ? n - i : W - w < n - i ? W - w : n - i;
@@ -156,14 +178,18 @@ static void separate(U* __restrict out, const U* __restrict in, int64_t n) {
         for (int c = 0; c < 3; c++) out[c * SLOT + i] = in[i * 3 + c];
 }
 
-static int64_t step_inplace(const ProjectedStepInplaceArgs& args, int64_t b, int64_t from, int64_t to) {
-    const int64_t plane = args.H * args.W, row = args.index ? args.index[b] : b, *stride = args.grad_stride;
+static int64_t step_inplace(const ProjectedStepInplaceArgs& args, int64_t b, int64_t from,
+                            int64_t to) {
+    const int64_t plane = args.H * args.W, row = args.index ? args.index[b] : b,
+                  *stride = args.grad_stride;
     const float unit = float(args.eps / 127), per_unit = float(127 / args.eps);
     const bool flip = args.flip && args.flip[b];
-    const bool together = args.C == 3 && stride[1] == 1 && stride[3] == 3 && stride[2] == 3 * args.W;
+    const bool together =
+        args.C == 3 && stride[1] == 1 && stride[3] == 3 && stride[2] == 3 * args.W;
     float buffer[SLOT], grad[3 * SLOT], image[SLOT];
     uint16_t half[3 * SLOT];
-    // Pixels [at, at + n) of channel c of the gradient; those of three interleaved channels are all read with the first one.
+    // Pixels [at, at + n) of channel c of the gradient; those of three interleaved channels are all
+    // read with the first one.
     const auto gradient = [&](auto* slots, int64_t c, int64_t at, int64_t n) {
         using U = std::remove_pointer_t<decltype(slots)>;
         const U* base = static_cast<const U*>(args.grad) + b * stride[0] + c * stride[1];
@@ -187,20 +213,27 @@ static int64_t step_inplace(const ProjectedStepInplaceArgs& args, int64_t b, int
                 for (int64_t i = 0; i < n; i++) count += (bits(g[i]) & 0x7f800000) == 0x7f800000;
                 nonfinite += count;
             }
-            const char* images = static_cast<const char*>(args.images) + first * size_of(args.image_dtype);
+            const char* images =
+                static_cast<const char*>(args.images) + first * size_of(args.image_dtype);
             load_pixels(image, images, args.image_dtype, args.W, at, n, flip);
-            const float* delta = load_delta(buffer, args.delta, args.delta_dtype, first + at, n, unit);
-            float* out = args.delta_dtype == DType::f32 ? static_cast<float*>(args.delta) + first + at : buffer;
+            const float* delta =
+                load_delta(buffer, args.delta, args.delta_dtype, first + at, n, unit);
+            float* out = args.delta_dtype == DType::f32
+                             ? static_cast<float*>(args.delta) + first + at
+                             : buffer;
             by_turns(args, next, n, [&](int64_t i, int64_t count) {
-                step_loop(out + i, delta + i, g + i, image + i, count, float(args.alpha), float(args.eps));
+                step_loop(out + i, delta + i, g + i, image + i, count, float(args.alpha),
+                          float(args.eps));
             });
-            if (out == buffer) store_delta(args.delta, args.delta_dtype, first + at, buffer, n, per_unit);
+            if (out == buffer)
+                store_delta(args.delta, args.delta_dtype, first + at, buffer, n, per_unit);
         }
     return nonfinite;
 }
 
 template <class U, int C>
-static void interleave(U* __restrict out, const U* __restrict in, int64_t n, int64_t c, int64_t channels) {
+static void interleave(U* __restrict out, const U* __restrict in, int64_t n, int64_t c,
+                       int64_t channels) {
     if (C == 0)
         for (int64_t i = 0; i < n; i++) out[i * channels + c] = in[i];
     else
@@ -210,7 +243,8 @@ static void interleave(U* __restrict out, const U* __restrict in, int64_t n, int
 }
 
 template <class U>
-static void write_input(const PerturbedInputArgs& args, int64_t b, int64_t at, int64_t n, const U* in, int64_t c, int64_t buffered) {
+static void write_input(const PerturbedInputArgs& args, int64_t b, int64_t at, int64_t n,
+                        const U* in, int64_t c, int64_t buffered) {
     U* image = static_cast<U*>(args.out) + b * args.C * args.H * args.W;
     if (!args.channels_last)
         __builtin_memcpy(image + c * args.H * args.W + at, in, n * sizeof(U));
@@ -228,17 +262,23 @@ static void input(const PerturbedInputArgs& args, int64_t b, int64_t from, int64
     uint16_t half[3 * SLOT];
     for (int64_t at = from; at < to; at += CHUNK)
         for (int64_t c = 0; c < args.C; c++) {
-            const int64_t n = to - at < CHUNK ? to - at : CHUNK, first = (row * args.C + c) * plane, slot = together ? c * SLOT : 0;
+            const int64_t n = to - at < CHUNK ? to - at : CHUNK, first = (row * args.C + c) * plane,
+                          slot = together ? c * SLOT : 0;
             const int64_t next = next_piece(args, b, c, at, n, to);
             if (next >= 0) prefetch(args.images, args.image_dtype, next, n);
             float* y = x + slot;
-            load_pixels(y, static_cast<const char*>(args.images) + first * size_of(args.image_dtype), args.image_dtype, args.W,
-                        at, n, flip);
-            const float mean = args.mean ? args.mean[c] : 0, inv_std = args.mean ? args.inv_std[c] : 1;  // x - 0 and x * 1 are x
+            load_pixels(y,
+                        static_cast<const char*>(args.images) + first * size_of(args.image_dtype),
+                        args.image_dtype, args.W, at, n, flip);
+            // x - 0 and x * 1 are x
+            const float mean = args.mean ? args.mean[c] : 0,
+                        inv_std = args.mean ? args.inv_std[c] : 1;
             if (args.delta) {
-                const float* delta = load_delta(buffer, args.delta, args.delta_dtype, first + at, n, unit);
+                const float* delta =
+                    load_delta(buffer, args.delta, args.delta_dtype, first + at, n, unit);
                 by_turns(args, next, n, [&](int64_t i, int64_t count) {
-                    for (int64_t k = i; k < i + count; k++) y[k] = (y[k] + delta[k] - mean) * inv_std;
+                    for (int64_t k = i; k < i + count; k++)
+                        y[k] = (y[k] + delta[k] - mean) * inv_std;
                 });
             } else if (args.mean) {
                 for (int64_t i = 0; i < n; i++) y[i] = (y[i] - mean) * inv_std;

@@ -10,8 +10,9 @@ void projected_step_cpu(const ProjectedStepArgs& args, int threads) {
     const int64_t units = (args.n + UNIT - 1) / UNIT;
     const auto step = kernels().step;
     Queue queue(units);
-    parallel(at_most(threads, units),
-             [&](int) { queue.drain([&](int64_t u) { step(args, u * UNIT, at_most(args.n, (u + 1) * UNIT)); }); });
+    parallel(at_most(threads, units), [&](int) {
+        queue.drain([&](int64_t u) { step(args, u * UNIT, at_most(args.n, (u + 1) * UNIT)); });
+    });
 }
 
 void projected_step_inplace_cpu(const ProjectedStepInplaceArgs& args, int threads) {

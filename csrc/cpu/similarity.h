@@ -7,7 +7,8 @@ struct Products {
     f64v parts[N] = {};
     void add(const T* x, const T* y) {  // LANES<T> of them
 #pragma GCC unroll 2
-        for (int n = 0; n < N; n++) parts[n] += doubles(x + n * LANES<double>) * doubles(y + n * LANES<double>);
+        for (int n = 0; n < N; n++)
+            parts[n] += doubles(x + n * LANES<double>) * doubles(y + n * LANES<double>);
     }
     double total() const {
         double sum = 0;
@@ -31,7 +32,8 @@ template <class T>
 MIUE_INLINE void read(const NtXentJob<T>& job, int64_t i, int64_t q, T* z) {
     const NtXentArgs& args = *job.args;
     const int64_t left = job.D - q * NR<T>;
-    const char* source = static_cast<const char*>(args.features) + (i * args.row_stride + q * NR<T>) * size_of(args.dtype);
+    const char* source = static_cast<const char*>(args.features) +
+                         (i * args.row_stride + q * NR<T>)*size_of(args.dtype);
     if (i < job.B && left >= NR<T>) {
         widen(z, source, args.dtype, NR<T>);
     } else {
@@ -60,14 +62,16 @@ static bool pack(const NtXentJob<T>& job, int64_t p) {
     for (int64_t i = p * NR<T>; i < (p + 1) * NR<T>; i++) {
         T& factor = shrink[i - p * NR<T>] = 1;
         double norm = norm_of(i, factor);
-        if (!__builtin_isfinite(T(norm))) norm = norm_of(i, factor = sizeof(T) == sizeof(float) ? T(0x1p-64) : T(0x1p-520));
+        if (!__builtin_isfinite(T(norm)))
+            norm = norm_of(i, factor = sizeof(T) == sizeof(float) ? T(0x1p-64) : T(0x1p-520));
         const double divisor = norm < 1e-8 ? 1e-8 : norm;
         divisors[i - p * NR<T>] = T(divisor);
         job.norm[i] = T(divisor / double(factor));
         job.own[i] = T(norm / divisor);
         all_unit &= i >= job.B || norm >= 1e-8;
     }
-    for (int64_t q = 0; q < d_panels; q++) {  // block by block, so that it is transposed where it was written: in the level-1 cache
+    // block by block, so that it is transposed where it was written: in the level-1 cache
+    for (int64_t q = 0; q < d_panels; q++) {
         T* z = job.rows + rows_offset(job, q, p * NR<T>);
         for (int64_t i = 0; i < NR<T>; i++) {
             read(job, p * NR<T> + i, q, z + i * NR<T>);
@@ -76,19 +80,21 @@ static bool pack(const NtXentJob<T>& job, int64_t p) {
                 store(at, load(at) * shrink[i] / divisors[i]);
             }
         }
-        transpose(job.columns + (p * job.width_padded + q * NR<T>) * NR<T>, z);
+        transpose(job.columns + (p * job.width_padded + q * NR<T>)*NR<T>, z);
     }
     return all_unit;
 }
 
-// out[k - from, 0..NR) = S[k, panel q] for k in [from, to); `from` and the end of the buffer are panel boundaries.
+// out[k - from, 0..NR) = S[k, panel q] for k in [from, to); `from` and the end of the buffer are
+// panel boundaries.
 template <class T>
 static void multiply(const NtXentJob<T>& job, int64_t q, int64_t from, int64_t to, T* out) {
     const T* b = job.columns + q * job.width_padded * NR<T>;
     for (int64_t d = 0; d == 0 || d < job.D; d += CHAIN) {
         const int64_t depth = job.D - d < CHAIN ? job.D - d : CHAIN;
         for (int64_t k = from; k < to; k += MR)
-            tile(job.columns + columns_offset(job, k) + d * NR<T>, NR<T>, b + d * NR<T>, depth, out + (k - from) * NR<T>, NR<T>, d > 0);
+            tile(job.columns + columns_offset(job, k) + d * NR<T>, NR<T>, b + d * NR<T>, depth,
+                 out + (k - from) * NR<T>, NR<T>, d > 0);
     }
     // a row's similarity to itself is known exactly
     for (int64_t i = q * NR<T>; i < (q + 1) * NR<T>; i++)
@@ -105,18 +111,22 @@ static void similarity(const NtXentJob<T>& job, int64_t p, int64_t q) {
 
 // S of rows [from, to) against panel q: a view of the kept matrix, or computed into `slice`.
 template <class T>
-MIUE_INLINE T* similarities(const NtXentJob<T>& job, int64_t q, int64_t from, int64_t to, T* slice) {
+MIUE_INLINE T* similarities(const NtXentJob<T>& job, int64_t q, int64_t from, int64_t to,
+                            T* slice) {
     if (job.kept) return job.similarity + (q * job.panels * NR<T> + from) * NR<T>;
     multiply(job, q, from, to, slice);
     return slice;
 }
 
-// (s - shift) / t, with 1/t as the sum of two numbers so that no digit of the exponent is lost to its rounding.
+// (s - shift) / t, with 1/t as the sum of two numbers so that no digit of the exponent is lost to
+// its rounding.
 template <class T>
 struct Inverse {
     T high, low;
     explicit Inverse(double t) : high(T(1 / t)), low(T((1 - t * double(high)) / t)) {}
-    MIUE_INLINE V<T> scaled(V<T> d, const Inverse& self) { return fma(d, all(self.high), d * self.low); }
+    MIUE_INLINE V<T> scaled(V<T> d, const Inverse& self) {
+        return fma(d, all(self.high), d * self.low);
+    }
 };
 
 template <class T>
@@ -147,7 +157,9 @@ static void sums(const NtXentJob<T>& job, int64_t q, T* slice) {
             for (int64_t k = group; k < to && k < group + GROUP; k++, s += NR<T>)
                 for (int v = 0; v < NV; v++) {
                     const auto same = ids[v] == job.ids[k];
-                    const V<T> x = load(s + v * LANES<T>), e = exp<T>(Inverse<T>::scaled(x - (same ? own[v] : top[v]), inverse));
+                    const V<T> x = load(s + v * LANES<T>),
+                               e = exp<T>(
+                                   Inverse<T>::scaled(x - (same ? own[v] : top[v]), inverse));
                     same_part[v] += same ? e : V<T>{};
                     other_part[v] += same ? V<T>{} : e;
                     if (job.uniform && job.kept) store(s + v * LANES<T>, e);
@@ -161,7 +173,8 @@ static void sums(const NtXentJob<T>& job, int64_t q, T* slice) {
         const double same = same_sum[v][lane], other = other_sum[v][lane];
         job.top[i] = top[v][lane];
         if (args.negatives) {
-            job.row_loss[i] = log(other / same) + (double(job.top[i]) - double(job.own[i])) / args.temperature;
+            job.row_loss[i] =
+                log(other / same) + (double(job.top[i]) - double(job.own[i])) / args.temperature;
             job.same_weight[i] = T(-scale / same);
             job.other_weight[i] = T(scale / other);
         } else {
@@ -179,8 +192,10 @@ static void weigh(const NtXentJob<T>& job, int64_t q, int64_t from, int64_t to, 
     const bool ready = job.uniform && job.kept;
     for (int v = 0; v < NV; v++) {
         const int64_t column = q * NR<T> + v * LANES<T>;
-        const V<T> ids = load(job.ids + column), own = load(job.own + column), top = load(job.top + column);
-        const V<T> same_weight = load(job.same_weight + column), other_weight = load(job.other_weight + column);
+        const V<T> ids = load(job.ids + column), own = load(job.own + column),
+                   top = load(job.top + column);
+        const V<T> same_weight = load(job.same_weight + column),
+                   other_weight = load(job.other_weight + column);
         for (int64_t k = from; k < to; k++) {
             T* at = s + (k - from) * NR<T> + v * LANES<T>;
             const auto same = ids == job.ids[k];
@@ -190,8 +205,10 @@ static void weigh(const NtXentJob<T>& job, int64_t q, int64_t from, int64_t to, 
                 const V<T> e = ready ? x : exp<T>(Inverse<T>::scaled(x - T(1), inverse));
                 store(at, e * (weight + weight_k));
             } else {
-                const V<T> shift = same ? own : top, shift_k = same ? all(job.own[k]) : all(job.top[k]);
-                store(at, weight * exp<T>(Inverse<T>::scaled(x - shift, inverse)) + weight_k * exp<T>(Inverse<T>::scaled(x - shift_k, inverse)));
+                const V<T> shift = same ? own : top,
+                           shift_k = same ? all(job.own[k]) : all(job.top[k]);
+                store(at, weight * exp<T>(Inverse<T>::scaled(x - shift, inverse)) +
+                              weight_k * exp<T>(Inverse<T>::scaled(x - shift_k, inverse)));
             }
         }
     }
@@ -209,17 +226,21 @@ static void gradient(const NtXentJob<T>& job, int64_t q, T* slice, T* grad) {
             const int64_t depth = to - k < CHAIN ? to - k : CHAIN;
             for (int64_t d = 0; d < d_panels; d++)
                 for (int64_t r = 0; r < NR<T>; r += MR)
-                    tile(w + (k - from) * NR<T> + r, NR<T>, job.rows + rows_offset(job, d, k), depth, grad + r * width + d * NR<T>, width, k > 0);
+                    tile(w + (k - from) * NR<T> + r, NR<T>, job.rows + rows_offset(job, d, k),
+                         depth, grad + r * width + d * NR<T>, width, k > 0);
         }
     }
     const DType dtype = args.dtype == DType::f64 ? DType::f64 : DType::f32;
     for (int64_t i = q * NR<T>; i < (q + 1) * NR<T> && i < job.B; i++) {
         T* g = grad + i % NR<T> * width;
         Products<T> products;
-        const auto z = [&](int64_t k) { return job.rows + rows_offset(job, k / NR<T>, i) + k % NR<T>; };
+        const auto z = [&](int64_t k) {
+            return job.rows + rows_offset(job, k / NR<T>, i) + k % NR<T>;
+        };
         for (int64_t k = 0; k < width; k += LANES<T>) products.add(g + k, z(k));
         const T along = T(products.total()), norm = job.norm[i];
-        for (int64_t k = 0; k < width; k += LANES<T>) store(g + k, (load(g + k) - along * load(z(k))) / norm);
+        for (int64_t k = 0; k < width; k += LANES<T>)
+            store(g + k, (load(g + k) - along * load(z(k))) / norm);
         narrow(static_cast<char*>(args.grad) + i * job.D * size_of(dtype), dtype, g, job.D);
     }
 }

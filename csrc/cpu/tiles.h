@@ -4,11 +4,10 @@
 // Winograd's transforms need fewer products than results times taps (S. Winograd 1980; A. Lavin and S. Gray 2016). Points and
 // infinity are chosen for a small rounding error: 0, +-1/sqrt 2, +-sqrt 2 for three taps, +-1/2, +-5/4 for two.
 
-constexpr float TA = 0.70710678118654752440f, TB = 1.41421356237309504880f;  // their squares are 1/2 and 2
+constexpr float TA = 0.70710678118654752440f,
+                TB = 1.41421356237309504880f;  // their squares are 1/2 and 2
 
-MIUE_INLINE f32v times(float a, f32v b) {
-    return all(a) * b;
-}
+MIUE_INLINE f32v times(float a, f32v b) { return all(a) * b; }
 MIUE_INLINE f32v plus(f32v a, float b, f32v c) {  // a + b c
     return fma(all(b), c, a);
 }
@@ -34,7 +33,8 @@ struct Three4 {  // three taps, stride 1, four results from six inputs
     }
 };
 
-struct Three2 {  // three taps, stride 1, two results from four inputs: less than half of the weights' memory
+struct
+    Three2 {  // three taps, stride 1, two results from four inputs: less than half of the weights' memory
     static constexpr int IN = 4, AL = 4, OUT = 2, IS = 2, OS = 2, OFF = -1;
     MIUE_INLINE void in(const f32v* d, f32v* t) {
         t[0] = d[0] - d[2];
@@ -68,7 +68,8 @@ struct Two4 {  // two taps, four results from five inputs: part of the strided o
     }
 };
 
-struct Strided {  // three taps, stride 2: the outer taps meet the odd places, the middle one the even places
+struct
+    Strided {  // three taps, stride 2: the outer taps meet the odd places, the middle one the even places
     static constexpr int IN = 9, AL = 9, OUT = 4, IS = 8, OS = 4, OFF = -1;
     MIUE_INLINE void in(const f32v* d, f32v* t) {
         Two4::in(d[0], d[2], d[4], d[6], d[8], t);
@@ -80,7 +81,8 @@ struct Strided {  // three taps, stride 2: the outer taps meet the odd places, t
     }
 };
 
-struct StridedBack {  // its input gradient: results at odd places have two taps, those at even places one
+struct
+    StridedBack {  // its input gradient: results at odd places have two taps, those at even places one
     static constexpr int IN = 5, AL = 9, OUT = 8, IS = 4, OS = 8, OFF = 0;
     MIUE_INLINE void in(const f32v* d, f32v* t) {
         Two4::in(d[0], d[1], d[2], d[3], d[4], t);
@@ -96,19 +98,13 @@ struct StridedBack {  // its input gradient: results at odd places have two taps
 template <int STRIDE>
 struct One {  // one tap
     static constexpr int IN = 1, AL = 1, OUT = 1, IS = STRIDE, OS = 1, OFF = 0;
-    MIUE_INLINE void in(const f32v* d, f32v* t) {
-        t[0] = d[0];
-    }
-    MIUE_INLINE void out(const f32v* m, f32v* y) {
-        y[0] = m[0];
-    }
+    MIUE_INLINE void in(const f32v* d, f32v* t) { t[0] = d[0]; }
+    MIUE_INLINE void out(const f32v* m, f32v* y) { y[0] = m[0]; }
 };
 
 struct OneBack {  // the input gradient of one tap at stride 2: nothing reaches the places between
     static constexpr int IN = 1, AL = 1, OUT = 2, IS = 1, OS = 2, OFF = 0;
-    MIUE_INLINE void in(const f32v* d, f32v* t) {
-        t[0] = d[0];
-    }
+    MIUE_INLINE void in(const f32v* d, f32v* t) { t[0] = d[0]; }
     MIUE_INLINE void out(const f32v* m, f32v* y) {
         y[0] = m[0];
         y[1] = f32v{};
@@ -146,7 +142,8 @@ MIUE_INLINE void bits_to(uint8_t* mask, int64_t place, Flags<float> flags) {
     __builtin_memcpy(mask + place / 8, &bits, LANES<float> / 8);
 }
 #else
-MIUE_INLINE uint64_t bits_from(const uint8_t*, int64_t) {  // four values are half a byte: never called, see TileJob
+MIUE_INLINE uint64_t bits_from(const uint8_t*,
+                               int64_t) {  // four values are half a byte: never called, see TileJob
     return 0;
 }
 MIUE_INLINE void bits_to(uint8_t*, int64_t, Flags<float>) {}
@@ -157,8 +154,10 @@ template <class F>
 static void tiles_in(const TileJob& a, int64_t first, int64_t count, float* to) {
     constexpr int64_t L = LANES<float>;
     for (int64_t tile = 0; tile < count; tile++, to += a.depth) {
-        const int64_t at = first + tile, b = at / (a.tiles_h * a.tiles_w), place = at % (a.tiles_h * a.tiles_w);
-        const int64_t i0 = place / a.tiles_w * F::IS + F::OFF, j0 = place % a.tiles_w * F::IS + F::OFF;
+        const int64_t at = first + tile, b = at / (a.tiles_h * a.tiles_w),
+                      place = at % (a.tiles_h * a.tiles_w);
+        const int64_t i0 = place / a.tiles_w * F::IS + F::OFF,
+                      j0 = place % a.tiles_w * F::IS + F::OFF;
         const float* base = a.x + ((b * a.H + i0) * a.W + j0) * a.C;
         const bool wide = j0 >= 0 && j0 + F::IN <= a.W;
         for (int64_t c = 0; c < a.C; c += L) {
@@ -174,7 +173,9 @@ static void tiles_in(const TileJob& a, int64_t first, int64_t count, float* to) 
                         for (int j = 0; j < F::IN; j++) d[j] = load(from + j * a.C);
                     } else {
                         for (int j = 0; j < F::IN; j++)
-                            if (j0 + j >= 0 && j0 + j < a.W) d[j] = part >= L ? load(from + j * a.C) : load_part(from + j * a.C, part);
+                            if (j0 + j >= 0 && j0 + j < a.W)
+                                d[j] = part >= L ? load(from + j * a.C)
+                                                 : load_part(from + j * a.C, part);
                     }
                 }
                 F::in(d, half[i]);
@@ -194,12 +195,15 @@ static void tiles_in(const TileJob& a, int64_t first, int64_t count, float* to) 
 
 // Results of tiles [first, first + count), channels [channel, channel + width) of them, from out[product][tile][channel].
 template <class F>
-static void tiles_out(const TileJob& a, int64_t first, int64_t count, int64_t channel, int64_t width, const float* from) {
+static void tiles_out(const TileJob& a, int64_t first, int64_t count, int64_t channel,
+                      int64_t width, const float* from) {
     constexpr int64_t L = LANES<float>;
     for (int64_t tile = 0; tile < count; tile++, from += a.group) {
-        const int64_t at = first + tile, b = at / (a.tiles_h * a.tiles_w), place = at % (a.tiles_h * a.tiles_w);
+        const int64_t at = first + tile, b = at / (a.tiles_h * a.tiles_w),
+                      place = at % (a.tiles_h * a.tiles_w);
         const int64_t i0 = place / a.tiles_w * F::OS, j0 = place % a.tiles_w * F::OS;
-        const int64_t rows = a.P - i0 < F::OUT ? a.P - i0 : F::OUT, columns = a.Q - j0 < F::OUT ? a.Q - j0 : F::OUT;
+        const int64_t rows = a.P - i0 < F::OUT ? a.P - i0 : F::OUT,
+                      columns = a.Q - j0 < F::OUT ? a.Q - j0 : F::OUT;
         for (int64_t k = 0; k < width; k += L) {
             const int64_t part = width - k;
             f32v half[F::OUT][F::AL];
@@ -207,13 +211,16 @@ static void tiles_out(const TileJob& a, int64_t first, int64_t count, int64_t ch
             for (int j = 0; j < F::AL; j++) {
                 f32v m[F::AL], y[F::OUT];
 #pragma GCC unroll 9
-                for (int i = 0; i < F::AL; i++) m[i] = load(from + (i * F::AL + j) * a.out_step + k);
+                for (int i = 0; i < F::AL; i++)
+                    m[i] = load(from + (i * F::AL + j) * a.out_step + k);
                 F::out(m, y);
 #pragma GCC unroll 9
                 for (int i = 0; i < F::OUT; i++) half[i][j] = y[i];
             }
             f32v bias{};
-            if (a.bias) bias = part >= L ? load(a.bias + channel + k) : load_part(a.bias + channel + k, part);
+            if (a.bias)
+                bias =
+                    part >= L ? load(a.bias + channel + k) : load_part(a.bias + channel + k, part);
             for (int64_t i = 0; i < rows; i++) {
                 f32v y[F::OUT];
                 F::out(half[i], y);
@@ -226,7 +233,8 @@ static void tiles_out(const TileJob& a, int64_t first, int64_t count, int64_t ch
                         continue;
                     }
                     if (a.residual) v += load(a.residual + place);
-                    if (a.mask_in) v = zero_unless(flags_at<float>(bits_from(a.mask_in, place), 0), v);
+                    if (a.mask_in)
+                        v = zero_unless(flags_at<float>(bits_from(a.mask_in, place), 0), v);
                     if (a.relu) {
                         const Flags<float> flags = positive(v);
                         v = zero_unless(flags, v);
@@ -251,8 +259,8 @@ constexpr int TILE_ROWS = 4, TILE_VECTORS = 2;
 // out[row, column] = sum over channels, in their order, of in[row, channel] weights[channel, column]. Between the products lines of
 // memory are asked for that are needed soon: the next panel of weights, and `ahead`.
 template <int VECTORS>
-static void tile_product(const float* in, int64_t in_ld, const float* weights, int64_t channels, float* out, int64_t out_ld,
-                         const char* next, const char* ahead) {
+static void tile_product(const float* in, int64_t in_ld, const float* weights, int64_t channels,
+                         float* out, int64_t out_ld, const char* next, const char* ahead) {
     constexpr int64_t L = LANES<float>;
     constexpr int ROWS = TILE_ROWS * TILE_VECTORS / VECTORS;  // as many sums either way
     f32v sum[ROWS][VECTORS] = {};
@@ -283,22 +291,25 @@ static void tile_product(const float* in, int64_t in_ld, const float* weights, i
 
 // Every product of `count` tiles with `panels` panels of weights, which lie in the order in which they are read.
 template <int VECTORS>
-static void products_of(const TileJob& a, int64_t products, int64_t count, int64_t panels, const float* in, const float* weights, float* out,
-                        Ahead& ahead) {
+static void products_of(const TileJob& a, int64_t products, int64_t count, int64_t panels,
+                        const float* in, const float* weights, float* out, Ahead& ahead) {
     constexpr int64_t WIDTH = VECTORS * LANES<float>, ROWS = TILE_ROWS * TILE_VECTORS / VECTORS;
     for (int64_t x = 0; x < products; x++)
         for (int64_t p = 0; p < panels; p++, weights += a.C * WIDTH)
             for (int64_t t = 0; t < count; t += ROWS) {
-                const char* next = reinterpret_cast<const char*>(weights + a.C * WIDTH) + t / ROWS * (a.C / 4) * 64;
+                const char* next = reinterpret_cast<const char*>(weights + a.C * WIDTH) +
+                                   t / ROWS * (a.C / 4) * 64;
                 tile_product<VECTORS>(in + x * a.in_step + t * a.depth, a.depth, weights, a.C,
-                                      out + x * a.out_step + t * a.group + p * WIDTH, a.group, next, ahead.take(a.C * 16, next));
+                                      out + x * a.out_step + t * a.group + p * WIDTH, a.group, next,
+                                      ahead.take(a.C * 16, next));
             }
 }
 
-static void products(const TileJob& a, int64_t products, int64_t count, int64_t panels, const float* in, const float* weights, float* out,
-                     Ahead& ahead) {
-    a.panel == LANES<float> ? products_of<1>(a, products, count, panels, in, weights, out, ahead)
-                            : products_of<TILE_VECTORS>(a, products, count, panels, in, weights, out, ahead);
+static void products(const TileJob& a, int64_t products, int64_t count, int64_t panels,
+                     const float* in, const float* weights, float* out, Ahead& ahead) {
+    a.panel == LANES<float>
+        ? products_of<1>(a, products, count, panels, in, weights, out, ahead)
+        : products_of<TILE_VECTORS>(a, products, count, panels, in, weights, out, ahead);
 }
 
 // The weight gradient of Three4: per product, the outer products of the input's transforms and those of the result's gradient, summed
@@ -318,7 +329,8 @@ MIUE_INLINE void three4_grad(const f32v* y, f32v* t) {  // the transpose of Thre
 static void grad_in(const TileJob& a, int64_t first, int64_t count, float* to) {
     constexpr int64_t L = LANES<float>;
     for (int64_t tile = 0; tile < count; tile++, to += a.group) {
-        const int64_t at = first + tile, b = at / (a.tiles_h * a.tiles_w), place = at % (a.tiles_h * a.tiles_w);
+        const int64_t at = first + tile, b = at / (a.tiles_h * a.tiles_w),
+                      place = at % (a.tiles_h * a.tiles_w);
         const int64_t i0 = place / a.tiles_w * 4, j0 = place % a.tiles_w * 4;
         const float* base = a.residual + ((b * a.P + i0) * a.Q + j0) * a.K;
         for (int64_t k = 0; k < a.group; k += L) {
@@ -347,7 +359,8 @@ static void grad_in(const TileJob& a, int64_t first, int64_t count, float* to) {
 }
 
 // sums[panel][c][column] (+)= sum over `count` tiles of in[tile][c] grad[tile][panel, column], for one product.
-static void outer_products(const TileJob& a, int64_t count, const float* in, const float* grad, float* sums, bool add, Ahead& ahead) {
+static void outer_products(const TileJob& a, int64_t count, const float* in, const float* grad,
+                           float* sums, bool add, Ahead& ahead) {
     constexpr int64_t L = LANES<float>, WIDTH = TILE_VECTORS * L;
     for (int64_t k = 0; k < a.group; k += WIDTH)
         for (int64_t c = 0; c < a.C; c += TILE_ROWS, sums += TILE_ROWS * WIDTH) {
@@ -377,8 +390,8 @@ static void outer_products(const TileJob& a, int64_t count, const float* in, con
 }
 
 // Gradients of the weights [K][3][3][C] of one panel of K, from sums[product][panel][c][column] (`step` values between products).
-static void weight_grad(const double (&transform)[9][3], int64_t C, int64_t K, int64_t rows, int64_t panel, const float* sums, int64_t step,
-                        float* to) {
+static void weight_grad(const double (&transform)[9][3], int64_t C, int64_t K, int64_t rows,
+                        int64_t panel, const float* sums, int64_t step, float* to) {
     constexpr int64_t L = LANES<float>, WIDTH = TILE_VECTORS * L;
     const int64_t first = panel * WIDTH;
     sums += panel * rows * WIDTH;
@@ -389,13 +402,15 @@ static void weight_grad(const double (&transform)[9][3], int64_t C, int64_t K, i
                 for (int r = 0; r < 3; r++) {
                     half[r][j] = f32v{};
                     for (int i = 0; i < 6; i++)
-                        half[r][j] = plus(half[r][j], float(transform[i][r]), load(sums + (i * 6 + j) * step + c * WIDTH + l));
+                        half[r][j] = plus(half[r][j], float(transform[i][r]),
+                                          load(sums + (i * 6 + j) * step + c * WIDTH + l));
                 }
             for (int r = 0; r < 3; r++)
                 for (int s = 0; s < 3; s++) {
                     f32v sum{};
                     for (int j = 0; j < 6; j++) sum = plus(sum, float(transform[j][s]), half[r][j]);
-                    for (int64_t k = 0; k < L && first + l + k < K; k++) to[(((first + l + k) * 3 + r) * 3 + s) * C + c] = sum[k];
+                    for (int64_t k = 0; k < L && first + l + k < K; k++)
+                        to[(((first + l + k) * 3 + r) * 3 + s) * C + c] = sum[k];
                 }
         }
 }
@@ -410,18 +425,22 @@ static void pack_panel(const PackJob& a, int64_t first, int64_t count, float* to
             for (int64_t r = 0; r < a.taps; r++)
                 for (int64_t s = 0; s < a.taps; s++)
                     for (int64_t k = 0; k < L && l + k < count; k++)
-                        g[r][s][k] = from[k * a.result_stride + r * a.row_stride + s * a.column_stride];
+                        g[r][s][k] =
+                            from[k * a.result_stride + r * a.row_stride + s * a.column_stride];
             for (int64_t x = 0; x < a.products; x++)
                 for (int64_t s = 0; s < a.taps; s++) {
                     half[x][s] = f64v{};
-                    for (int64_t r = 0; r < a.taps; r++) half[x][s] = half[x][s] + all(a.transform[x][r]) * g[r][s];
+                    for (int64_t r = 0; r < a.taps; r++)
+                        half[x][s] = half[x][s] + all(a.transform[x][r]) * g[r][s];
                 }
             for (int64_t x = 0; x < a.products; x++)
                 for (int64_t z = 0; z < a.products; z++) {
                     f64v sum{};
-                    for (int64_t s = 0; s < a.taps; s++) sum = sum + half[x][s] * all(a.transform[z][s]);
+                    for (int64_t s = 0; s < a.taps; s++)
+                        sum = sum + half[x][s] * all(a.transform[z][s]);
                     const half_f32v rounded = __builtin_convertvector(sum, half_f32v);
-                    __builtin_memcpy(to + (x * a.products + z) * step + c * a.panel + l, &rounded, sizeof rounded);
+                    __builtin_memcpy(to + (x * a.products + z) * step + c * a.panel + l, &rounded,
+                                     sizeof rounded);
                 }
         }
 }

@@ -1,4 +1,5 @@
-// Count, mean and covariance of every class: members listed in batch order, means in double, then 64 x 64 tiles of centred products.
+// Count, mean and covariance of every class: members listed in batch order, means in double, then
+// 64 x 64 tiles of centred products.
 #include "device.cuh"
 
 namespace miue {
@@ -16,12 +17,14 @@ struct Classes {
     int64_t stride, B, D;
     const int64_t *labels, *counts, *starts;
     int64_t* order;  // the members of class k from starts[k], in batch order
-    float *means, *rests;  // [K, D]: mean = means + rests, the second what the rounding of the first left
+    // [K, D]: mean = means + rests, the second what the rounding of the first left
+    float *means, *rests;
 };
 
 __global__ void count_members(const int64_t* labels, int64_t B, int64_t* counts) {
     double count = 0;
-    for (int64_t i = threadIdx.x; i < B; i += THREADS) count += labels[i] == static_cast<int64_t>(blockIdx.x);
+    for (int64_t i = threadIdx.x; i < B; i += THREADS)
+        count += labels[i] == static_cast<int64_t>(blockIdx.x);
     count = block_sum(count);
     if (threadIdx.x == 0) counts[blockIdx.x] = static_cast<int64_t>(count);
 }
@@ -31,7 +34,8 @@ __global__ void list_members(Classes c, int64_t* starts) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const int64_t label = blockIdx.x;
     double before = 0;  // exact: a count
-    for (int64_t k = threadIdx.x; k < label; k += THREADS) before += static_cast<double>(c.counts[k]);
+    for (int64_t k = threadIdx.x; k < label; k += THREADS)
+        before += static_cast<double>(c.counts[k]);
     before = block_sum(before);
     __shared__ int64_t start;
     if (threadIdx.x == 0) starts[label] = start = static_cast<int64_t>(before);
@@ -55,12 +59,14 @@ __global__ void list_members(Classes c, int64_t* starts) {
 
 // One thread per column: the members of its class in batch order.
 __global__ void class_means(Classes c) {
-    const int64_t k = blockIdx.x, d = static_cast<int64_t>(blockIdx.y) * THREADS + threadIdx.x, count = c.counts[k];
+    const int64_t k = blockIdx.x, d = static_cast<int64_t>(blockIdx.y) * THREADS + threadIdx.x,
+                  count = c.counts[k];
     if (d >= c.D) return;
     const int64_t* members = c.order + c.starts[k];
     double total = 0;
 #pragma unroll 8
-    for (int64_t i = 0; i < count; ++i) total += static_cast<double>(load(c.features, c.dtype, members[i] * c.stride + d));
+    for (int64_t i = 0; i < count; ++i)
+        total += static_cast<double>(load(c.features, c.dtype, members[i] * c.stride + d));
     const double mean = count ? total / static_cast<double>(count) : 0;
     const float high = static_cast<float>(mean);
     c.means[k * c.D + d] = high;
@@ -68,21 +74,27 @@ __global__ void class_means(Classes c) {
 }
 
 // Rows [first, first + DEPTH) of columns [column, column + TILE), less the mean; 0 past the ends.
-__device__ __forceinline__ void load_centred(const Classes& c, int64_t k, int64_t first, int64_t column, float (&tile)[DEPTH][TILE]) {
+__device__ __forceinline__ void load_centred(const Classes& c, int64_t k, int64_t first,
+                                             int64_t column, float (&tile)[DEPTH][TILE]) {
     const int64_t d = column + threadIdx.x % TILE, count = c.counts[k];
-    const float high = d < c.D ? c.means[k * c.D + d] : 0.f, low = d < c.D ? c.rests[k * c.D + d] : 0.f;
+    const float high = d < c.D ? c.means[k * c.D + d] : 0.f,
+                low = d < c.D ? c.rests[k * c.D + d] : 0.f;
 #pragma unroll
     for (int row = threadIdx.x / TILE; row < DEPTH; row += THREADS / TILE) {
         const bool inside = first + row < count && d < c.D;
         tile[row][threadIdx.x % TILE] =
-            inside ? load(c.features, c.dtype, c.order[c.starts[k] + first + row] * c.stride + d) - high - low : 0.f;
+            inside ? load(c.features, c.dtype, c.order[c.starts[k] + first + row] * c.stride + d) -
+                         high - low
+                   : 0.f;
     }
 }
 
-// One tile of the upper triangle, written to both places. Block: tile row and class in x, tile column in y.
+// One tile of the upper triangle, written to both places. Block: tile row and class in x, tile
+// column in y.
 __global__ void class_products(Classes c, int64_t tiles, float* covariances) {
     __shared__ float a[DEPTH][TILE], b[DEPTH][TILE];
-    const int64_t k = blockIdx.x / tiles, p = blockIdx.x % tiles, q = blockIdx.y, count = c.counts[k];
+    const int64_t k = blockIdx.x / tiles, p = blockIdx.x % tiles, q = blockIdx.y,
+                  count = c.counts[k];
     if (p > q) return;
     const int row = threadIdx.x / ACROSS * ROWS, column = threadIdx.x % ACROSS * COLUMNS;
     float sum[ROWS][COLUMNS] = {};
@@ -95,7 +107,8 @@ __global__ void class_products(Classes c, int64_t tiles, float* covariances) {
 #pragma unroll
             for (int r = 0; r < ROWS; ++r) {
 #pragma unroll
-                for (int s = 0; s < COLUMNS; ++s) sum[r][s] = fmaf(a[i][row + r], b[i][column + s], sum[r][s]);
+                for (int s = 0; s < COLUMNS; ++s)
+                    sum[r][s] = fmaf(a[i][row + r], b[i][column + s], sum[r][s]);
             }
         }
         __syncthreads();
@@ -121,13 +134,23 @@ void class_covariance_cuda(const ClassCovarianceArgs& a, void* stream) {
     require_dtype("class_covariance", "features", a.dtype, is_feature(a.dtype));
     int64_t* starts = static_cast<int64_t*>(a.workspace);
     int64_t* order = starts + a.K;
-    const Classes classes{a.features, a.dtype, a.row_stride, a.B, a.D, a.labels, a.counts, starts, order, static_cast<float*>(a.means),
+    const Classes classes{a.features,
+                          a.dtype,
+                          a.row_stride,
+                          a.B,
+                          a.D,
+                          a.labels,
+                          a.counts,
+                          starts,
+                          order,
+                          static_cast<float*>(a.means),
                           reinterpret_cast<float*>(order + a.B)};
     launch("count_members", count_members, a.K, 1, stream, a.labels, a.B, a.counts);
     launch("list_members", list_members, a.K, 1, stream, classes, starts);
     launch("class_means", class_means, a.K, ceil_div(a.D, THREADS), stream, classes);
     const int64_t tiles = ceil_div(a.D, TILE);
-    launch("class_products", class_products, a.K * tiles, tiles, stream, classes, tiles, static_cast<float*>(a.covariances));
+    launch("class_products", class_products, a.K * tiles, tiles, stream, classes, tiles,
+           static_cast<float*>(a.covariances));
 }
 
 }  // namespace miue

@@ -1,5 +1,5 @@
-// What follows a convolution and its input gradient. fp32 without contraction (-fmad=false), rounded once: bitwise the reference.
-// Each thread has eight neighbours and their byte of the mask.
+// What follows a convolution and its input gradient. fp32 without contraction (-fmad=false),
+// rounded once: bitwise the reference. Each thread has eight neighbours and their byte of the mask.
 #include <algorithm>
 
 #include "device.cuh"
@@ -8,7 +8,8 @@ namespace miue {
 namespace {
 
 template <bool WIDE>
-__device__ __forceinline__ void load_eight(const void* p, DType t, int64_t at, int64_t count, float (&v)[8]) {
+__device__ __forceinline__ void load_eight(const void* p, DType t, int64_t at, int64_t count,
+                                           float (&v)[8]) {
     if (WIDE && at + 8 <= count) {
         load(p, t, at, v);
     } else {
@@ -18,7 +19,8 @@ __device__ __forceinline__ void load_eight(const void* p, DType t, int64_t at, i
 }
 
 template <bool WIDE>
-__device__ __forceinline__ void store_eight(void* p, DType t, int64_t at, int64_t count, const float (&v)[8]) {
+__device__ __forceinline__ void store_eight(void* p, DType t, int64_t at, int64_t count,
+                                            const float (&v)[8]) {
     if (WIDE && at + 8 <= count) {
         store(p, t, at, v);
     } else {
@@ -30,7 +32,9 @@ __device__ __forceinline__ void store_eight(void* p, DType t, int64_t at, int64_
 }
 
 __device__ __forceinline__ float rounded(float x, DType t) {
-    return t == DType::f16 ? half_value(half_bits(x)) : t == DType::bf16 ? bfloat_value(bfloat_bits(x)) : x;
+    return t == DType::f16    ? half_value(half_bits(x))
+           : t == DType::bf16 ? bfloat_value(bfloat_bits(x))
+                              : x;
 }
 
 struct Epilogue {
@@ -46,7 +50,8 @@ struct Epilogue {
 
 template <bool WIDE>
 __global__ void epilogue(Epilogue a) {
-    const int64_t stride = int64_t{gridDim.x} * THREADS * 8, end = (a.count + 63) / 64 * 64;  // the last word is whole
+    // the last word is whole
+    const int64_t stride = int64_t{gridDim.x} * THREADS * 8, end = (a.count + 63) / 64 * 64;
     int64_t at = (int64_t{blockIdx.x} * THREADS + threadIdx.x) * 8, channel = at % a.channels;
     for (const int64_t step = stride % a.channels; at < end; at += stride) {
         float v[8], w[8];
@@ -86,7 +91,8 @@ __global__ void epilogue(Epilogue a) {
 }
 
 template <bool WIDE>
-__global__ void grad_epilogue(void* grad, DType dtype, const void* addend, const uint8_t* mask, int64_t count) {
+__global__ void grad_epilogue(void* grad, DType dtype, const void* addend, const uint8_t* mask,
+                              int64_t count) {
     const int64_t stride = int64_t{gridDim.x} * THREADS * 8;
     for (int64_t at = (int64_t{blockIdx.x} * THREADS + threadIdx.x) * 8; at < count; at += stride) {
         float v[8], w[8];
@@ -109,16 +115,25 @@ int64_t blocks(int64_t count) { return std::min(ceil_div(count, THREADS * 8), BL
 
 void conv_epilogue_cuda(const ConvEpilogueArgs& a, void* stream) {
     require_dtype("conv_epilogue_", "y", a.dtype, is_feature(a.dtype));
-    const Epilogue e{a.y, a.dtype, static_cast<const float*>(a.bias), a.channels % 8 == 0 && aligned(a.bias), a.residual, a.relu, a.mask,
-                     a.channels, a.count};
-    launch("epilogue", aligned(a.y) && aligned(a.residual) ? epilogue<true> : epilogue<false>, blocks(a.count), 1, stream, e);
+    const Epilogue e{a.y,
+                     a.dtype,
+                     static_cast<const float*>(a.bias),
+                     a.channels % 8 == 0 && aligned(a.bias),
+                     a.residual,
+                     a.relu,
+                     a.mask,
+                     a.channels,
+                     a.count};
+    launch("epilogue", aligned(a.y) && aligned(a.residual) ? epilogue<true> : epilogue<false>,
+           blocks(a.count), 1, stream, e);
 }
 
 void conv_grad_epilogue_cuda(const ConvGradEpilogueArgs& a, void* stream) {
     require_dtype("conv_grad_epilogue_", "grad", a.dtype, is_feature(a.dtype));
     if (!a.addend && !a.mask) return;
-    launch("grad_epilogue", aligned(a.grad) && aligned(a.addend) ? grad_epilogue<true> : grad_epilogue<false>, blocks(a.count), 1, stream,
-           a.grad, a.dtype, a.addend, a.mask, a.count);
+    launch("grad_epilogue",
+           aligned(a.grad) && aligned(a.addend) ? grad_epilogue<true> : grad_epilogue<false>,
+           blocks(a.count), 1, stream, a.grad, a.dtype, a.addend, a.mask, a.count);
 }
 
 }  // namespace miue

@@ -1,15 +1,11 @@
 // What every kernel file shares: launch with its check, typed loads and stores, warp sums.
 #pragma once
-#ifdef __CUDACC__
-#include <cooperative_groups.h>
-#endif
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
 #include <cstdint>
 #include <string>
-#include <type_traits>
 
 #include "check.h"
 #include "ops.h"
@@ -25,9 +21,11 @@ constexpr int WARPS = THREADS / 32;
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int64_t BLOCKS = MIUE_BLOCKS;  // of a grid over values or pixels; grid-stride beyond
 
-// Launches on `stream` and turns a failed launch (or a missing driver) into BackendFailure. An empty grid is no launch.
+// Launches on `stream` and turns a failed launch (or a missing driver) into BackendFailure. An
+// empty grid is no launch.
 template <class... P, class... A>
-void launch(const char* name, void (*kernel)(P...), int64_t x, int64_t y, [[maybe_unused]] void* stream, A... args) {
+void launch(const char* name, void (*kernel)(P...), int64_t x, int64_t y,
+            [[maybe_unused]] void* stream, A... args) {
     if (x == 0 || y == 0) return;
     const dim3 grid(static_cast<unsigned>(x), static_cast<unsigned>(y));
 #ifdef __CUDACC__
@@ -36,22 +34,26 @@ void launch(const char* name, void (*kernel)(P...), int64_t x, int64_t y, [[mayb
     shim::launch(grid, THREADS, [&] { kernel(static_cast<P>(args)...); });
 #endif
     const cudaError_t error = cudaGetLastError();
-    if (error != cudaSuccess) throw BackendFailure(std::string(name) + ": " + cudaGetErrorString(error));
+    if (error != cudaSuccess)
+        throw BackendFailure(std::string(name) + ": " + cudaGetErrorString(error));
 }
 
 // The same with a number of threads and of bytes of dynamic shared memory.
 template <class... P, class... A>
-void launch_wide(const char* name, void (*kernel)(P...), int64_t x, int64_t y, int threads, int shared_bytes, [[maybe_unused]] void* stream,
-                 A... args) {
+void launch_wide(const char* name, void (*kernel)(P...), int64_t x, int64_t y, int threads,
+                 int shared_bytes, [[maybe_unused]] void* stream, A... args) {
     if (x == 0 || y == 0) return;
     const dim3 grid(static_cast<unsigned>(x), static_cast<unsigned>(y));
 #ifdef __CUDACC__
-    cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+    cudaError_t error =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
     if (error == cudaSuccess) {
-        kernel<<<grid, threads, shared_bytes, static_cast<cudaStream_t>(stream)>>>(static_cast<P>(args)...);
+        kernel<<<grid, threads, shared_bytes, static_cast<cudaStream_t>(stream)>>>(
+            static_cast<P>(args)...);
         error = cudaGetLastError();
     }
-    if (error != cudaSuccess) throw BackendFailure(std::string(name) + ": " + cudaGetErrorString(error));
+    if (error != cudaSuccess)
+        throw BackendFailure(std::string(name) + ": " + cudaGetErrorString(error));
 #else
     shim::launch(grid, threads, [&] { kernel(static_cast<P>(args)...); }, shared_bytes);
     static_cast<void>(name);
@@ -69,47 +71,14 @@ __device__ __forceinline__ T* dynamic_shared() {
 #endif
 }
 
-// One launch in three phases: State::run(integral_constant<int, phase>, args) on every thread, the whole grid meeting in between.
-// A thread's State and a block's dynamic shared memory last through all of them. Every block has to be resident: cooperative_fits().
-#ifdef __CUDACC__
-template <class State, class Args>
-__global__ void __launch_bounds__(State::THREADS, 1) cooperative(Args args) {
-    State state;
-    state.run(std::integral_constant<int, 0>{}, args);
-    cooperative_groups::this_grid().sync();
-    state.run(std::integral_constant<int, 1>{}, args);
-    cooperative_groups::this_grid().sync();
-    state.run(std::integral_constant<int, 2>{}, args);
-}
-#endif
-
-template <class State, class Args>
-void launch_cooperative(const char* name, int64_t x, int64_t y, int shared, [[maybe_unused]] void* stream, Args args) {
-    const dim3 grid(static_cast<unsigned>(x), static_cast<unsigned>(y));
-#ifdef __CUDACC__
-    void* arguments[] = {&args};
-    cudaError_t error = cudaFuncSetAttribute(cooperative<State, Args>, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
-    if (error == cudaSuccess) {
-        error = cudaLaunchCooperativeKernel(reinterpret_cast<const void*>(cooperative<State, Args>), grid, dim3(State::THREADS), arguments,
-                                            shared, static_cast<cudaStream_t>(stream));
-    }
-    if (error != cudaSuccess) {
-        cudaGetLastError();  // it is reported here, and not to whoever asks next
-        throw BackendFailure(std::string(name) + ": " + cudaGetErrorString(error));
-    }
-#else
-    (void)name;
-    shim::launch_cooperative<State>(grid, State::THREADS, shared, args);
-#endif
-}
-
 // Compute capability of the current device, 10 * major + minor, or 0 without one.
 inline int capability() {
 #ifdef __CUDACC__
     int device = 0, major = 0, minor = 0;
-    const bool known = cudaGetDevice(&device) == cudaSuccess &&
-                       cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess &&
-                       cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) == cudaSuccess;
+    const bool known =
+        cudaGetDevice(&device) == cudaSuccess &&
+        cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess &&
+        cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) == cudaSuccess;
     if (!known) cudaGetLastError();
     return known ? 10 * major + minor : 0;
 #else
@@ -117,22 +86,8 @@ inline int capability() {
 #endif
 }
 
-// Whether the current device can hold that many blocks at once, one to a multiprocessor. False without a device: a launch says why.
-inline bool cooperative_fits([[maybe_unused]] int64_t blocks, [[maybe_unused]] int64_t shared) {
-#ifdef __CUDACC__
-    int device = 0, cooperative = 0, processors = 0, most = 0;
-    const bool known = cudaGetDevice(&device) == cudaSuccess &&
-                       cudaDeviceGetAttribute(&cooperative, cudaDevAttrCooperativeLaunch, device) == cudaSuccess &&
-                       cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device) == cudaSuccess &&
-                       cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) == cudaSuccess;
-    if (!known) cudaGetLastError();
-    return known && cooperative && blocks <= processors && shared <= most;
-#else
-    return true;
-#endif
-}
-
-// Cuts `memory` into arrays at multiples of 64 bytes; where it is null, only their sum is of interest.
+// Cuts `memory` into arrays at multiples of 64 bytes; where it is null, only their sum is of
+// interest.
 struct Carver {
     char* memory;
     int64_t bytes = 0;
@@ -144,16 +99,22 @@ struct Carver {
     }
 };
 
-constexpr float FLOAT_MAX = 3.4028235e38f, FLOAT_LEAST = 0x1p-126f;  // the largest number and the smallest normal one
+// the largest number and the smallest normal one
+constexpr float FLOAT_MAX = 3.4028235e38f, FLOAT_LEAST = 0x1p-126f;
 
 inline void require_dtype(const char* op, const char* argument, DType got, bool ok) {
-    require(ok, op, argument, "a dtype the CUDA kernels take (see ops.h)", "code " + std::to_string(static_cast<int>(got)));
+    require(ok, op, argument, "a dtype the CUDA kernels take (see ops.h)",
+            "code " + std::to_string(static_cast<int>(got)));
 }
 inline bool is_feature(DType t) { return t == DType::f32 || t == DType::f16 || t == DType::bf16; }
 inline bool aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
 
-__device__ __forceinline__ float half_value(uint16_t bits) { return __half2float(__ushort_as_half(bits)); }
-__device__ __forceinline__ uint16_t half_bits(float x) { return __half_as_ushort(__float2half_rn(x)); }
+__device__ __forceinline__ float half_value(uint16_t bits) {
+    return __half2float(__ushort_as_half(bits));
+}
+__device__ __forceinline__ uint16_t half_bits(float x) {
+    return __half_as_ushort(__float2half_rn(x));
+}
 // Both as fp16, `low` in the low half.
 __device__ __forceinline__ uint32_t half_pair(float low, float high) {
 #ifdef __CUDACC__
@@ -164,8 +125,12 @@ __device__ __forceinline__ uint32_t half_pair(float low, float high) {
     return half_bits(low) | static_cast<uint32_t>(half_bits(high)) << 16;
 #endif
 }
-__device__ __forceinline__ float bfloat_value(uint16_t bits) { return __bfloat162float(__ushort_as_bfloat16(bits)); }
-__device__ __forceinline__ uint16_t bfloat_bits(float x) { return __bfloat16_as_ushort(__float2bfloat16_rn(x)); }
+__device__ __forceinline__ float bfloat_value(uint16_t bits) {
+    return __bfloat162float(__ushort_as_bfloat16(bits));
+}
+__device__ __forceinline__ uint16_t bfloat_bits(float x) {
+    return __bfloat16_as_ushort(__float2bfloat16_rn(x));
+}
 
 // Address in the shared window, as descriptors and shared-memory instructions take it.
 __device__ __forceinline__ uint32_t shared_address(const void* p) {
@@ -176,11 +141,14 @@ __device__ __forceinline__ uint32_t shared_address(const void* p) {
 #endif
 }
 
-// 16 bytes from global to shared memory, or 16 zeros where not `there`; both addresses are multiples of 16. Under way until copies_done()
-// of the same thread; for the other threads until a barrier after that.
+// 16 bytes from global to shared memory, or 16 zeros where not `there`; both addresses are
+// multiples of 16. Under way until copies_done() of the same thread; for the other threads until a
+// barrier after that.
 __device__ __forceinline__ void copy_async(void* to, const void* from, bool there = true) {
 #ifdef __CUDACC__
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(there ? 16 : 0) : "memory");
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)),
+                 "l"(from), "r"(there ? 16 : 0)
+                 : "memory");
 #else
     shim::copy_async(to, from, there);
 #endif
@@ -209,11 +177,13 @@ __device__ __forceinline__ void store(void* p, DType t, int64_t at, float x) {
         case DType::f32: static_cast<float*>(p)[at] = x; break;
         case DType::f16: static_cast<uint16_t*>(p)[at] = half_bits(x); break;
         case DType::bf16: static_cast<uint16_t*>(p)[at] = bfloat_bits(x); break;
-        default: static_cast<int8_t*>(p)[at] = static_cast<int8_t>(x == x ? x : 0.f); break;  // i8 levels, already whole numbers
+        // i8 levels, already whole numbers
+        default: static_cast<int8_t*>(p)[at] = static_cast<int8_t>(x == x ? x : 0.f); break;
     }
 }
 
-// V = 8 consecutive numbers in 16-byte (bytes: 8-byte) accesses; the caller has checked alignment. V = 1 is the plain form.
+// V = 8 consecutive numbers in 16-byte (bytes: 8-byte) accesses; the caller has checked alignment.
+// V = 1 is the plain form.
 template <int V>
 __device__ __forceinline__ void load(const void* p, DType t, int64_t at, float (&v)[V]) {
     if constexpr (V == 1) {
@@ -221,7 +191,8 @@ __device__ __forceinline__ void load(const void* p, DType t, int64_t at, float (
     } else if (t == DType::f32) {
         const float4 a = *reinterpret_cast<const float4*>(static_cast<const float*>(p) + at);
         const float4 b = *reinterpret_cast<const float4*>(static_cast<const float*>(p) + at + 4);
-        v[0] = a.x, v[1] = a.y, v[2] = a.z, v[3] = a.w, v[4] = b.x, v[5] = b.y, v[6] = b.z, v[7] = b.w;
+        v[0] = a.x, v[1] = a.y, v[2] = a.z, v[3] = a.w, v[4] = b.x, v[5] = b.y, v[6] = b.z,
+        v[7] = b.w;
     } else if (t == DType::f16 || t == DType::bf16) {
         const uint4 a = *reinterpret_cast<const uint4*>(static_cast<const uint16_t*>(p) + at);
         const uint32_t words[4] = {a.x, a.y, a.z, a.w};
@@ -235,7 +206,8 @@ __device__ __forceinline__ void load(const void* p, DType t, int64_t at, float (
 #pragma unroll
         for (int k = 0; k < 8; ++k) {
             const uint8_t byte = static_cast<uint8_t>((k < 4 ? a.x : a.y) >> (8 * (k % 4)));
-            v[k] = t == DType::u8 ? static_cast<float>(byte) : static_cast<float>(static_cast<int8_t>(byte));
+            v[k] = t == DType::u8 ? static_cast<float>(byte)
+                                  : static_cast<float>(static_cast<int8_t>(byte));
         }
     }
 }
@@ -245,15 +217,20 @@ __device__ __forceinline__ void store(void* p, DType t, int64_t at, const float 
     if constexpr (V == 1) {
         store(p, t, at, v[0]);
     } else if (t == DType::f32) {
-        *reinterpret_cast<float4*>(static_cast<float*>(p) + at) = make_float4(v[0], v[1], v[2], v[3]);
-        *reinterpret_cast<float4*>(static_cast<float*>(p) + at + 4) = make_float4(v[4], v[5], v[6], v[7]);
+        *reinterpret_cast<float4*>(static_cast<float*>(p) + at) =
+            make_float4(v[0], v[1], v[2], v[3]);
+        *reinterpret_cast<float4*>(static_cast<float*>(p) + at + 4) =
+            make_float4(v[4], v[5], v[6], v[7]);
     } else if (t == DType::f16 || t == DType::bf16) {
         uint32_t words[4] = {0, 0, 0, 0};
 #pragma unroll
         for (int k = 0; k < 8; ++k) {
-            words[k / 2] |= static_cast<uint32_t>(t == DType::f16 ? half_bits(v[k]) : bfloat_bits(v[k])) << (16 * (k % 2));
+            words[k / 2] |=
+                static_cast<uint32_t>(t == DType::f16 ? half_bits(v[k]) : bfloat_bits(v[k]))
+                << (16 * (k % 2));
         }
-        *reinterpret_cast<uint4*>(static_cast<uint16_t*>(p) + at) = make_uint4(words[0], words[1], words[2], words[3]);
+        *reinterpret_cast<uint4*>(static_cast<uint16_t*>(p) + at) =
+            make_uint4(words[0], words[1], words[2], words[3]);
     } else {
         uint32_t words[2] = {0, 0};
 #pragma unroll
@@ -287,7 +264,8 @@ __device__ __forceinline__ T warp_sum(T x) {
 // Likewise the largest; NaN are passed over.
 __device__ __forceinline__ float warp_max(float x) {
 #pragma unroll
-    for (int lanes = 16; lanes > 0; lanes /= 2) x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, lanes));
+    for (int lanes = 16; lanes > 0; lanes /= 2)
+        x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, lanes));
     return x;
 }
 

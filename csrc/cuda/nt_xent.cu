@@ -1,13 +1,14 @@
-// NT-Xent: value and gradient (formulas: miue_fast/reference/nt_xent.py), in six kernels; number formats: nt_xent.cuh.
+// NT-Xent: value and gradient (formulas: miue_fast/reference/nt_xent.py), in six kernels; number
+// formats: nt_xent.cuh.
 //   pack_rows    hi, lo, norms
 //   row_sums     P, N (and the maximum, for `negatives`) of 64 rows against a span of columns
 //   finish_rows  one block: adds the spans in order, coefficients, loss
-//   weights      W r_j of one chunk x chunk square, as fp16 hi + lo with one power-of-two scale per row and 64 columns
+//   weights      W r_j of one chunk x chunk square, as fp16 hi + lo with one power-of-two scale per
+//                row and 64 columns
 //   gradient     G += W q over that square; owner computes, no atomics
 //   project      (G - (G.z) z) / ||f||
-// A small batch takes one launch instead (nt_xent_small.cu), and a Hopper has other kernels for half precision (nt_xent_large.cu).
+// A Hopper has other kernels for large batches in half precision (hopper/nt_xent_large.cu).
 #include <algorithm>
-#include <type_traits>
 
 #include "nt_xent.cuh"
 
@@ -22,23 +23,24 @@
 namespace miue {
 namespace {
 
-constexpr int TILE = 64;           // rows and columns of a block's tile
-constexpr int STEP = 32;           // depth of one stage in shared memory
-constexpr int STRIDE = STEP + 8;   // halves between rows of a stage: 32-bit fragment reads hit 32 banks
-constexpr int WIDE = TILE + 8;     // the same for the q stage of `gradient`
+constexpr int TILE = 64;  // rows and columns of a block's tile
+constexpr int STEP = 32;  // depth of one stage in shared memory
+// halves between rows of a stage: 32-bit fragment reads hit 32 banks
+constexpr int STRIDE = STEP + 8;
+constexpr int WIDE = TILE + 8;  // the same for the q stage of `gradient`
 
 struct Work {
-    int64_t B, D, Bp, Dp;          // Bp, Dp: padded with zeros to whole tiles
+    int64_t B, D, Bp, Dp;  // Bp, Dp: padded with zeros to whole tiles
     int64_t spans, chunk;
-    uint16_t *hi, *lo;             // [Bp, Dp] fp16 bits; lo: of fp32 features
-    double *inverse, *shift;       // [Bp] 1 / (norm * scale); shift of N
-    float *base, *own;             // [Bp] clamped norm, ||z||
-    float *P, *N;                  // [spans, Bp]
-    double *top;                   // [spans, Bp]
-    float *same, *other;           // [Bp] coefficients of the row
-    uint16_t *w_hi, *w_lo;         // [chunk, chunk]
-    float *w_scale;                // [chunk, chunk / TILE]
-    float *G;                      // [chunk, Dp]
+    uint16_t *hi, *lo;        // [Bp, Dp] fp16 bits; lo: of fp32 features
+    double *inverse, *shift;  // [Bp] 1 / (norm * scale); shift of N
+    float *base, *own;        // [Bp] clamped norm, ||z||
+    float *P, *N;             // [spans, Bp]
+    double* top;              // [spans, Bp]
+    float *same, *other;      // [Bp] coefficients of the row
+    uint16_t *w_hi, *w_lo;    // [chunk, chunk]
+    float* w_scale;           // [chunk, chunk / TILE]
+    float* G;                 // [chunk, Dp]
     int64_t bytes;
 };
 
@@ -75,7 +77,8 @@ __global__ void pack_rows(const void* features, DType dtype, int64_t stride, Wor
     }
     norm.finish();
     for (int64_t d = lane; d < w.Dp; d += 32) {
-        const float x = i < w.B && d < w.D ? load(features, dtype, i * stride + d) * norm.scale : 0.f;
+        const float x =
+            i < w.B && d < w.D ? load(features, dtype, i * stride + d) * norm.scale : 0.f;
         uint16_t hi, lo;
         operand<SPLIT>(x, hi, lo);
         w.hi[i * w.Dp + d] = hi;
@@ -84,9 +87,11 @@ __global__ void pack_rows(const void* features, DType dtype, int64_t stride, Wor
     if (lane == 0) w.base[i] = norm.base, w.inverse[i] = norm.inverse, w.own[i] = norm.own;
 }
 
-// acc + small = 64 x 64 products of packed rows i0.. and j0..; warp w has rows 16w..16w+15 in mma layout.
+// acc + small = 64 x 64 products of packed rows i0.. and j0..; warp w has rows 16w..16w+15 in mma
+// layout.
 template <bool SPLIT>
-__device__ __forceinline__ void products(const Work& w, int64_t i0, int64_t j0, float (&acc)[8][4], float (&small)[8][4]) {
+__device__ __forceinline__ void products(const Work& w, int64_t i0, int64_t j0, float (&acc)[8][4],
+                                         float (&small)[8][4]) {
     constexpr int PARTS = SPLIT ? 2 : 1;
     alignas(16) __shared__ uint16_t stage[2 * PARTS][TILE][STRIDE];  // i hi, j hi, i lo, j lo
     const int lane = threadIdx.x % 32, row = threadIdx.x / 32 * 16 + lane / 4, t = lane % 4;
@@ -98,7 +103,8 @@ __device__ __forceinline__ void products(const Work& w, int64_t i0, int64_t j0, 
             for (int u = 0; u < 2; ++u) {
                 const int unit = threadIdx.x + THREADS * u;
                 const int64_t r = (part % 2 ? j0 : i0) + unit / 4;
-                next[part][u] = *reinterpret_cast<const uint4*>((part < 2 ? w.hi : w.lo) + r * w.Dp + k0 + unit % 4 * 8);
+                next[part][u] = *reinterpret_cast<const uint4*>((part < 2 ? w.hi : w.lo) +
+                                                                r * w.Dp + k0 + unit % 4 * 8);
             }
         }
     };
@@ -123,7 +129,9 @@ __device__ __forceinline__ void products(const Work& w, int64_t i0, int64_t j0, 
 #pragma unroll
         for (int k = 0; k < STEP; k += 16) {
             uint32_t a[2][4], b[2][8][2];
-            auto pair = [&](int part, int r, int c) { return *reinterpret_cast<const uint32_t*>(&stage[part][r][k + c + 2 * t]); };
+            auto pair = [&](int part, int r, int c) {
+                return *reinterpret_cast<const uint32_t*>(&stage[part][r][k + c + 2 * t]);
+            };
 #pragma unroll
             for (int part = 0; part < PARTS; ++part) {
                 a[part][0] = pair(2 * part, row, 0), a[part][1] = pair(2 * part, row + 8, 0);
@@ -139,7 +147,8 @@ __device__ __forceinline__ void products(const Work& w, int64_t i0, int64_t j0, 
     }
 }
 
-__device__ __forceinline__ Row row_of(const Work& w, const int64_t* labels, int64_t i, bool coefficients) {
+__device__ __forceinline__ Row row_of(const Work& w, const int64_t* labels, int64_t i,
+                                      bool coefficients) {
     if (i >= w.B) return Row{0, 0, 0, 0, 0, 0, false};
     if (!coefficients) return Row{labels[i], w.inverse[i], 0, w.own[i], 0, 0, true};
     return Row{labels[i], w.inverse[i], w.shift[i], w.own[i], w.same[i], w.other[i], true};
@@ -150,7 +159,8 @@ template <bool SPLIT>
 __global__ void row_sums(Work w, const int64_t* labels, double inv_t, bool negatives) {
     __shared__ Row columns[TILE];
     const int lane = threadIdx.x % 32;
-    const int64_t i0 = blockIdx.x * int64_t{TILE}, first = i0 + threadIdx.x / 32 * 16 + lane / 4, tiles = w.Bp / TILE;
+    const int64_t i0 = blockIdx.x * int64_t{TILE}, first = i0 + threadIdx.x / 32 * 16 + lane / 4,
+                  tiles = w.Bp / TILE;
     const int64_t begin = tiles * blockIdx.y / w.spans, end = tiles * (blockIdx.y + 1) / w.spans;
     const Row rows[2] = {row_of(w, labels, first, false), row_of(w, labels, first + 8, false)};
     Sums sums(rows, negatives);
@@ -192,7 +202,8 @@ __global__ void finish_rows(Work w, double inv_t, bool negatives, float* loss) {
 
 // Block (x: column tile, y: row tile) of the square whose corner is (row0, column0).
 template <bool SPLIT>
-__global__ void weights(Work w, const int64_t* labels, double inv_t, int64_t row0, int64_t column0) {
+__global__ void weights(Work w, const int64_t* labels, double inv_t, int64_t row0,
+                        int64_t column0) {
     __shared__ Row columns[TILE];
     const int lane = threadIdx.x % 32, local = blockIdx.y * TILE + threadIdx.x / 32 * 16 + lane / 4;
     const int64_t j0 = column0 + blockIdx.x * TILE;
@@ -205,10 +216,12 @@ __global__ void weights(Work w, const int64_t* labels, double inv_t, int64_t row
         const int64_t i = row0 + local + 8 * r;
         uint32_t hi[8], lo[8];
         float scale;
-        pair_weights(acc, small, row_of(w, labels, i, true), columns, r, i, j0, inv_t, hi, lo, scale);
+        pair_weights(acc, small, row_of(w, labels, i, true), columns, r, i, j0, inv_t, hi, lo,
+                     scale);
 #pragma unroll
         for (int n = 0; n < 8; ++n) {
-            const int64_t at = (local + 8 * r) * w.chunk + blockIdx.x * TILE + 8 * n + 2 * (lane % 4);
+            const int64_t at =
+                (local + 8 * r) * w.chunk + blockIdx.x * TILE + 8 * n + 2 * (lane % 4);
             *reinterpret_cast<uint32_t*>(w.w_hi + at) = hi[n];
             *reinterpret_cast<uint32_t*>(w.w_lo + at) = lo[n];
         }
@@ -219,7 +232,7 @@ __global__ void weights(Work w, const int64_t* labels, double inv_t, int64_t row
 // Block (x: 64 features, y: row tile): G [64, 64] (+)= W [64, columns] q [columns, 64].
 template <bool SPLIT>
 __global__ void gradient(Work w, int64_t column0, int64_t columns, bool add) {
-    alignas(16) __shared__ uint16_t w_stage[2][TILE][STRIDE];      // hi, lo
+    alignas(16) __shared__ uint16_t w_stage[2][TILE][STRIDE];  // hi, lo
     constexpr int PARTS = SPLIT ? 2 : 1;
     alignas(16) __shared__ uint16_t q_stage[PARTS][STEP][WIDE];
     const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, row = threadIdx.x / 32 * 16 + g;
@@ -254,14 +267,17 @@ __global__ void gradient(Work w, int64_t column0, int64_t columns, bool add) {
         for (int u = 0; u < 2; ++u) {
             const int unit = threadIdx.x + THREADS * u;
 #pragma unroll
-            for (int part = 0; part < 2; ++part) *reinterpret_cast<uint4*>(&w_stage[part][unit / 4][unit % 4 * 8]) = w_next[part][u];
+            for (int part = 0; part < 2; ++part)
+                *reinterpret_cast<uint4*>(&w_stage[part][unit / 4][unit % 4 * 8]) = w_next[part][u];
 #pragma unroll
-            for (int part = 0; part < PARTS; ++part) *reinterpret_cast<uint4*>(&q_stage[part][unit / 8][unit % 8 * 8]) = q_next[part][u];
+            for (int part = 0; part < PARTS; ++part)
+                *reinterpret_cast<uint4*>(&q_stage[part][unit / 8][unit % 8 * 8]) = q_next[part][u];
         }
         __syncthreads();
         if (k0 + STEP < columns) fetch(k0 + STEP);
         const int64_t scales = k0 / TILE;
-        const float scale[2] = {w.w_scale[(i0 + row) * (w.chunk / TILE) + scales], w.w_scale[(i0 + row + 8) * (w.chunk / TILE) + scales]};
+        const float scale[2] = {w.w_scale[(i0 + row) * (w.chunk / TILE) + scales],
+                                w.w_scale[(i0 + row + 8) * (w.chunk / TILE) + scales]};
 #pragma unroll
         for (int k = 0; k < STEP; k += 16) {
             uint32_t a[2][4], b[PARTS][8][2];
@@ -269,7 +285,8 @@ __global__ void gradient(Work w, int64_t column0, int64_t columns, bool add) {
             for (int part = 0; part < 2; ++part) {
 #pragma unroll
                 for (int x = 0; x < 4; ++x) {
-                    a[part][x] = *reinterpret_cast<const uint32_t*>(&w_stage[part][row + x % 2 * 8][k + x / 2 * 8 + 2 * t]);
+                    a[part][x] = *reinterpret_cast<const uint32_t*>(
+                        &w_stage[part][row + x % 2 * 8][k + x / 2 * 8 + 2 * t]);
                 }
             }
 #pragma unroll
@@ -279,7 +296,9 @@ __global__ void gradient(Work w, int64_t column0, int64_t columns, bool add) {
 #pragma unroll
                     for (int x = 0; x < 2; ++x) {
                         const int from = k + 8 * x + 2 * t;
-                        b[part][n][x] = q_stage[part][from][8 * n + g] | static_cast<uint32_t>(q_stage[part][from + 1][8 * n + g]) << 16;
+                        b[part][n][x] = q_stage[part][from][8 * n + g] |
+                                        static_cast<uint32_t>(q_stage[part][from + 1][8 * n + g])
+                                            << 16;
                     }
                 }
             }
@@ -297,18 +316,21 @@ __global__ void gradient(Work w, int64_t column0, int64_t columns, bool add) {
 #pragma unroll
     for (int n = 0; n < 8; ++n) {
 #pragma unroll
-        for (int c = 0; c < 4; ++c) w.G[(i0 + row + c / 2 * 8) * w.Dp + d0 + 8 * n + 2 * t + c % 2] = acc[n][c];
+        for (int c = 0; c < 4; ++c)
+            w.G[(i0 + row + c / 2 * 8) * w.Dp + d0 + 8 * n + 2 * t + c % 2] = acc[n][c];
     }
 }
 
 // One warp per row of the chunk that starts at row0.
-__global__ void project(Work w, const void* features, DType dtype, int64_t stride, int64_t row0, float scale, float* grad) {
+__global__ void project(Work w, const void* features, DType dtype, int64_t stride, int64_t row0,
+                        float scale, float* grad) {
     const int lane = threadIdx.x % 32;
     const int64_t local = blockIdx.x * int64_t{WARPS} + threadIdx.x / 32, i = row0 + local;
     if (i >= w.B) return;
     const float base = w.base[i];
     float dot = 0;
-    for (int64_t d = lane; d < w.D; d += 32) dot += w.G[local * w.Dp + d] * scale * (load(features, dtype, i * stride + d) / base);
+    for (int64_t d = lane; d < w.D; d += 32)
+        dot += w.G[local * w.Dp + d] * scale * (load(features, dtype, i * stride + d) / base);
     dot = warp_sum(dot);
     for (int64_t d = lane; d < w.D; d += 32) {
         const float z = load(features, dtype, i * stride + d) / base;
@@ -317,46 +339,48 @@ __global__ void project(Work w, const void* features, DType dtype, int64_t strid
 }
 
 template <bool SPLIT>
-void several(const NtXentArgs& a, void* stream) {
+void run(const NtXentArgs& a, void* stream) {
     const Work w = plan(a.B, a.D, SPLIT, a.grad != nullptr, a.workspace);
     const double inv_t = 1 / a.temperature;
-    launch("pack_rows", pack_rows<SPLIT>, w.Bp / WARPS, 1, stream, a.features, a.dtype, a.row_stride, w);
-    launch("row_sums", row_sums<SPLIT>, w.Bp / TILE, w.spans, stream, w, a.labels, inv_t, a.negatives);
-    launch("finish_rows", finish_rows, 1, 1, stream, w, inv_t, a.negatives, static_cast<float*>(a.loss));
+    launch("pack_rows", pack_rows<SPLIT>, w.Bp / WARPS, 1, stream, a.features, a.dtype,
+           a.row_stride, w);
+    launch("row_sums", row_sums<SPLIT>, w.Bp / TILE, w.spans, stream, w, a.labels, inv_t,
+           a.negatives);
+    launch("finish_rows", finish_rows, 1, 1, stream, w, inv_t, a.negatives,
+           static_cast<float*>(a.loss));
     if (!a.grad || a.D == 0) return;
     const float scale = static_cast<float>(1 / (static_cast<double>(a.B) * a.temperature));
     for (int64_t row0 = 0; row0 < w.Bp; row0 += w.chunk) {
         const int64_t rows = std::min(w.chunk, w.Bp - row0);
         for (int64_t column0 = 0; column0 < w.Bp; column0 += w.chunk) {
             const int64_t columns = std::min(w.chunk, w.Bp - column0);
-            launch("weights", weights<SPLIT>, columns / TILE, rows / TILE, stream, w, a.labels, inv_t, row0, column0);
-            launch("gradient", gradient<SPLIT>, w.Dp / TILE, rows / TILE, stream, w, column0, columns, column0 > 0);
+            launch("weights", weights<SPLIT>, columns / TILE, rows / TILE, stream, w, a.labels,
+                   inv_t, row0, column0);
+            launch("gradient", gradient<SPLIT>, w.Dp / TILE, rows / TILE, stream, w, column0,
+                   columns, column0 > 0);
         }
-        launch("project", project, rows / WARPS, 1, stream, w, a.features, a.dtype, a.row_stride, row0, scale,
-               static_cast<float*>(a.grad));
+        launch("project", project, rows / WARPS, 1, stream, w, a.features, a.dtype, a.row_stride,
+               row0, scale, static_cast<float*>(a.grad));
     }
 }
 
 }  // namespace
 
 int64_t nt_xent_workspace_cuda(int64_t B, int64_t D, DType dtype, bool want_grad) {
-    return std::max({plan(B, D, dtype == DType::f32, want_grad, nullptr).bytes, nt_xent_small_workspace(B, D, dtype),
-                     nt_xent_large_workspace(B, D, dtype, want_grad)});
+    const int64_t bytes = plan(B, D, dtype == DType::f32, want_grad, nullptr).bytes;
+#ifdef MIUE_HOPPER
+    return std::max(bytes, nt_xent_large_workspace(B, D, dtype, want_grad));
+#else
+    return bytes;
+#endif
 }
 
 void nt_xent_cuda(const NtXentArgs& a, void* stream) {
     require_dtype("nt_xent", "features", a.dtype, is_feature(a.dtype));
-    nt_xent_small_takes(a.B, a.D, a.dtype) ? nt_xent_small(a, stream) : nt_xent_large_cuda(a, stream);
-}
-
-void nt_xent_large_cuda(const NtXentArgs& a, void* stream) {
-    require_dtype("nt_xent", "features", a.dtype, is_feature(a.dtype));
-    nt_xent_large_takes(a.B, a.D, a.dtype) ? nt_xent_large(a, stream) : nt_xent_several_cuda(a, stream);
-}
-
-void nt_xent_several_cuda(const NtXentArgs& a, void* stream) {
-    require_dtype("nt_xent", "features", a.dtype, is_feature(a.dtype));
-    a.dtype == DType::f32 ? several<true>(a, stream) : several<false>(a, stream);
+#ifdef MIUE_HOPPER
+    if (nt_xent_large_takes(a.B, a.D, a.dtype)) return nt_xent_large(a, stream);
+#endif
+    a.dtype == DType::f32 ? run<true>(a, stream) : run<false>(a, stream);
 }
 
 }  // namespace miue

@@ -1,32 +1,35 @@
-// What the NT-Xent kernels share (nt_xent.cu: several launches, any size; nt_xent_small.cu: one launch; nt_xent_large.cu: for Hopper).
+// What the NT-Xent kernels share: those of nt_xent.cu, for every GPU, dtype and size, and those of
+// hopper/nt_xent_large.cu.
 //
-// Tensor cores take fp16 and truncate their sums, so a row is scaled by a power of two into fp16's range. Half-precision features are then
-// exact. fp32 features are split into hi, whole numbers up to 2^11, and lo, the rest (SPLIT): hi*hi is a sum of whole numbers, exact on a
-// tensor core (below 2^24: each k-step is summed from zero and added in fp32); the three products with lo are 2^-10 of it and their
-// truncation does not matter. Together: fp32 accuracy or better.
+// Tensor cores take fp16 and truncate their sums, so a row is scaled by a power of two into fp16's
+// range. Half-precision features are then exact. fp32 features are split into hi, whole numbers up
+// to 2^11, and lo, the rest (SPLIT): hi*hi is a sum of whole numbers, exact on a tensor core (below
+// 2^24: each k-step is summed from zero and added in fp32); the three products with lo are 2^-10 of
+// it and their truncation does not matter. Together: fp32 accuracy or better.
 #pragma once
 #include "mma.cuh"
 
 namespace miue {
 
-// nt_xent_small.cu: whether it takes this shape on the current device, the bytes it needs if it does, and the op itself.
-bool nt_xent_small_takes(int64_t B, int64_t D, DType);
-int64_t nt_xent_small_workspace(int64_t B, int64_t D, DType);
-void nt_xent_small(const NtXentArgs&, void* stream);
-// nt_xent_large.cu: the same.
+#ifdef MIUE_HOPPER
+// hopper/nt_xent_large.cu: whether it takes this shape on the current device, the bytes it needs if
+// it does, and the op itself.
 bool nt_xent_large_takes(int64_t B, int64_t D, DType);
 int64_t nt_xent_large_workspace(int64_t B, int64_t D, DType, bool want_grad);
 void nt_xent_large(const NtXentArgs&, void* stream);
+#endif
 
 constexpr float MIN_NORM = 1e-8f;
-constexpr int TOP_BIT = 10;        // operands are scaled to magnitudes below 2^11: whole numbers up to there are fp16
+// operands are scaled to magnitudes below 2^11: whole numbers up to there are fp16
+constexpr int TOP_BIT = 10;
 
 // A row's features, as far as one warp has read them, and then what follows from all of them.
 struct Norm {
     double squares = 0;
-    float largest = 0, poison = 0;  // poison: NaN if the row has an infinite or NaN feature or such a norm, else 0
-    float base, scale, own;         // clamped norm, power of two of the operand, ||z||
-    double inverse;                 // 1 / (norm * scale)
+    // poison: NaN if the row has an infinite or NaN feature or such a norm, else 0
+    float largest = 0, poison = 0;
+    float base, scale, own;  // clamped norm, power of two of the operand, ||z||
+    double inverse;          // 1 / (norm * scale)
 
     __device__ __forceinline__ void add(float x) {
         squares += static_cast<double>(x) * x;
@@ -64,7 +67,8 @@ struct Row {
 
 // One k-step of 16: acc and small += products of hi and lo parts (part 0, part 1).
 template <bool SPLIT, int N>
-__device__ __forceinline__ void add_products(float (&acc)[N][4], float (&small)[N][4], const uint32_t (&a)[2][4],
+__device__ __forceinline__ void add_products(float (&acc)[N][4], float (&small)[N][4],
+                                             const uint32_t (&a)[2][4],
                                              const uint32_t (&b)[2][N][2]) {
     float whole[N][4] = {};
     mma_row(whole, a[0], b[0]);
@@ -80,14 +84,20 @@ __device__ __forceinline__ void add_products(float (&acc)[N][4], float (&small)[
     }
 }
 
-// Small temperatures magnify the last bits of a cosine, hence double. The diagonal is known: ||z||^2.
-__device__ __forceinline__ double cosine(float whole, float small, const Row& a, const Row& b, bool self) {
-    return self ? static_cast<double>(a.own) * a.own : (static_cast<double>(whole) + small) * a.inverse * b.inverse;
+// Small temperatures magnify the last bits of a cosine, hence double. The diagonal is known:
+// ||z||^2.
+__device__ __forceinline__ double cosine(float whole, float small, const Row& a, const Row& b,
+                                         bool self) {
+    return self ? static_cast<double>(a.own) * a.own
+                : (static_cast<double>(whole) + small) * a.inverse * b.inverse;
 }
 
-__device__ __forceinline__ float exp_of(double difference, double inv_t) { return expf(static_cast<float>(difference * inv_t)); }
+__device__ __forceinline__ float exp_of(double difference, double inv_t) {
+    return expf(static_cast<float>(difference * inv_t));
+}
 
-// P, N and N's shift of the two rows that a lane has in mma layout (i and i + 8): sums over the columns that its quad has seen.
+// P, N and N's shift of the two rows that a lane has in mma layout (i and i + 8): sums over the
+// columns that its quad has seen.
 struct Sums {
     float P[2] = {0, 0}, N[2] = {0, 0};
     double top[2];
@@ -97,8 +107,10 @@ struct Sums {
     }
     // `columns` are those of the N tiles, from column j on.
     template <int TILES>
-    __device__ __forceinline__ void add(const float (&acc)[TILES][4], const float (&small)[TILES][4], const Row (&rows)[2],
-                                        const Row* columns, int64_t i, int64_t j, double inv_t, bool negatives) {
+    __device__ __forceinline__ void add(const float (&acc)[TILES][4],
+                                        const float (&small)[TILES][4], const Row (&rows)[2],
+                                        const Row* columns, int64_t i, int64_t j, double inv_t,
+                                        bool negatives) {
         const int t = threadIdx.x % 4;
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
@@ -110,7 +122,8 @@ struct Sums {
                     for (int c = 0; c < 2; ++c) {
                         const int k = 8 * n + 2 * t + c;
                         const bool other = columns[k].real && columns[k].label != rows[r].label;
-                        const double s = cosine(acc[n][2 * r + c], small[n][2 * r + c], rows[r], columns[k], i + 8 * r == j + k);
+                        const double s = cosine(acc[n][2 * r + c], small[n][2 * r + c], rows[r],
+                                                columns[k], i + 8 * r == j + k);
                         if (other) best = fmax(best, s);
                     }
                 }
@@ -125,7 +138,8 @@ struct Sums {
                 for (int c = 0; c < 2; ++c) {
                     const int k = 8 * n + 2 * t + c;
                     const bool same = columns[k].label == rows[r].label;
-                    const double s = cosine(acc[n][2 * r + c], small[n][2 * r + c], rows[r], columns[k], i + 8 * r == j + k);
+                    const double s = cosine(acc[n][2 * r + c], small[n][2 * r + c], rows[r],
+                                            columns[k], i + 8 * r == j + k);
                     const float e = exp_of(s - (same ? rows[r].own : top[r]), inv_t);
                     if (columns[k].real && same) P[r] += e;
                     if (columns[k].real && !same) N[r] += e;
@@ -152,7 +166,8 @@ struct Sums {
 };
 
 // The row's coefficients from its whole sums, and its term of the loss.
-__device__ __forceinline__ double coefficients(float P, float N, double top, float own, double inv_t, bool negatives, float& same,
+__device__ __forceinline__ double coefficients(float P, float N, double top, float own,
+                                               double inv_t, bool negatives, float& same,
                                                float& other, double& shift) {
     if (negatives) {
         same = -1 / P, other = 1 / N, shift = top;
@@ -162,11 +177,14 @@ __device__ __forceinline__ double coefficients(float P, float N, double top, flo
     return log1pf(N / P);
 }
 
-// Turns row r's sums of products into its weights W_ij of z_j, and those into W_ij times the column's inverse, which weighs q_j, as hi and lo
-// fp16 with a power of two for the row: `scale` is what they are to be multiplied with. Returns sum_j W_ij s_ij, over the quad's columns.
+// Turns row r's sums of products into its weights W_ij of z_j, and those into W_ij times the
+// column's inverse, which weighs q_j, as hi and lo fp16 with a power of two for the row: `scale` is
+// what they are to be multiplied with. Returns sum_j W_ij s_ij, over the quad's columns.
 template <int TILES>
-__device__ __forceinline__ float pair_weights(const float (&acc)[TILES][4], const float (&small)[TILES][4], const Row& row,
-                                              const Row* columns, int r, int64_t i, int64_t j, double inv_t, uint32_t (&hi)[TILES],
+__device__ __forceinline__ float pair_weights(const float (&acc)[TILES][4],
+                                              const float (&small)[TILES][4], const Row& row,
+                                              const Row* columns, int r, int64_t i, int64_t j,
+                                              double inv_t, uint32_t (&hi)[TILES],
                                               uint32_t (&lo)[TILES], float& scale) {
     const int t = threadIdx.x % 4;
     float w[TILES][2], largest = 0, along = 0;
@@ -177,10 +195,13 @@ __device__ __forceinline__ float pair_weights(const float (&acc)[TILES][4], cons
             const Row& column = columns[8 * n + 2 * t + c];
             const bool self = i == j + 8 * n + 2 * t + c, same = row.label == column.label;
             const double s = cosine(acc[n][2 * r + c], small[n][2 * r + c], row, column, self);
-            const double mine = same ? row.own : row.shift, theirs = same ? column.own : column.shift;
-            const float e = exp_of(s - mine, inv_t), f = mine == theirs ? e : exp_of(s - theirs, inv_t);
+            const double mine = same ? row.own : row.shift,
+                         theirs = same ? column.own : column.shift;
+            const float e = exp_of(s - mine, inv_t),
+                        f = mine == theirs ? e : exp_of(s - theirs, inv_t);
             float x = (same ? row.same : row.other) * e + (same ? column.same : column.other) * f;
-            // A multiple of a unit z_i is removed by the projection: leaving it out saves its rounding.
+            // A multiple of a unit z_i is removed by the projection: leaving it out saves its
+            // rounding.
             if (!row.real || !column.real || (self && row.own == 1.f)) x = 0;
             along += x * static_cast<float>(s);
             w[n][c] = x * static_cast<float>(column.inverse);

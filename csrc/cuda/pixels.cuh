@@ -6,7 +6,8 @@
 
 namespace miue {
 
-constexpr int STAGE = 4096;       // floats of shared memory that turn [pixel][channel] into [channel][pixel]
+// floats of shared memory that turn [pixel][channel] into [channel][pixel]
+constexpr int STAGE = 4096;
 
 // A tile is `pixels` consecutive pixels of one image, all channels.
 struct Tiles {
@@ -15,7 +16,8 @@ struct Tiles {
     const uint8_t* flip;
 };
 
-inline Tiles tiles_of(int64_t B, int64_t C, int64_t H, int64_t W, int64_t N, const int64_t* index, const uint8_t* flip) {
+inline Tiles tiles_of(int64_t B, int64_t C, int64_t H, int64_t W, int64_t N, const int64_t* index,
+                      const uint8_t* flip) {
     const int64_t plane = H * W, most = std::max<int64_t>(1, STAGE / std::max<int64_t>(C, 1));
     const int64_t pixels = std::max<int64_t>(1, std::min(plane, most >= 8 ? most / 8 * 8 : most));
     return {B, C, H, W, N, plane, pixels, ceil_div(plane, pixels), index, flip};
@@ -23,7 +25,8 @@ inline Tiles tiles_of(int64_t B, int64_t C, int64_t H, int64_t W, int64_t N, con
 
 // Groups of eight neighbours never cross a row or a tile, and every access is aligned.
 inline bool in_eights(const Tiles& t, std::initializer_list<const void*> pointers) {
-    return t.W % 8 == 0 && t.pixels % 8 == 0 && std::all_of(pointers.begin(), pointers.end(), aligned);
+    return t.W % 8 == 0 && t.pixels % 8 == 0 &&
+           std::all_of(pointers.begin(), pointers.end(), aligned);
 }
 
 __device__ __forceinline__ float clamp(float x, float low, float high) {  // NaN stays
@@ -32,8 +35,8 @@ __device__ __forceinline__ float clamp(float x, float low, float high) {  // NaN
 
 // V pixels from `pixel` of one channel plane on the [0, 1] scale, mirrored along W if asked.
 template <int V>
-__device__ __forceinline__ void load_image(const void* images, DType dtype, int64_t plane_start, int64_t pixel, int64_t W, bool mirror,
-                                           float (&x)[V]) {
+__device__ __forceinline__ void load_image(const void* images, DType dtype, int64_t plane_start,
+                                           int64_t pixel, int64_t W, bool mirror, float (&x)[V]) {
     if (!mirror) {
         load(images, dtype, plane_start + pixel, x);
     } else {

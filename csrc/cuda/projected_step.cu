@@ -1,18 +1,21 @@
-// The projected sign step, functional and in place. fp32 without contraction (-fmad=false), rounded once: bitwise the reference.
+// The projected sign step, functional and in place. fp32 without contraction (-fmad=false), rounded
+// once: bitwise the reference.
 #include "pixels.cuh"
 
 namespace miue {
 namespace {
 
-__device__ __forceinline__ float step(float delta, float grad, float image, float alpha, float eps) {
+__device__ __forceinline__ float step(float delta, float grad, float image, float alpha,
+                                      float eps) {
     const float sign = grad > 0 ? 1.f : grad < 0 ? -1.f : 0.f;  // NaN: 0
     const float moved = clamp(delta - alpha * sign, -eps, eps);
-    return clamp(clamp(image + moved, 0.f, 1.f) - image, 0.f - eps, eps);  // the budget, whatever the image and the sum's rounding
+    // the budget, whatever the image and the sum's rounding
+    return clamp(clamp(image + moved, 0.f, 1.f) - image, 0.f - eps, eps);
 }
 
 template <int V>
-__global__ void step_all(void* out, const void* delta, const void* grad, const void* image, DType dtype, int64_t n, float alpha,
-                         float eps) {
+__global__ void step_all(void* out, const void* delta, const void* grad, const void* image,
+                         DType dtype, int64_t n, float alpha, float eps) {
     const int64_t stride = int64_t{gridDim.x} * THREADS * V;
     for (int64_t at = (int64_t{blockIdx.x} * THREADS + threadIdx.x) * V; at < n; at += stride) {
         if (at + V <= n) {
@@ -25,7 +28,9 @@ __global__ void step_all(void* out, const void* delta, const void* grad, const v
             store(out, dtype, at, d);
         } else {
             for (int64_t k = at; k < n; ++k) {
-                store(out, dtype, k, step(load(delta, dtype, k), load(grad, dtype, k), load(image, dtype, k), alpha, eps));
+                store(out, dtype, k,
+                      step(load(delta, dtype, k), load(grad, dtype, k), load(image, dtype, k),
+                           alpha, eps));
             }
         }
     }
@@ -71,13 +76,15 @@ __global__ void step_rows(Tiles t, Gradient g, Store s) {
         }
         const int64_t groups = (count + V - 1) / V;
         for (int64_t unit = threadIdx.x; unit < groups * t.C; unit += THREADS) {
-            const int64_t c = unit / groups, offset = unit % groups * V, pixel = first + offset, plane = (row * t.C + c) * t.plane;
+            const int64_t c = unit / groups, offset = unit % groups * V, pixel = first + offset,
+                          plane = (row * t.C + c) * t.plane;
             float v[V], d[V], x[V];
             if (g.layout == Layout::pixels) {
 #pragma unroll
                 for (int k = 0; k < V; ++k) v[k] = stage[(offset + k) * t.C + c];
             } else {
-                const int64_t from = b * g.s[0] + c * g.s[1] + pixel / t.W * g.s[2] + pixel % t.W * g.s[3];
+                const int64_t from =
+                    b * g.s[0] + c * g.s[1] + pixel / t.W * g.s[2] + pixel % t.W * g.s[3];
                 if (g.layout == Layout::rows) {
                     load(g.data, g.dtype, from, v);
                 } else {
@@ -99,7 +106,8 @@ __global__ void step_rows(Tiles t, Gradient g, Store s) {
     }
     if (s.nonfinite) {
         bad = warp_sum(bad);
-        if (bad && threadIdx.x % 32 == 0) atomicAdd(s.nonfinite, static_cast<unsigned long long>(bad));
+        if (bad && threadIdx.x % 32 == 0)
+            atomicAdd(s.nonfinite, static_cast<unsigned long long>(bad));
     }
 }
 
@@ -108,15 +116,19 @@ __global__ void step_rows(Tiles t, Gradient g, Store s) {
 void projected_step_cuda(const ProjectedStepArgs& a, void* stream) {
     require_dtype("projected_step", "delta", a.dtype, is_feature(a.dtype));
     const bool eights = aligned(a.out) && aligned(a.delta) && aligned(a.grad) && aligned(a.image);
-    launch("step_all", eights ? step_all<8> : step_all<1>, std::min(ceil_div(a.n, THREADS * (eights ? 8 : 1)), BLOCKS), 1, stream, a.out,
-           a.delta, a.grad, a.image, a.dtype, a.n, static_cast<float>(a.alpha), static_cast<float>(a.eps));
+    launch("step_all", eights ? step_all<8> : step_all<1>,
+           std::min(ceil_div(a.n, THREADS * (eights ? 8 : 1)), BLOCKS), 1, stream, a.out, a.delta,
+           a.grad, a.image, a.dtype, a.n, static_cast<float>(a.alpha), static_cast<float>(a.eps));
 }
 
 void projected_step_inplace_cuda(const ProjectedStepInplaceArgs& a, void* stream) {
     const char* op = "projected_step_";
-    require_dtype(op, "delta", a.delta_dtype, a.delta_dtype == DType::f32 || a.delta_dtype == DType::f16 || a.delta_dtype == DType::i8);
+    require_dtype(
+        op, "delta", a.delta_dtype,
+        a.delta_dtype == DType::f32 || a.delta_dtype == DType::f16 || a.delta_dtype == DType::i8);
     require_dtype(op, "grad", a.grad_dtype, is_feature(a.grad_dtype));
-    require_dtype(op, "images", a.image_dtype, a.image_dtype == DType::u8 || a.image_dtype == DType::f32);
+    require_dtype(op, "images", a.image_dtype,
+                  a.image_dtype == DType::u8 || a.image_dtype == DType::f32);
     const Tiles t = tiles_of(a.B, a.C, a.H, a.W, a.N, a.index, a.flip);
     const int64_t* s = a.grad_stride;
     bool eights = in_eights(t, {a.delta, a.images});
@@ -128,10 +140,18 @@ void projected_step_inplace_cuda(const ProjectedStepInplaceArgs& a, void* stream
         eights = eights && s[0] % 8 == 0 && aligned(a.grad);
     }
     const Gradient g{a.grad, a.grad_dtype, {s[0], s[1], s[2], s[3]}, layout};
-    const Store store{a.delta, a.delta_dtype, a.images, a.image_dtype, static_cast<float>(a.alpha), static_cast<float>(a.eps),
-                      static_cast<float>(a.eps / 127), static_cast<float>(127 / a.eps), reinterpret_cast<unsigned long long*>(a.nonfinite)};
+    const Store store{a.delta,
+                      a.delta_dtype,
+                      a.images,
+                      a.image_dtype,
+                      static_cast<float>(a.alpha),
+                      static_cast<float>(a.eps),
+                      static_cast<float>(a.eps / 127),
+                      static_cast<float>(127 / a.eps),
+                      reinterpret_cast<unsigned long long*>(a.nonfinite)};
     const int64_t tiles = a.C ? a.B * t.per_image : 0;
-    launch("step_rows", eights ? step_rows<8> : step_rows<1>, std::min(tiles, BLOCKS), 1, stream, t, g, store);
+    launch("step_rows", eights ? step_rows<8> : step_rows<1>, std::min(tiles, BLOCKS), 1, stream, t,
+           g, store);
 }
 
 }  // namespace miue

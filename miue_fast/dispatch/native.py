@@ -9,6 +9,7 @@ import importlib.util
 
 import torch
 
+from . import architectures
 from .checks import row_numbers
 from .library import convolve, convolve_back
 from .masks import mask_bytes
@@ -39,26 +40,30 @@ def _load(name):
 
 _cpu, _cpu_reason = _load("_cpu")
 _cuda, _cuda_reason = _load("_cuda")
+_built = architectures.built(_cuda.build) if _cuda else ()
 
 
 def cpu_missing():
     return _cpu_reason
 
 
-def cuda_missing():
-    return _cuda_reason or (None if torch.cuda.is_available() else "no CUDA device")
+def cuda_missing() -> str | None:
+    """Why the CUDA C++ kernels for every GPU do not run here, or None."""
+    return _kernels_missing(architectures.EVERY_GPU)
 
 
-def wgmma_missing():
-    """Why `conv64`, which is for Hopper, does not run here, or None."""
-    if reason := cuda_missing():
-        return reason
+def wgmma_missing() -> str | None:
+    """Why the CUDA C++ kernels for Hopper do not run here, or None."""
+    return _kernels_missing(architectures.HOPPER)
+
+
+def _kernels_missing(folder: str) -> str | None:
+    if _cuda_reason:
+        return _cuda_reason
+    if not torch.cuda.is_available():
+        return "no CUDA device"
     capability = torch.cuda.get_device_capability()
-    return (
-        None
-        if capability == (9, 0)
-        else "needs compute capability 9.0, this GPU has {}.{}".format(*capability)
-    )
+    return architectures.missing(folder, _built, capability)
 
 
 def build_flags():
@@ -93,6 +98,10 @@ def _ptr(tensor):
     return 0 if tensor is None else tensor.data_ptr()
 
 
+def _typed(tensor):
+    return (0, _CODES[None]) if tensor is None else (tensor.data_ptr(), _CODES[tensor.dtype])
+
+
 def _accumulated(dtype):
     return torch.float64 if dtype == torch.float64 else torch.float32
 
@@ -112,13 +121,13 @@ def _outputs(features, want_grad):
     return torch.empty((), **options), torch.empty(features.shape if want_grad else (0,), **options)
 
 
-def nt_xent(features, labels, temperature, denominator, want_grad, kernel="nt_xent"):
+def nt_xent(features, labels, temperature, denominator, want_grad):
     features = _rows(features)
     loss, grad = _outputs(features, want_grad)
     workspace = _workspace("nt_xent", features, want_grad)
     _call(
         features.device,
-        kernel,
+        "nt_xent",
         features.data_ptr(),
         _CODES[features.dtype],
         features.stride(0),
@@ -131,16 +140,6 @@ def nt_xent(features, labels, temperature, denominator, want_grad, kernel="nt_xe
         workspace.data_ptr(),
     )
     return loss, grad
-
-
-def nt_xent_large(*args):
-    """CUDA C++'s nt_xent of a small batch as of a large one."""
-    return nt_xent(*args, kernel="nt_xent_large")
-
-
-def nt_xent_several(*args):
-    """CUDA C++'s nt_xent as it is for every GPU, dtype and size."""
-    return nt_xent(*args, kernel="nt_xent_several")
 
 
 def _distance(features, labels, normalize_dim, want_grad, weight=1.0, addend=(None, None)):
@@ -226,16 +225,13 @@ def projected_step_(delta, index, grad, images, flip, alpha, eps, nonfinite):
     _call(
         delta.device,
         "projected_step_inplace",
-        delta.data_ptr(),
-        _CODES[delta.dtype],
+        _typed(delta),
         _ptr(index),
-        grad.data_ptr(),
-        _CODES[grad.dtype],
-        *grad.stride(),
-        images.data_ptr(),
-        _CODES[images.dtype],
+        _typed(grad),
+        grad.stride(),
+        _typed(images),
         _ptr(flip),
-        *grad.shape,
+        grad.shape,
         delta.shape[0],
         alpha,
         eps,
@@ -251,22 +247,16 @@ def perturbed_input(images, delta, index, flip, mean, std, eps, dtype, channels_
     _call(
         images.device,
         "perturbed_input",
-        out.data_ptr(),
-        _CODES[dtype],
+        _typed(out),
         channels_last,
-        images.data_ptr(),
-        _CODES[images.dtype],
-        _ptr(delta),
-        _CODES[delta.dtype if delta is not None else None],
+        _typed(images),
+        _typed(delta),
         eps,
         _ptr(index),
         _ptr(flip),
         mean,
         [1 / s for s in std],
-        b,
-        c,
-        h,
-        w,
+        (b, c, h, w),
         n,
     )
     return out

@@ -25,21 +25,6 @@ class BackendError(RuntimeError):
 
 
 @dataclass(frozen=True)
-class Form:
-    """Other kernels of an implementation than those that a call of at most `rows` rows takes:
-    checked and measured beside them.
-
-    weights: relative rounding of the pairs' weights in a loss gradient, where the kernels store
-        them.
-    """
-
-    name: str
-    fn: Callable
-    rows: int
-    weights: float = 0.0
-
-
-@dataclass(frozen=True)
 class Impl:
     """One implementation of an op. `fn` takes the schema's arguments without `backend`."""
 
@@ -51,7 +36,6 @@ class Impl:
     refuses: Callable = lambda *args: (
         None
     )  # the arguments of fn -> why it does not take them (then fn raises BackendError), or None
-    forms: tuple[Form, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """NT-Xent with several positives: mean_i -log(P_i / A_i) over cosine similarities."""
 
 from ..dispatch import checks, native, triton
-from ..dispatch.registry import DOUBLES, FLOATS, Form, Impl, define
+from ..dispatch.registry import DOUBLES, FLOATS, Impl, define
 from ..reference.nt_xent import formula
 from ..reference.nt_xent import nt_xent as reference
 from ..support import messages
@@ -18,32 +18,8 @@ define(
     kind="loss",
     dtypes=DOUBLES,
     impls=[
-        Impl(
-            "triton",
-            triton.lazy("nt_xent"),
-            triton.DEVICES,
-            FLOATS,
-            triton.missing,
-            forms=(
-                Form(
-                    "triton, as a large batch",
-                    triton.lazy("nt_xent_as_large", "nt_xent"),
-                    2048,
-                    2**-11,
-                ),
-            ),
-        ),
-        Impl(
-            "cuda",
-            native.nt_xent,
-            frozenset({"cuda"}),
-            FLOATS,
-            native.cuda_missing,
-            forms=(
-                Form("cuda, as a large batch", native.nt_xent_large, 512, 2**-11),
-                Form("cuda, several launches", native.nt_xent_several, 8192),
-            ),
-        ),
+        Impl("triton", triton.lazy("nt_xent"), triton.DEVICES, FLOATS, triton.missing),
+        Impl("cuda", native.nt_xent, frozenset({"cuda"}), FLOATS, native.cuda_missing),
         Impl("cpu", native.nt_xent, frozenset({"cpu"}), DOUBLES, native.cpu_missing),
     ],
     route=_loss.route("nt_xent"),

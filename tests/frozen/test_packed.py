@@ -1,5 +1,5 @@
 """The packed convolutions of the CPU: float64's results within the rounding of their transforms,
-the same bits whatever divides the work, and epilogues that are those of `conv_epilogue_` to the bit.
+the same bits however the work is divided, and epilogues that are those of `conv_epilogue_`.
 """
 
 import itertools

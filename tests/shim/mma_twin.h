@@ -1,7 +1,7 @@
-// Host twins of mma.sync.m16n8k16 (fp16 in, fp32 out) and ldmatrix.x4, from the fragment tables of the PTX ISA, independent of
-// csrc/cuda/mma.cuh.
-// The product is as inexact as tensor cores are: products are exact, then eight of them and the accumulator are cut (not rounded) to one bit
-// below the last bit of the largest, and the sum is cut to fp32.
+// Host twin of mma.sync.m16n8k16 (fp16 in, fp32 out), from the fragment tables of the PTX ISA,
+// independent of csrc/cuda/mma.cuh. The product is as inexact as tensor cores are: products are
+// exact, then eight of them and the accumulator are cut (not rounded) to one bit below the last bit
+// of the largest, and the sum is cut to fp32.
 #pragma once
 
 namespace shim {
@@ -37,14 +37,18 @@ void mma_row(float (&d)[N][4], const uint32_t (&a)[4], const uint32_t (&b)[N][2]
     std::memcpy(mine.a, a, sizeof a);
     std::memcpy(mine.b, b, sizeof b);
     const auto& warp = exchange(mine);
-    const auto value = [](uint32_t word, int high) { return __half2float({static_cast<uint16_t>(word >> 16 * high)}); };
-    // Element i of A's fragment in a lane: row = group for i = 0, 1, 4, 5 else group + 8; column = 2 * (lane % 4) + i % 2, + 8 for i >= 4.
+    const auto value = [](uint32_t word, int high) {
+        return __half2float({static_cast<uint16_t>(word >> 16 * high)});
+    };
+    // Element i of A's fragment in a lane: row = group for i = 0, 1, 4, 5 else group + 8; column =
+    // 2 * (lane % 4) + i % 2, + 8 for i >= 4.
     float A[16][16], B[16][8];
     for (int lane = 0; lane < 32; ++lane) {
         const int group = lane >> 2, in_group = lane % 4;
         if (group == int(threadIdx.x % 32) >> 2) {
             for (int i = 0; i < 8; ++i) {
-                const int row = i < 2 || (i >= 4 && i < 6) ? group : group + 8, column = in_group * 2 + (i & 1) + (i < 4 ? 0 : 8);
+                const int row = i < 2 || (i >= 4 && i < 6) ? group : group + 8,
+                          column = in_group * 2 + (i & 1) + (i < 4 ? 0 : 8);
                 A[row][column] = value(warp[lane].a[i / 2], i % 2);
             }
         }
@@ -52,30 +56,18 @@ void mma_row(float (&d)[N][4], const uint32_t (&a)[4], const uint32_t (&b)[N][2]
     for (int n = 0; n < N; ++n) {
         // Element i of B's fragment: row = 2 * (lane % 4) + i % 2, + 8 for i >= 2; column = group.
         for (int lane = 0; lane < 32; ++lane) {
-            for (int i = 0; i < 4; ++i) B[lane % 4 * 2 + (i & 1) + (i < 2 ? 0 : 8)][lane >> 2] = value(warp[lane].b[n][i / 2], i % 2);
+            for (int i = 0; i < 4; ++i)
+                B[lane % 4 * 2 + (i & 1) + (i < 2 ? 0 : 8)][lane >> 2] =
+                    value(warp[lane].b[n][i / 2], i % 2);
         }
         // Element i of D: row = group for i < 2 else group + 8; column = 2 * (lane % 4) + i % 2.
         for (int i = 0; i < 4; ++i) {
-            const int row = (int(threadIdx.x % 32) >> 2) + (i < 2 ? 0 : 8), column = threadIdx.x % 4 * 2 + (i & 1);
+            const int row = (int(threadIdx.x % 32) >> 2) + (i < 2 ? 0 : 8),
+                      column = threadIdx.x % 4 * 2 + (i & 1);
             float terms[16];
             for (int k = 0; k < 16; ++k) terms[k] = B[k][column];
             d[n][i] = sum_like_tensor_cores(A[row], terms, d[n][i]);
         }
-    }
-}
-
-// Thread T gets row T / 4 of matrix m, elements 2 (T % 4) and 2 (T % 4) + 1; transposed: the same of the transposed matrix.
-template <bool TRANSPOSED>
-void ldmatrix(uint32_t (&r)[4], const uint16_t* row) {
-    const auto& rows = exchange(row);
-    const int lane = threadIdx.x % 32;
-    for (int m = 0; m < 4; ++m) {
-        uint16_t pair[2];
-        for (int e = 0; e < 2; ++e) {
-            const int major = lane >> 2, minor = (lane & 3) * 2 + e;
-            pair[e] = TRANSPOSED ? rows[8 * m + minor][major] : rows[8 * m + major][minor];
-        }
-        r[m] = pair[0] | static_cast<uint32_t>(pair[1]) << 16;
     }
 }
 

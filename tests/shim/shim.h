@@ -1,6 +1,7 @@
-// Runs the CUDA kernels of csrc/cuda as host C++, for tests only: one OS thread per CUDA thread, blocks one after another.
-// Shared memory is a static array, __syncthreads a barrier of the block, warp functions go through slots and a barrier of the warp.
-// A missing __syncthreads is therefore a data race that -fsanitize=thread can see.
+// Runs the CUDA kernels of csrc/cuda as host C++, for tests only: one OS thread per CUDA thread,
+// blocks one after another. Shared memory is a static array, __syncthreads a barrier of the block,
+// warp functions go through slots and a barrier of the warp. A missing __syncthreads is therefore a
+// data race that -fsanitize=thread can see.
 #pragma once
 #include <algorithm>
 #include <array>
@@ -35,15 +36,25 @@
 using std::max;
 using std::min;
 
-struct uint3 { unsigned x, y, z; };
+struct uint3 {
+    unsigned x, y, z;
+};
 struct dim3 {
     unsigned x, y, z;
     constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
 };
-struct alignas(8) uint2 { unsigned x, y; };
-struct alignas(16) uint4 { unsigned x, y, z, w; };
-struct alignas(16) float4 { float x, y, z, w; };
-struct alignas(8) float2 { float x, y; };
+struct alignas(8) uint2 {
+    unsigned x, y;
+};
+struct alignas(16) uint4 {
+    unsigned x, y, z, w;
+};
+struct alignas(16) float4 {
+    float x, y, z, w;
+};
+struct alignas(8) float2 {
+    float x, y;
+};
 inline float2 make_float2(float x, float y) { return {x, y}; }
 inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
 inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
@@ -62,7 +73,8 @@ constinit inline thread_local dim3 blockDim{}, gridDim{};
 namespace shim {
 
 #ifdef __linux__
-// std::barrier without its spinning, which takes three to ten times as long with 128 threads on two cores.
+// std::barrier without its spinning, which takes three to ten times as long with 128 threads on two
+// cores.
 class Barrier {
     const int count;
     std::atomic<int> left, phase{0};
@@ -76,7 +88,8 @@ class Barrier {
             phase.store(now + 1, std::memory_order_release);
             syscall(SYS_futex, &phase, FUTEX_WAKE_PRIVATE, INT_MAX, nullptr, nullptr, 0);
         }
-        while (phase.load(std::memory_order_acquire) == now) syscall(SYS_futex, &phase, FUTEX_WAIT_PRIVATE, now, nullptr, nullptr, 0);
+        while (phase.load(std::memory_order_acquire) == now)
+            syscall(SYS_futex, &phase, FUTEX_WAIT_PRIVATE, now, nullptr, nullptr, 0);
     }
 };
 #else
@@ -156,31 +169,6 @@ void launch(dim3 grid, int threads, F kernel, size_t bytes = 0) {
     });
 }
 
-// A grid that meets between its three phases: each phase goes through all blocks, forwards at one launch and backwards at the next, so that
-// a block that needs what another one makes in the same phase gives other results from launch to launch.
-template <class State, class Args>
-void launch_cooperative(dim3 grid, int threads, size_t bytes, const Args& args) {
-    static std::atomic<unsigned> launches{0};
-    const bool backwards = launches++ % 2;
-    const unsigned blocks = grid.x * grid.y;
-    std::vector<std::vector<Line>> memory(blocks, shared_memory(bytes));
-    block_of_threads(grid, threads, [&] {
-        std::vector<State> states(blocks);
-        const auto phase = [&](auto number) {
-            for (unsigned k = 0; k < blocks; ++k) {
-                const unsigned at = backwards ? blocks - 1 - k : k;
-                blockIdx = {at % grid.x, at / grid.x, 0};
-                dynamic = &memory[at];
-                states[at].run(number, args);
-                block->gate.arrive_and_wait();
-            }
-        };
-        phase(std::integral_constant<int, 0>{});
-        phase(std::integral_constant<int, 1>{});
-        phase(std::integral_constant<int, 2>{});
-    });
-}
-
 }  // namespace shim
 
 inline void __syncthreads() { shim::block->gate.arrive_and_wait(); }
@@ -198,7 +186,9 @@ inline unsigned __ballot_sync(unsigned, bool vote) {
 inline int __ffs(unsigned x) { return __builtin_ffs(static_cast<int>(x)); }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline float __fdiv_rn(float a, float b) { return a / b; }
-inline unsigned long long atomicAdd(unsigned long long* p, unsigned long long x) { return __atomic_fetch_add(p, x, __ATOMIC_RELAXED); }
+inline unsigned long long atomicAdd(unsigned long long* p, unsigned long long x) {
+    return __atomic_fetch_add(p, x, __ATOMIC_RELAXED);
+}
 
 #include "mma_twin.h"
 #include "wgmma_twin.h"
