@@ -2,7 +2,11 @@
 what they were measured on.
 """
 
-PAPER = {
+from typing import Any
+
+from ..generation import OBJECTIVES, Options
+
+PAPER: dict[str, dict[str, Any]] = {
     "CIFAR-10": {
         "setting": (
             "CIFAR-10 (PNG), all 50,000 training images, source and victim ResNet-18, "
@@ -61,7 +65,7 @@ def differences(paper, report):
         for entry in report["poisons"]
         if not (options := entry["options"]).keys() & {"of", "made"}
     ]
-    sources = [options for options in sources if options.get("objective") != "random"]
+    sources = [options for options in sources if _trains(options)]
     usual = {"model": "resnet18", "width": None, "epochs": 100}
     if any(
         {key: options.get(key, usual[key]) for key in usual} != paper["source"]
@@ -69,3 +73,9 @@ def differences(paper, report):
     ):
         found.append("other source models or epochs than ResNet-18 and 100")
     return found
+
+
+def _trains(options):
+    """Whether the objective of a poison trains a source network."""
+    objective = OBJECTIVES.get(options.get("objective", Options.objective))
+    return objective is None or objective.outputs is not None

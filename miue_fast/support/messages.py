@@ -2,6 +2,7 @@
 
 import unicodedata
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 
@@ -11,7 +12,8 @@ from . import written
 LONGEST = 2000
 
 
-def fail(op, argument, expected, got):
+def fail(op: str, argument: str, expected: object, got: object) -> NoReturn:
+    """Raises ValueError: `op: argument: expected X, got Y`, on one harmless line."""
     argument = written.shown(op, argument)
     raise ValueError(printable(f"{op}: {argument}: expected {expected}, got {got}", most=LONGEST))
 
