@@ -255,8 +255,10 @@ def _victim(name, options, per_class):
             messages.fail("report", f"victims.{name}.{key}", what, repr(options[key]))
     where = f"victims.{name}.pretrain"
     with written_as({key: f"victims.{name}.{key}" for key in RECIPE}):
-        plan = recipe(options.get("model", name), *(options.get(key) for key in RECIPE))
-    RECIPE_RULE(f"report: victims.{name}", {**asdict(plan), "pretrain": None})
+        model = options.get("model", name)
+        plan = recipe(model, *(options.get(key) for key in RECIPE))
+    filled = {"victim": model, **asdict(plan), "pretrain": None}
+    RECIPE_RULE(f"report: victims.{name}", filled)
     if "pretrain" not in options:
         return
     for key, value in {**_PRETRAIN, **_only(where, options["pretrain"], _PRETRAIN)}.items():
