@@ -1,7 +1,7 @@
 """The main job at full size: CIFAR-10 (JPEG), ResNet-18, 100 epochs, and ResNet-18 victims; in
 pieces that fit the time at hand.
 
-    python -m benchmarks.generation CIFAR WORK [--preset paper|reference] [--minutes 9] [--out FILE]
+    python -m benchmarks.generation CIFAR WORK [--preset NAME] [--minutes 9] [--out FILE]
 
 CIFAR has train/CLASS/* and test/CLASS/*; WORK is a folder for the checkpoint, the poison and the
 finished victims. The command stops after --minutes (exit code 130: at most the epoch or the victim
@@ -20,7 +20,8 @@ from pathlib import Path
 from benchmarks.harness import machine, tables
 from miue_fast import data, generate
 from miue_fast.evaluation import run_cell
-from miue_fast.generation import Interrupted
+from miue_fast.generation import PRESETS, Interrupted
+from miue_fast.generation.presets import DEFAULT
 
 SETS = ("poisoned", "clean", "random")
 NEEDED = {"seconds": 600, "accuracy": 0.12}
@@ -32,7 +33,7 @@ def parse(argv):
     )
     parser.add_argument("cifar", type=Path, metavar="CIFAR")
     parser.add_argument("work", type=Path, metavar="WORK")
-    parser.add_argument("--preset", default="paper", choices=("paper", "reference", "paper-text"))
+    parser.add_argument("--preset", default=DEFAULT.name, choices=list(PRESETS))
     parser.add_argument("--minutes", type=float, default=9, help="of this command")
     parser.add_argument("--epochs", type=int, default=100, help="of the generation")
     parser.add_argument("--model", default="resnet18", help="source and victim")

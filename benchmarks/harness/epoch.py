@@ -11,8 +11,9 @@ from benchmarks.harness import measure, workloads
 from miue_fast import freeze, models
 from miue_fast.data import Dataset
 from miue_fast.generation import Options
-from miue_fast.generation.loop import _in_layout, _Run
-from miue_fast.generation.step import Descent
+from miue_fast.generation.descent import Descent
+from miue_fast.generation.prepare import in_layout
+from miue_fast.generation.run import BiLevelRun
 from miue_fast.support.calls import deterministic_cudnn
 
 COUNT, SIDE, WIDTH, CHUNK = 50_000, 32, 64, 4096
@@ -74,16 +75,16 @@ def dataset(n):
 def network(data, options):
     torch.manual_seed(1)
     made = models.build("resnet18", workloads.CLASSES, width=WIDTH, size=SIDE).to(measure.GPU)
-    return _in_layout(made, options, data, torch.device(measure.GPU))[0]
+    return in_layout(made, options, data, torch.device(measure.GPU))[0]
 
 
 def _epochs(n, deadline):
     data, options = dataset(n), Options(device=measure.GPU, channels_last=True, **COMMON)
-    runs = _Run(network(data, options), "avgpool", data, options, None, "resnet18")
+    runs = BiLevelRun(network(data, options), "avgpool", data, options, None, "resnet18")
     found, first = [], None
     for number in range(1, EPOCHS + 2):
         begun = time.monotonic()
-        measured = runs._epoch(number, lambda images: None)
+        measured = runs.epoch(number, lambda images: None)
         if first is None:
             first = measured["seconds"]
         else:

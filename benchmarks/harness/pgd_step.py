@@ -20,7 +20,7 @@ from benchmarks.baselines import eager, strong
 from benchmarks.harness import measure, workloads
 from miue_fast import models, ops
 from miue_fast.generation import Options
-from miue_fast.generation.step import Descent
+from miue_fast.generation.descent import Descent
 
 OP = "pgd_step"
 LARGE = 8192

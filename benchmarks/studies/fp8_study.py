@@ -22,7 +22,8 @@ import torch
 from benchmarks.harness import machine, tables
 from miue_fast import data, freeze, generate, mi_ue_value_and_grad, perturbed_input
 from miue_fast.evaluation.victims import recipe, train
-from miue_fast.generation import batches, loop
+from miue_fast.generation import batches
+from miue_fast.generation.run import BiLevelRun
 
 NOTES, RESULT = tables.ROOT / "docs" / "performance-notes.md", tables.RESULTS / "fp8_study.json"
 BEGIN, END = "<!-- fp8:begin -->\n", "<!-- fp8:end -->"
@@ -92,15 +93,14 @@ def compared(run, epoch):
 
 def generation(clean, seed, form, options):
     """(delta, one row of `compared` per epoch of the float32 run)"""
-    rows = []
+    rows, step = [], BiLevelRun.poison_step
 
-    class Watched(loop._Run):
-        def _poison_step(self, epoch, tick):
-            if form == "float32":
-                rows.append({"seed": seed, "epoch": epoch, **compared(self, epoch)})
-            return super()._poison_step(epoch, tick)
+    def watched(run, epoch, tick):
+        if form == "float32":
+            rows.append({"seed": seed, "epoch": epoch, **compared(run, epoch)})
+        return step(run, epoch, tick)
 
-    with mock.patch.object(loop, "_Run", Watched):
+    with mock.patch.object(BiLevelRun, "poison_step", watched):
         result = generate(clean, seed=seed, progress=False, **options, **FORMS[form])
     return result.delta, rows
 
@@ -123,7 +123,14 @@ def study(clean, test, seeds, source, victim, tell=print):
                 else data.apply_poison(clean.images, deltas[form], EPS)
             )
             run = train(
-                plan, images, clean.labels, test.images, test.labels, len(clean.classes), seed
+                victim["victim"],
+                plan,
+                images,
+                clean.labels,
+                test.images,
+                test.labels,
+                len(clean.classes),
+                seed,
             )
             victims.append({"seed": seed, "poison": form, "train": run.train, "test": run.test})
             tell(f"seed {seed}: victim of {form}: {100 * run.test:.1f} %")

@@ -1,5 +1,5 @@
 """The arguments of `miue-fast`: commands, options, types and help texts. What the commands do with
-them is in `cli.py`.
+them is in `commands.py`.
 """
 
 import argparse
@@ -8,25 +8,17 @@ from dataclasses import fields
 from pathlib import Path
 
 from ..data.export import FORMATS
-from ..evaluation import NOISES
-from ..evaluation.defences import NAMES as DEFENCES
-from ..evaluation.victims import RECIPES
-from ..generation import PRESETS, Options
-from ..models import NAMES
+from ..evaluation import DEFENCES, NOISES
+from ..evaluation.defences.none import NoDefence
+from ..generation import OBJECTIVES, PRESETS, Options
+from ..generation.presets import DEFAULT
+from ..models import NETWORKS
 from ..support.messages import short
 from ..support.version import __version__
 
 HELP = {
-    "objective": (
-        "what the perturbation lowers: mi-ue, em (error-minimising), tap (targeted adversarial) "
-        "or random (no training)"
-    ),
+    "objective": "what the perturbation lowers",
     "classwise": "one perturbation per class",
-    "target_shift": "of tap: images of class y are pushed towards class y + N",
-    "zeta": "weight of the within-class distance term",
-    "denominator": "pairs in the denominator of nt_xent: all, or negatives (other classes only)",
-    "normalize_dim": "divide the distance term by the feature width",
-    "temperature": "of nt_xent",
     "eps": "L-inf budget on the [0, 1] scale",
     "alpha_0": "step size of the first epoch",
     "alpha_K": "step size it anneals to; default 4 / (255 * steps)",
@@ -34,13 +26,13 @@ HELP = {
     "epochs": "rounds of model step and poison step",
     "batch": "images per contrastive batch",
     "train_batch": "images per batch of the model step",
-    "lr": "learning rate of the source model, cosine over the epochs",
-    "momentum": "of the source model's SGD",
-    "weight_decay": "of the source model's SGD",
-    "seed": "of everything random",
+    "lr": "learning rate of the source network, a cosine over the epochs",
+    "momentum": "momentum of the SGD that trains the source network",
+    "weight_decay": "weight decay of that SGD",
+    "seed": "seed of everything random",
     "flip": "probability of a horizontal flip",
     "random_start": "start from uniform noise in +-eps",
-    "width": "filters of the built-in model's first stage",
+    "width": "filters of the first stage of a built-in network",
     "network_chunk": "images per network launch; bounds memory, does not change the objective",
     "device": "cpu, cuda or cuda:N; default: cuda if there is one",
     "dtype": "compute type of the network: float32, bfloat16 or float16",
@@ -48,7 +40,7 @@ HELP = {
     "channels_last": "memory format of the network while it trains",
     "fused": "run the frozen network as fused layers, else in PyTorch's autograd",
     "fp8": "let the fused layers multiply e4m3 values (with --dtype bfloat16); on a CPU emulated",
-    "backend": "of the ops: auto, triton, cuda, cpu or reference",
+    "backend": "backend of the ops: auto, triton, cuda, cpu or reference",
 }
 
 
@@ -211,9 +203,9 @@ def _parser():
     sub.add_argument(
         "--victim",
         default="small_resnet",
-        choices=list(RECIPES),
+        choices=list(NETWORKS),
         metavar="NAME",
-        help=f"{', '.join(RECIPES)}; default: small_resnet",
+        help=f"{', '.join(NETWORKS)}; default: small_resnet",
     )
     sub.add_argument(
         "--seeds", type=_whole, default=1, metavar="N", help="victims per training set; default 1"
@@ -241,9 +233,9 @@ def _parser():
     )
     text = (
         f"what the victim's owner does: {', '.join(DEFENCES)}; options behind colons: "
-        "jpeg:10, adversarial:4:steps=3; default: none"
+        "jpeg:10, adversarial:4:steps=3"
     )
-    sub.add_argument("--defence", default="none", metavar="SPEC", help=text)
+    sub.add_argument("--defence", default=NoDefence.name, metavar="SPEC", help=text)
     sub.add_argument(
         "--poison-ratio",
         type=_number,
@@ -409,9 +401,18 @@ def _generate_options(sub):
         metavar="OUT",
         help="folder for the poison, its log and checkpoint, and the export",
     )
-    sub.add_argument("--preset", default="paper", choices=list(PRESETS), help="default: paper")
     sub.add_argument(
-        "--model", default="resnet18", choices=list(NAMES), help="source model; default: resnet18"
+        "--preset",
+        default=DEFAULT.name,
+        choices=list(PRESETS),
+        help="; ".join(f"{preset.name}: {preset.about}" for preset in PRESETS.values())
+        + f"; default: {DEFAULT.name}",
+    )
+    sub.add_argument(
+        "--model",
+        default="resnet18",
+        choices=list(NETWORKS),
+        help="source network; default: resnet18",
     )
     sub.add_argument(
         "--feature",
@@ -439,20 +440,28 @@ def _generate_options(sub):
     sub.add_argument("--quiet", action="store_true", default=False, help="no progress bar")
     group = sub.add_argument_group(
         "options of the algorithm",
-        "The default is the preset's; the value shown is that of 'paper'.",
+        f"The default is the preset's; the value shown is that of '{DEFAULT.name}'.",
     )
-    kinds = typing.get_type_hints(Options)
+    own = {name for objective in OBJECTIVES.values() for name in objective.options}
     for option in fields(Options):
-        kind = next(
-            k
-            for k in (typing.get_args(kinds[option.name]) or (kinds[option.name],))
-            if k is not type(None)
-        )
-        how = KINDS[kind]
-        text = HELP.get(option.name, "") + (
-            "" if option.default is None else f" ({_shown(option.default)})"
-        )
-        group.add_argument("--" + option.name.replace("_", "-"), help=text, **how)
+        if option.name not in own:
+            text = HELP.get(option.name, "")
+            if option.name == "objective":
+                text += ": " + "; ".join(f"{o.name}: {o.about}" for o in OBJECTIVES.values())
+            _algorithm_option(group, option, text)
+    for objective in OBJECTIVES.values():
+        group = sub.add_argument_group(f"options of the objective {objective.name}")
+        for option in fields(Options):
+            if option.name in objective.options:
+                _algorithm_option(group, option, objective.options[option.name])
+
+
+def _algorithm_option(group, option, text):
+    """One option of `generate` for a field of `Options`; the help ends with its default value."""
+    hint = typing.get_type_hints(Options)[option.name]
+    kind = next(k for k in (typing.get_args(hint) or (hint,)) if k is not type(None))
+    shown = "" if option.default is None else f" ({_shown(option.default)})"
+    group.add_argument("--" + option.name.replace("_", "-"), help=text + shown, **KINDS[kind])
 
 
 def _shown(value):

@@ -19,8 +19,8 @@ from ..frozen import find_layer
 from ..generation import Interrupted, generate
 from ..generation.checkpoint import NAME as CHECKPOINT
 from ..generation.checkpoint import unfinished
-from ..generation.loop import METRICS
-from ..generation.options import choose
+from ..generation.folder import METRICS
+from ..generation.presets import choose
 from ..plots.evaluation import check_suffix, figure
 from ..plots.evaluation import missing as figure_missing
 from ..support import ranges
@@ -120,7 +120,7 @@ def _check_generate(args):
     _check_lossy("generate", args.export, args)
     if args.export == "pickle":
         data.check_pickle(options.eps)
-    if options.objective != "random":
+    if options.chosen.outputs is not None:
         with torch.device("meta"):  # no memory for its weights
             network = models.build(args.model, 2, width=options.width, size=args.size or 32)
         if args.feature is not None:

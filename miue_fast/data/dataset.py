@@ -9,7 +9,7 @@ import torch
 from ..support.messages import describe, fail
 
 
-@dataclass
+@dataclass(repr=False)
 class Dataset:
     """Labelled 8-bit images in memory, on the CPU.
 
@@ -64,18 +64,22 @@ class Dataset:
                 f"{len(self.names)}, {len(set(self.names))} different",
             )
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.images)
 
+    def __repr__(self) -> str:
+        root = "" if self.root is None else f", root={str(self.root)!r}"
+        return f"Dataset(images={list(self.images.shape)}, classes={len(self.classes)}{root})"
+
     @property
-    def fingerprint(self):
+    def fingerprint(self) -> str:
         """sha256 (hex) over shape, pixels, labels and class names: what a poison belongs to."""
         digest = hashlib.sha256(repr((tuple(self.images.shape), self.classes)).encode())
         digest.update(self.images.contiguous().numpy())
         digest.update(self.labels.contiguous().numpy())
         return digest.hexdigest()
 
-    def select(self, index):
+    def select(self, index: torch.Tensor | list[int]) -> "Dataset":
         """The data set of the rows `index` (int64 tensor or list of ints), same classes."""
         index = torch.as_tensor(index, dtype=torch.int64)
         rows = index.tolist()

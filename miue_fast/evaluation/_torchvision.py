@@ -8,6 +8,7 @@ implementation, so that a call of them is still an error) and the import is repe
 
 import importlib
 import importlib.util
+from typing import Any
 
 import torch
 
@@ -17,7 +18,7 @@ _DETECTION = ("nms", "qnms")
 _declared = []  # the library object: its declarations live as long as it does
 
 
-def missing():
+def missing() -> str | None:
     """Why there is no torchvision here, or None."""
     if importlib.util.find_spec("torchvision") is None:
         return (
@@ -27,7 +28,7 @@ def missing():
     return None
 
 
-def transforms():
+def transforms() -> Any:
     """The module torchvision.transforms.v2. Errors: BackendError, with the command that installs
     it.
     """

@@ -1,7 +1,10 @@
 """Finished victims as files, one each, so that an interrupted evaluation goes on where it stood."""
 
 import hashlib
+import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -33,7 +36,7 @@ class Kept:
     setting: what all of them depend on, as JSON values; tensors become their sha256.
     """
 
-    def __init__(self, folder, **setting):
+    def __init__(self, folder: str | os.PathLike[str] | None, **setting: Any):
         self.folder = None if folder is None else Path(folder)
         if self.folder is not None:
             data.check_writable(self.folder)
@@ -45,9 +48,9 @@ class Kept:
             }
             self.setting = _plain({"format": FORMAT, **versions, **setting})
 
-    def run(self, images, seed, make):
+    def run(self, images: torch.Tensor, seed: int, make: Callable[[], Run]) -> Run:
         """The Run of a victim trained on `images` with `seed`: the one that is kept, or that of
-        `make()`, which is then.
+        `make()`, which is kept then.
 
         Errors: ValueError: a file that is not as it was written.
         """

@@ -1,6 +1,7 @@
 """The clean images a poison belongs to, and their poisoned forms in the same order."""
 
 import os
+from typing import Any
 
 import torch
 
@@ -8,7 +9,9 @@ from .. import data
 from ..support.messages import describe, fail
 
 
-def poisoned_images(clean, poisoned, *, size=None):
+def poisoned_images(
+    clean: data.Dataset, poisoned: Any, *, size: int | None = None
+) -> tuple[data.Dataset, torch.Tensor]:
     """(Dataset, uint8 [N, C, H, W]): the rows of `clean` that were poisoned, and their poisoned
     forms.
 

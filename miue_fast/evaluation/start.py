@@ -3,7 +3,9 @@ classes without poison.
 """
 
 import os
+from collections.abc import Collection, Iterable
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -18,7 +20,7 @@ from ..support.messages import describe, fail
 MAX_STATE = 1 << 33  # bytes of a victim's weights; ViT-H takes 2.5e9
 
 
-def read_state(init):
+def read_state(init: Any) -> dict[str, torch.Tensor]:
     """A state dict (name -> tensor) from one, or from a .safetensors file or a .pt file
     (torch.save; read as plain data).
     """
@@ -49,12 +51,12 @@ def read_state(init):
     return init
 
 
-def start_from(model, state):
-    """Puts pretrained weights into a fresh model. Its last linear layer keeps its own where the
-    number of classes differs.
+def start_from(network: nn.Module, state: dict[str, torch.Tensor]) -> None:
+    """Puts pretrained weights into a fresh network. Its last linear layer keeps its own where the
+    number of classes differs. Errors: ValueError: the weights are of another network.
     """
-    own = model.state_dict()
-    heads = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    own = network.state_dict()
+    heads = [name for name, module in network.named_modules() if isinstance(module, nn.Linear)]
     head = f"{heads[-1]}." if heads else "-"
     for name in [*own, *state]:
         if name not in own or name not in state:
@@ -70,12 +72,14 @@ def start_from(model, state):
         ):
             fail("evaluate", "init", f"{name} {list(wanted.shape)}", list(given.shape))
     kept = any(state[name].shape != own[name].shape for name in own if name.startswith(head))
-    model.load_state_dict(
+    network.load_state_dict(
         {name: own[name] if kept and name.startswith(head) else state[name] for name in own}
     )
 
 
-def class_numbers(unseen, classes):
+def class_numbers(
+    unseen: str | int | Iterable[str | int] | None, classes: Iterable[str]
+) -> list[int]:
     """Indices, in order and once each, of classes given by name or index; some class must be left
     to poison.
     """
@@ -93,7 +97,9 @@ def class_numbers(unseen, classes):
     return sorted(found)
 
 
-def poisoned_rows(labels, ratio, unseen, seed):
+def poisoned_rows(
+    labels: torch.Tensor, ratio: float, unseen: Collection[int], seed: int
+) -> torch.Tensor:
     """bool [N]: of every class that is not in `unseen`, a share `ratio` of its images (rounded, at
     least one), drawn with the seed.
     """

@@ -3,12 +3,14 @@
 import platform
 import statistics
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from ..dispatch.environment import cpu_level
 from ..support.messages import printable
 from ..support.version import __version__
+from .defences.none import NoDefence
 from .victims import Run
 
 COLUMNS = {
@@ -34,17 +36,17 @@ class Table:
     """
 
     rows: dict[str, list[Run]]  # "clean", "poisoned", "random noise"
-    options: dict
+    options: dict[str, Any]
 
-    def test(self, row):
+    def test(self, row: str) -> float:
         """Mean clean-test accuracy of a row over the seeds."""
         return _summary([run.test for run in self.rows[row]])["mean"]
 
-    def train(self, row):
+    def train(self, row: str) -> float:
         """Mean accuracy of a row on its own training images over the seeds."""
         return _summary([run.train for run in self.rows[row]])["mean"]
 
-    def __str__(self):
+    def __str__(self) -> str:
         seeds, crop = len(self.options["seeds"]), self.options["crop"]
         shown = self._measured()
         lines = [
@@ -84,7 +86,7 @@ class Table:
         """One line about what is not the standard setting, or none."""
         given = self.options
         parts = []
-        if given.get("defence", "none") != "none":
+        if given.get("defence", NoDefence.name) != NoDefence.name:
             parts.append(
                 "defence: "
                 f"{given['defence']}{' (test images too)' if given['defended_test'] else ''}"
@@ -97,7 +99,7 @@ class Table:
             parts.append("fine-tuned from given weights")
         return ["; ".join(parts)] if parts else []
 
-    def to_dict(self):
+    def to_dict(self) -> dict[str, Any]:
         """Plain numbers for JSON: options, environment, and per row the summaries, the single seeds
         and their curves.
         """

@@ -1,15 +1,17 @@
-"""Training of one victim network (algorithm.md 3), plain or with a defence, and its accuracy on
-training and clean test images.
+"""Training of one victim, plain or with a defence, and its accuracy on training and clean test
+images.
 """
 
 import contextlib
 import functools
-import math
+import os
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from .. import models
 from ..ops import perturbed_input
@@ -17,8 +19,9 @@ from ..support import ranges
 from ..support.calls import borrowed
 from ..support.draws import Draws, backward_of, seeded_globally
 from ..support.messages import describe, fail, short
-from .adversarial import robust_accuracy
+from .defences import Defence
 from .defences import defence as make_defence
+from .defences.none import NoDefence
 from .start import read_state, start_from
 
 # the per-epoch test curve looks at this many evenly spaced test images; the last epoch at all of
@@ -28,8 +31,8 @@ CURVE_IMAGES = 2000
 
 @dataclass
 class Run:
-    """One trained victim. Accuracies from 0 to 1; the curves have one entry per epoch, the numbers
-    are those of the last epoch.
+    """One trained victim. Accuracies are from 0 to 1; the curves have one entry per epoch, the
+    numbers are those of the last epoch.
     """
 
     seed: int
@@ -46,104 +49,52 @@ class Run:
         None
     )
     test_unseen: float | None = None
-    model: torch.nn.Module | None = field(
+    network: torch.nn.Module | None = field(
         default=None, repr=False, compare=False
-    )  # with keep_model, in eval mode
+    )  # with keep_network, in eval mode
 
     @property
-    def train(self):
+    def train(self) -> float:
+        """Accuracy on the training images in the last epoch."""
         return self.train_curve[-1]
 
     @property
-    def test(self):
+    def test(self) -> float:
+        """Accuracy on the clean test images in the last epoch."""
         return self.test_curve[-1]
 
 
-@dataclass(frozen=True)
-class Recipe:
-    victim: object  # a name that models.build knows, or a callable: number of classes -> module
-    epochs: int
-    lr: float
-    batch: int
-    crop: int | None = (
-        # pixels of zero padding on each side before the random crop; None: an eighth of the width,
-        # 4 at 32
-        None
-    )
-    momentum: float = 0.9
-    weight_decay: float = 1e-4
-    optimizer: str = "sgd"  # or adamw
-    schedule: str = "cosine"  # or steps
-
-    def learning_rate(self, epoch):
-        """Per epoch: a cosine from `lr` to 1e-6, or `lr`, divided by 10 after 40 % and again after
-        80 % of the epochs.
-        """
-        if self.schedule == "steps":
-            return self.lr * 0.1 ** sum(5 * epoch >= share * self.epochs for share in (2, 4))
-        return 1e-6 + (self.lr - 1e-6) * 0.5 * (1 + math.cos(math.pi * epoch / self.epochs))
-
-    def new_optimizer(self, model):
-        if self.optimizer == "adamw":
-            return torch.optim.AdamW(model.parameters(), self.lr, weight_decay=self.weight_decay)
-        return torch.optim.SGD(
-            model.parameters(), self.lr, self.momentum, weight_decay=self.weight_decay
-        )
-
-
-# The large ones as the literature trains them on CIFAR; small_resnet was tuned for a few thousand
-# images on a CPU; of the shallow networks only the order of magnitude is known to be right.
-RECIPES = {
-    plan.victim: plan
-    for plan in (
-        Recipe("resnet18", 200, 0.5, 128),
-        Recipe("small_resnet", 20, 0.1, 64),
-        Recipe("resnet50", 200, 0.1, 128),
-        Recipe("vgg11", 200, 0.05, 128, weight_decay=5e-4),
-        Recipe("vgg16", 200, 0.05, 128, weight_decay=5e-4),
-        Recipe("densenet121", 200, 0.1, 64),
-        Recipe("vit", 200, 5e-4, 128, weight_decay=0.05, optimizer="adamw"),
-        Recipe("lenet5", 60, 0.02, 64),
-        Recipe("linear", 40, 0.01, 64),
-        Recipe("mlp2", 60, 0.01, 64),
-        Recipe("mlp3", 60, 0.01, 64),
-    )
-}
-
-
-def recipe(victim, epochs, lr, batch, crop=None, *, adversarial=False):
-    """Fills what is None with the victim's default; a victim of the caller's own must come with
-    epochs and lr.
-
-    adversarial: the recipe of adversarial training (algorithm.md 3): at most 100 epochs and lr 0.1,
-        weight decay 5e-4 (AdamW: its own),
-    divided by 10 at 40 and 80 %.
+def recipe(
+    victim: str | Callable[[int], nn.Module],
+    epochs: int | None,
+    lr: float | None,
+    batch: int | None,
+    crop: int | None = None,
+    defence: Defence | None = None,
+) -> models.Recipe:
+    """Fills what is None with the victim's default, as the defence changes it; a victim of the
+    caller's own must come with epochs and lr. Errors: ValueError.
     """
-    usual = RECIPES.get(victim) if isinstance(victim, str) else None
-    if usual is None and (isinstance(victim, str) or not callable(victim)):
+    if isinstance(victim, str) and victim in models.NETWORKS:
+        usual = models.NETWORKS[victim].recipe
+    elif isinstance(victim, str) or not callable(victim):
         fail(
             "evaluate",
             "victim",
-            f"{', '.join(RECIPES)} or a callable (classes -> module)",
+            f"{', '.join(models.NETWORKS)} or a callable (number of classes -> module)",
             short(victim),
         )
-    if usual is None and (epochs is None or lr is None):
+    elif epochs is None or lr is None:
         fail(
             "evaluate",
             "epochs and lr",
             "both, for a victim of your own",
             f"epochs={epochs}, lr={lr}",
         )
-    usual = usual or Recipe(victim, epochs, lr, 128)
-    if adversarial:
-        decay = usual.weight_decay if usual.optimizer == "adamw" else 5e-4
-        usual = replace(
-            usual,
-            epochs=min(usual.epochs, 100),
-            lr=min(usual.lr, 0.1),
-            weight_decay=decay,
-            schedule="steps",
-        )
+    else:
+        usual = models.Recipe(epochs, lr, 128)
+    if defence is not None:
+        usual = defence.recipe(usual)
     given = {"epochs": epochs, "lr": lr, "batch": batch, "crop": crop}
     plan = replace(usual, **{name: value for name, value in given.items() if value is not None})
     for name, value in (("epochs", plan.epochs), ("batch", plan.batch)):
@@ -154,13 +105,19 @@ def recipe(victim, epochs, lr, batch, crop=None, *, adversarial=False):
     return plan
 
 
-def build(victim, classes, shape, draws, device):
-    """A victim for images of `shape` (C, H, W) on the [0, 1] scale, without normalisation
-    (algorithm.md 2), initialised from `draws`.
+def build(
+    victim: str | Callable[[int], nn.Module],
+    num_classes: int,
+    shape: Sequence[int],
+    draws: Draws,
+    device: torch.device,
+) -> nn.Module:
+    """A victim for images of `shape` (C, H, W) on the [0, 1] scale, without normalisation,
+    initialised from `draws`. Errors: ValueError.
     """
     channels, height, width = shape
     if isinstance(victim, str):
-        if victim in models.SQUARE and height != width:
+        if models.NETWORKS[victim].square and height != width:
             fail(
                 "evaluate",
                 "victim",
@@ -168,13 +125,13 @@ def build(victim, classes, shape, draws, device):
                 f"{victim} and {width} x {height}",
             )
         with draws:
-            model = models.build(
-                victim, classes, normalize=False, size=min(height, width), channels=channels
+            network: nn.Module = models.build(
+                victim, num_classes, normalize=False, size=min(height, width), channels=channels
             )
     else:
         with seeded_globally(draws, device):
-            model = victim(classes)
-    for tensor in [*model.parameters(), *model.buffers()]:
+            network = victim(num_classes)
+    for tensor in [*network.parameters(), *network.buffers()]:
         if tensor.is_floating_point() and (tensor.dtype != torch.float32 or tensor.is_inference()):
             fail(
                 "evaluate",
@@ -182,14 +139,15 @@ def build(victim, classes, shape, draws, device):
                 "ordinary float32 weights",
                 describe(tensor) + " (inference mode)" * tensor.is_inference(),
             )
-    return model.to(memory_format=torch.channels_last)
+    return models.in_format(network, torch.channels_last)
 
 
-def padding(crop, images):
+def padding(crop: int | None, images: torch.Tensor) -> int:
+    """Pixels of zeros around images [N, C, H, W] before a crop; None: an eighth of the width."""
     return images.shape[-1] // 8 if crop is None else crop
 
 
-def crops(images, pad):
+def crops(images: torch.Tensor, pad: int) -> torch.Tensor:
     """A view [N, T, L, C, H, W] of every crop of the images with `pad` zeros on each side: nothing
     is copied until a crop is drawn.
     """
@@ -200,63 +158,64 @@ def crops(images, pad):
 
 
 @torch.no_grad()
-def accuracy(model, images, labels, *, batch=1000):
-    """Top-1 accuracy in eval mode of uint8 `images` [N, C, H, W], on the model's device."""
-    model.eval()
+def accuracy(
+    network: nn.Module, images: torch.Tensor, labels: torch.Tensor, *, batch: int = 1000
+) -> float:
+    """Top-1 accuracy in eval mode of uint8 `images` [N, C, H, W], on the network's device."""
+    network.eval()
     right = 0
     for start in range(0, len(images), batch):
-        logits = model(perturbed_input(images[start : start + batch]))
+        logits = network(perturbed_input(images[start : start + batch]))
         right += int((logits.argmax(1) == labels[start : start + batch]).sum())
     return right / len(images)
 
 
 def train(
-    recipe,
-    images,
-    labels,
-    test_images,
-    test_labels,
-    classes,
-    seed,
+    victim: str | Callable[[int], nn.Module],
+    recipe: models.Recipe,
+    images: torch.Tensor,
+    labels: torch.Tensor,
+    test_images: torch.Tensor,
+    test_labels: torch.Tensor,
+    num_classes: int,
+    seed: int,
     *,
-    defence="none",
-    init=None,
-    unseen=(),
-    curve=True,
-    keep_model=False,
-    on_epoch=None,
-):
+    defence: str | Defence = NoDefence.name,
+    init: dict[str, torch.Tensor] | str | os.PathLike[str] | None = None,
+    unseen: Sequence[int] = (),
+    curve: bool = True,
+    keep_network: bool = False,
+    on_epoch: Callable[[Run], object] | None = None,
+) -> Run:
     """Trains one victim on uint8 `images` and follows its accuracy.
 
     Cross-entropy, random crop with zero padding and horizontal flip, then what the defence does to
     a batch (what it does once to all images is `run_cell`'s part). Two calls with one seed and
     equally many images share initial weights, order of images, crops and flips. Deterministic on
-    the CPU for a given thread count. init, curve, keep_model: as for `run_cell`; unseen: class
-    indices.
-    Errors: ValueError, also when the loss stops being finite.
+    the CPU for a given thread count. init, curve, keep_network: as for `run_cell`; unseen: class
+    indices. Errors: ValueError, also when the loss stops being finite.
     """
     device = images.device
     started = time.perf_counter()
     run = Run(seed)
-    defence = make_defence(defence)
+    made = make_defence(defence)
     every = max(1, -(-len(test_images) // CURVE_IMAGES))
     views = crops(images, padding(recipe.crop, images))
     draws, draw = Draws("evaluate", seed), torch.Generator().manual_seed(seed)
-    model = build(recipe.victim, classes, images.shape[1:], draws, device)
-    own = (
-        contextlib.nullcontext() if isinstance(recipe.victim, str) else draws
-    )  # a built-in network draws nothing after this
+    network = build(victim, num_classes, images.shape[1:], draws, device)
+    # A built-in network draws nothing after this.
+    own = contextlib.nullcontext() if isinstance(victim, str) else draws
     if init is not None:
-        start_from(model, read_state(init))
-    model = model.to(device)
-    optimizer = recipe.new_optimizer(model)
-    change = functools.partial(defence.batch, classes=classes) if defence.batch else None
-    with borrowed("evaluate", model):
+        start_from(network, read_state(init))
+    network = network.to(device)
+    optimizer = recipe.new_optimizer(network)
+    change = functools.partial(made.batch, num_classes=num_classes)
+    with borrowed("evaluate", network):
         for epoch in range(recipe.epochs):
             optimizer.param_groups[0]["lr"] = recipe.learning_rate(epoch)
             run.train_curve.append(
                 _one_epoch(
-                    model, optimizer, views, labels, recipe.batch, draw, epoch, change, draws, own
+                    network, optimizer, views, labels, recipe.batch, draw, epoch, change, draws, own
                 )
             )
             last = epoch == recipe.epochs - 1
@@ -264,37 +223,36 @@ def train(
                 step = 1 if last else every
                 with own:
                     run.test_curve.append(
-                        accuracy(model, test_images[::step].contiguous(), test_labels[::step])
+                        accuracy(network, test_images[::step].contiguous(), test_labels[::step])
                     )
             if on_epoch:
                 on_epoch(run)
         if len(unseen):
             with own:
                 run.test_poisoned, run.test_unseen = _by_class(
-                    model, test_images, test_labels, unseen
+                    network, test_images, test_labels, unseen
                 )
-        if defence.attack:
-            with draws:
-                run.robust = robust_accuracy(model, test_images, test_labels, defence.attack)
+        with draws:
+            run.robust = made.robust(network, test_images, test_labels)
     run.seconds = time.perf_counter() - started
-    if keep_model:
-        run.model = model.eval()
+    if keep_network:
+        run.network = network.eval()
     return run
 
 
-def _by_class(model, images, labels, unseen):
+def _by_class(network, images, labels, unseen):
     """Accuracy on the images of all other classes, and on those of `unseen`; None without such
     images.
     """
     apart = torch.isin(labels, torch.tensor(unseen, device=labels.device))
     return [
-        accuracy(model, images[rows], labels[rows]) if rows.any() else None
+        accuracy(network, images[rows], labels[rows]) if rows.any() else None
         for rows in (~apart, apart)
     ]
 
 
-def _one_epoch(model, optimizer, views, labels, batch, draw, epoch, change, draws, own):
-    model.train()
+def _one_epoch(network, optimizer, views, labels, batch, draw, epoch, change, draws, own):
+    network.train()
     count, tops, lefts = views.shape[:3]
     device = labels.device
     order = torch.randperm(count, generator=draw).to(device)
@@ -308,12 +266,11 @@ def _one_epoch(model, optimizer, views, labels, batch, draw, epoch, change, draw
     for chosen in batches:
         drawn = views[chosen, top[chosen], left[chosen]].contiguous()
         inputs, targets = perturbed_input(drawn, flip=flip[chosen]), labels[chosen]
-        if change:
-            with draws:
-                inputs, targets = change(model, inputs, targets)
+        with draws:
+            inputs, targets = change(network, inputs, targets)
         draws.drew = False
         with own:
-            logits = model(inputs)
+            logits = network(inputs)
         loss = F.cross_entropy(logits, targets)
         optimizer.zero_grad(set_to_none=True)
         with backward_of(draws):

@@ -2,8 +2,21 @@
 loop.
 """
 
-from .loop import Interrupted, Result, generate
-from .options import PRESETS, Options
-from .step import perturb
+from .api import Result, generate, perturb
+from .objectives import OBJECTIVES, Objective, register
+from .options import Options
+from .presets import PRESETS, Preset
+from .run import Interrupted
 
-__all__ = ["PRESETS", "Interrupted", "Options", "Result", "generate", "perturb"]
+__all__ = [
+    "OBJECTIVES",
+    "PRESETS",
+    "Interrupted",
+    "Objective",
+    "Options",
+    "Preset",
+    "Result",
+    "generate",
+    "perturb",
+    "register",
+]

@@ -7,18 +7,22 @@ import hashlib
 import torch
 
 
-def generator(seed, epoch, purpose):
+def generator(seed: int, epoch: int, purpose: str) -> torch.Generator:
+    """A new generator on the CPU."""
     return torch.Generator().manual_seed(derive(seed, epoch, purpose))
 
 
-def derive(seed, epoch, purpose):
+def derive(seed: int, epoch: int, purpose: str) -> int:
+    """A seed of 63 bits for one purpose in one epoch."""
     return (
         int.from_bytes(hashlib.sha256(f"{seed}/{epoch}/{purpose}".encode()).digest()[:8], "little")
         >> 1
     )
 
 
-def order_and_flips(count, probability, seed, epoch, purpose):
+def order_and_flips(
+    count: int, probability: float, seed: int, epoch: int, purpose: str
+) -> tuple[torch.Tensor, torch.Tensor]:
     """A permutation of `count` and a bool flip mask in the order of that permutation, on the
     CPU.
     """
@@ -28,14 +32,14 @@ def order_and_flips(count, probability, seed, epoch, purpose):
     ) < probability
 
 
-def train_slices(count, batch):
+def train_slices(count: int, batch: int) -> list[slice]:
     """Batches of the model step. A remainder of one image joins the batch before it (batch norm
     needs two).
     """
     return _slices(count, batch, least=2)
 
 
-def poison_slices(labels, batch):
+def poison_slices(labels: torch.Tensor, batch: int) -> list[slice]:
     """Contrastive batches over shuffled `labels` (CPU), each of at least two classes.
 
     A remainder of less than half a batch joins the batch before it, and so does a batch of one

@@ -4,9 +4,12 @@ history, sha256.
 
 import hashlib
 import json
+from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 import torch
+from torch import nn
 
 from ..data import Owned
 from ..data.files import open_regular, parse_json, read_bytes
@@ -29,7 +32,9 @@ KINDS = {
 }
 
 
-def save(path, tensors, header, files=None):
+def save(
+    path: Path, tensors: dict[str, torch.Tensor], header: dict[str, Any], files: Owned | None = None
+) -> None:
     """Atomic: on any error (full disk: OSError) the file that was there stays. `header` is JSON and
     carries `epoch`.
 
@@ -41,7 +46,7 @@ def save(path, tensors, header, files=None):
     (files or Owned(path.parent)).write({path.name: lambda stream: stream.write(data)})
 
 
-def load(path, most=1 << 40):
+def load(path: Path, most: int = 1 << 40) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """(tensors, header). ValueError, one line, if the file is not a checkpoint of this version or a
     single bit of it changed.
 
@@ -73,8 +78,8 @@ def _header(path, metadata):
     return header
 
 
-def check_header(path, header):
-    """ValueError if a run cannot go on from it: a key is missing or of another type."""
+def check_header(path: Path, header: dict[str, Any]) -> None:
+    """Raises ValueError if a run cannot go on from it: a key is missing or of another type."""
     for key, kind in KINDS.items():
         if not isinstance(header.get(key), kind) or isinstance(header[key], bool):
             raise _corrupt(path, f"{key} is {printable(repr(header.get(key)), most=60)}")
@@ -91,8 +96,9 @@ def check_header(path, header):
         raise _corrupt(path, "history holds more than numbers")
 
 
-def saved_epoch(path):
-    """Last epoch in the file, 0 without a file. Reads the header only. ValueError: as `load`."""
+def saved_epoch(path: Path) -> int:
+    """The last epoch in the file, 0 without a file. Reads the header only. Errors: as
+    `load`."""
     if not path.exists():
         return 0
     epoch = _saved_header(path).get("epoch")
@@ -110,7 +116,7 @@ def _saved_header(path):
     return _header(path, {"header": "{}", **metadata})
 
 
-def unfinished(path):
+def unfinished(path: Path) -> bool:
     """Whether the file is the checkpoint of a run that has epochs to go: what else lies beside it
     is of a run that this one replaces.
     """
@@ -121,9 +127,10 @@ def unfinished(path):
     return header["epoch"] < header["options"].get("epochs", 0)
 
 
-def room(model, delta):
+def room(network: nn.Module, delta: torch.Tensor) -> int:
     """More bytes than any checkpoint of this network and perturbation takes."""
-    return (1 << 30) + 4 * (delta.nbytes + sum(value.nbytes for value in _state(model).values()))
+    state = sum(value.nbytes for value in _state(network).values())
+    return (1 << 30) + 4 * (delta.nbytes + state)
 
 
 def _metadata(text):
@@ -152,12 +159,14 @@ def _digest(tensors, text):
     return digest.hexdigest()
 
 
-def gather(model, optimizer, delta):
+def gather(
+    network: nn.Module, optimizer: torch.optim.Optimizer, delta: torch.Tensor
+) -> dict[str, torch.Tensor]:
     """The run's state as contiguous CPU tensors. Parameter k of the optimiser has its momentum
     under momentum.k.
     """
     tensors = {"delta": delta.cpu()}
-    for name, value in _state(model).items():
+    for name, value in _state(network).items():
         tensors[f"model.{name}"] = _plain(value)
     for k, parameter in enumerate(_parameters(optimizer)):
         momentum = (
@@ -170,7 +179,13 @@ def gather(model, optimizer, delta):
     return tensors
 
 
-def restore(path, tensors, model, optimizer, delta):
+def restore(
+    path: Path,
+    tensors: dict[str, torch.Tensor],
+    network: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    delta: torch.Tensor,
+) -> None:
     """Puts `gather`'s tensors back, in the memory formats of this run. ValueError if the network or
     the data has another shape.
     """
@@ -179,7 +194,7 @@ def restore(path, tensors, model, optimizer, delta):
         for name, value in tensors.items()
         if name.startswith("model.")
     }
-    own = _state(model)
+    own = _state(network)
     if {k: (v.shape, v.dtype) for k, v in state.items()} != {
         k: (v.shape, v.dtype) for k, v in own.items()
     }:
@@ -196,9 +211,9 @@ def restore(path, tensors, model, optimizer, delta):
     for k, parameter in enumerate(_parameters(optimizer)):
         if tensors.get(f"momentum.{k}", parameter).shape != parameter.shape:
             raise _corrupt(path, f"momentum.{k} of another shape")
-    persistent = model.state_dict().keys()
-    model.load_state_dict({name: value for name, value in state.items() if name in persistent})
-    for name, buffer in model.named_buffers():
+    persistent = network.state_dict().keys()
+    network.load_state_dict({name: value for name, value in state.items() if name in persistent})
+    for name, buffer in network.named_buffers():
         if name not in persistent:
             buffer.copy_(state[name])
     for k, parameter in enumerate(_parameters(optimizer)):
@@ -209,9 +224,9 @@ def restore(path, tensors, model, optimizer, delta):
     delta.copy_(found)
 
 
-def _state(model):
+def _state(network):
     """The state dict and the buffers that are not part of it: training may change those too."""
-    return {**dict(model.named_buffers()), **model.state_dict()}
+    return {**dict(network.named_buffers()), **network.state_dict()}
 
 
 def _parameters(optimizer):

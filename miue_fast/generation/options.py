@@ -1,14 +1,17 @@
-"""Every option of a generation, the three presets, and the two schedules."""
+"""Every option of a generation, and the two schedules."""
 
 import math
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
 
 import torch
 
 from ..dispatch import checks
 from ..dispatch.registry import BACKENDS
 from ..support import messages, ranges
-from .objectives import OBJECTIVES
+from .objectives import OBJECTIVES, Objective
+from .objectives.mi_ue import MiUe
 
 _COMPUTE = ("float32", "bfloat16", "float16")
 _STORES = ("float32", "float16", "int8")
@@ -19,16 +22,16 @@ _ALL_OPS = tuple(
 
 @dataclass(frozen=True)
 class Options:
-    """algorithm.md 2. Sizes are on the [0, 1] image scale (8/255, not 8). Errors: ValueError on
-    creation, one line each.
+    """The options of one generation. Sizes are on the [0, 1] image scale (8/255, not 8).
+
+    Errors: ValueError on creation, one line each. Which options only one objective reads is said by
+    that objective (`objectives/`).
     """
 
-    objective: str = (
-        "mi-ue"  # what the poison step lowers: mi-ue, em, tap or random; see objectives.py
-    )
+    objective: str = MiUe.name  # what the poison step lowers: a name of `OBJECTIVES`
     # one perturbation per class, from the sum of its images' gradients, instead of one per image
     classwise: bool = False
-    target_shift: int = 1  # of tap: images of class y are pushed towards class y + target_shift
+    target_shift: int = 1  # images of class y are pushed towards class y + target_shift
     zeta: float = 0.1  # weight of the within-class distance
     denominator: str = "all"  # of nt_xent: "all" pairs, or "negatives" (cross-class pairs only)
     normalize_dim: bool = True  # 1/D inside the distance term
@@ -46,7 +49,7 @@ class Options:
     seed: int = 7
     flip: float = 0.5  # probability of a horizontal flip
     random_start: bool = False  # start from uniform noise in +-eps instead of 0
-    width: int | None = None  # filters of a built-in model's first stage; None: its own
+    width: int | None = None  # filters of a built-in network's first stage; None: its own
     network_chunk: int | None = (
         None  # images per network launch, >= 2; None: whole batches. Does not change the objective
     )
@@ -54,37 +57,33 @@ class Options:
     # compute type of the network: float32, bfloat16 or float16 (autocast; weights stay float32)
     dtype: str = "float32"
     delta_dtype: str = "float32"  # poison store: float32, float16, or int8 levels of eps / 127
-    channels_last: bool | None = (
-        # memory format of the training network; None: True (1.5x on a CPU) where oneDNN is right,
-        # see `network.py`
-        None
-    )
+    # memory format of the network while it trains; None: channels-last (1.5x on a CPU) where
+    # oneDNN is right, see `prepare.channels_last`
+    channels_last: bool | None = None
     # the frozen network as fused layers (`freeze`), CUDA graphs on a GPU; False: PyTorch's
     # autograd, call by call
     fused: bool = True
     fp8: bool = False  # the fused layers multiply e4m3 values; with dtype bfloat16. See `freeze`
     backend: str = "auto"  # of the ops
 
-    def __post_init__(self):
-        for name in ("steps", "epochs", "batch", "train_batch", "target_shift"):
-            ranges.whole(
-                "option", name, getattr(self, name), {"batch": 2, "train_batch": 2}.get(name, 1)
-            )
+    def __post_init__(self) -> None:
+        for name, least in (("steps", 1), ("epochs", 1), ("batch", 2), ("train_batch", 2)):
+            ranges.whole("option", name, getattr(self, name), least)
         checks.seed("option", self.seed)
         for name, *limits in (("network_chunk", 2), ("width", 1, ranges.WIDEST)):
             if getattr(self, name) is not None:
                 ranges.whole("option", name, getattr(self, name), *limits)
         ranges.budget("option", "eps", self.eps)
-        for name in ("zeta", "weight_decay"):
-            self._number(
-                name, lambda v: 0 <= v <= ranges.LARGEST, f"a number from 0 to {ranges.LARGEST:g}"
-            )
+        self._number(
+            "weight_decay",
+            lambda v: 0 <= v <= ranges.LARGEST,
+            f"a number from 0 to {ranges.LARGEST:g}",
+        )
         for name in ("alpha_0",) if self.alpha_K is None else ("alpha_0", "alpha_K"):
             ranges.budget("option", name, getattr(self, name), zero=True)
         ranges.positive("option", "lr", self.lr)
         self._number("momentum", lambda v: 0 <= v < 1, "a number in [0, 1)")
         self._number("flip", lambda v: 0 <= v <= 1, "a probability from 0 to 1")
-        self._number("temperature", lambda v: 1e-3 <= v <= 10, "a number from 1e-3 to 10")
         if self.alpha_0 == 0 == self.last_alpha:
             messages.fail(
                 "option",
@@ -92,7 +91,6 @@ class Options:
                 "one of them > 0 (nothing would be learnt)",
                 "0 and 0",
             )
-        checks.denominator("option", self.denominator)
         for name, known in (
             ("objective", OBJECTIVES),
             ("dtype", _COMPUTE),
@@ -101,19 +99,15 @@ class Options:
         ):
             if isinstance(getattr(self, name), torch.dtype):
                 object.__setattr__(self, name, str(getattr(self, name))[6:])
-            if getattr(self, name) not in known:
-                messages.fail(
-                    "option",
-                    name,
-                    f"one of {', '.join(known)}",
-                    messages.short(getattr(self, name)),
-                )
-        for name in ("classwise", "normalize_dim", "random_start", "channels_last", "fused", "fp8"):
-            if not isinstance(getattr(self, name), bool) and (name, self.channels_last) != (
-                "channels_last",
-                None,
-            ):
-                messages.fail("option", name, "True or False", messages.short(getattr(self, name)))
+            value = getattr(self, name)
+            if not isinstance(value, str) or value not in known:
+                messages.fail("option", name, f"one of {', '.join(known)}", messages.short(value))
+        for name in ("classwise", "random_start", "fused", "fp8"):
+            ranges.switch("option", name, getattr(self, name))
+        if self.channels_last is not None:
+            ranges.switch("option", "channels_last", self.channels_last)
+        for objective in OBJECTIVES.values():
+            objective.check_options(self)
         if self.fp8 and self.dtype != "bfloat16":
             messages.fail(
                 "option", "fp8", "False without dtype bfloat16", f"True with {self.dtype}"
@@ -127,27 +121,38 @@ class Options:
             )
         object.__setattr__(self, "device", checks.device("option", self.device))
 
-    def _number(self, name, good, expected):
+    def _number(self, name: str, good: Callable[[float], bool], expected: str) -> None:
         ranges.number("option", name, getattr(self, name), good, expected)
 
     @property
-    def last_alpha(self):
+    def chosen(self) -> Objective:
+        """The objective that `objective` names."""
+        return OBJECTIVES[self.objective]
+
+    @property
+    def place(self) -> torch.device:
+        """The device that `device` names; None: a GPU if there is one."""
+        return torch.device(self.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+    @property
+    def last_alpha(self) -> float:
+        """The step size that the annealing ends at."""
         return 4 / (255 * self.steps) if self.alpha_K is None else self.alpha_K
 
-    def alpha(self, epoch):
+    def alpha(self, epoch: int) -> float:
         """Step size of epoch 1..epochs: linear from alpha_0 towards alpha_K."""
         return (self.epochs - epoch + 1) / self.epochs * (
             self.alpha_0 - self.last_alpha
         ) + self.last_alpha
 
-    def learning_rate(self, epoch):
-        """Cosine per epoch, from lr towards 1e-5 lr."""
+    def learning_rate(self, epoch: int) -> float:
+        """Learning rate of epoch 1..epochs: a cosine from lr towards 1e-5 lr."""
         return self.lr * (
             1e-5 + (1 - 1e-5) * 0.5 * (1 + math.cos(math.pi * (epoch - 1) / self.epochs))
         )
 
-    def with_(self, changes):
-        """A copy with `changes`; an unknown name is a ValueError that lists the options."""
+    def with_(self, changes: Mapping[str, Any]) -> "Options":
+        """A copy with `changes`. Errors: ValueError; for an unknown name it lists the options."""
         known = [field.name for field in fields(self)]
         for name in changes:
             if name not in known:
@@ -156,25 +161,6 @@ class Options:
                 )
         return replace(self, **changes)
 
-    def as_dict(self):
+    def as_dict(self) -> dict[str, Any]:
+        """The options as JSON values, by name."""
         return asdict(self)
-
-
-PRESETS = {
-    "paper": Options(),  # the authors' program with the paper's zeta
-    "reference": Options(
-        zeta=0.0
-    ),  # the program's own defaults: the distance term is multiplied by 0
-    "paper-text": Options(
-        denominator="negatives", normalize_dim=False
-    ),  # the formulas as the text gives them
-}
-
-
-def choose(preset, changes):
-    if preset not in PRESETS:
-        messages.fail("generate", "preset", f"one of {', '.join(PRESETS)}", messages.short(preset))
-    options = PRESETS[preset].with_(changes)
-    if options.device is None:
-        options = replace(options, device="cuda" if torch.cuda.is_available() else "cpu")
-    return options

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .base import Network
+from .base import NETWORKS, Architecture, Network, Recipe
 
 
 class VGG(Network):
@@ -118,3 +118,51 @@ class LeNet5(Network):
         x = F.max_pool2d(F.relu(self.conv2(x)), 2)
         x = F.relu(self.fc1(x.flatten(1)))
         return self.fc(self.relu(self.fc2(x)))
+
+
+NETWORKS.add(
+    Architecture(
+        "vgg11",
+        "VGG-11 with batch norm",
+        Recipe(200, 0.05, 128, weight_decay=5e-4),
+        lambda width, num_classes, normalize, size, channels: VGG(
+            width, [1, 1, 2, 2, 2], num_classes, normalize, size, channels
+        ),
+        width=64,
+    )
+)
+NETWORKS.add(
+    Architecture(
+        "vgg16",
+        "VGG-16 with batch norm",
+        Recipe(200, 0.05, 128, weight_decay=5e-4),
+        lambda width, num_classes, normalize, size, channels: VGG(
+            width, [2, 2, 3, 3, 3], num_classes, normalize, size, channels
+        ),
+        width=64,
+    )
+)
+NETWORKS.add(
+    Architecture(
+        "densenet121",
+        "DenseNet-121; its width is the growth",
+        Recipe(200, 0.1, 64),
+        lambda width, num_classes, normalize, size, channels: DenseNet(
+            width, [6, 12, 24, 16], num_classes, normalize, channels
+        ),
+        width=32,
+    )
+)
+NETWORKS.add(
+    Architecture(
+        "lenet5",
+        "LeNet-5",
+        Recipe(60, 0.02, 64),
+        lambda width, num_classes, normalize, size, channels: LeNet5(
+            num_classes, normalize, size, channels
+        ),
+        feature="relu",
+        square=True,
+        least=16,
+    )
+)

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .base import Network
+from .base import NETWORKS, Architecture, Network, Recipe
 
 
 class MLP(Network):
@@ -16,11 +16,10 @@ class MLP(Network):
 
     def __init__(self, hidden, width, num_classes, normalize, size, channels):
         super().__init__(normalize, channels)
-        layers, inner = [nn.Flatten()], channels * size * size
+        self.features, inner = nn.Sequential(nn.Flatten()), channels * size * size
         for _ in range(hidden):
-            layers += [nn.Linear(inner, width), nn.ReLU()]
+            self.features.append(nn.Linear(inner, width)).append(nn.ReLU())
             inner = width
-        self.features = nn.Sequential(*layers)
         self.fc = nn.Linear(inner, num_classes)
 
     def forward(self, x):
@@ -71,7 +70,8 @@ class ViT(Network):
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Conv2d):
                 nn.init.trunc_normal_(module.weight, std=0.02)
-                nn.init.zeros_(module.bias)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
         nn.init.trunc_normal_(self.token, std=0.02)
         nn.init.trunc_normal_(self.position, std=0.02)
 
@@ -79,3 +79,58 @@ class ViT(Network):
         x = self.patches(self.normalized(x)).flatten(2).transpose(1, 2)
         x = torch.cat([self.token.expand(x.shape[0], -1, -1), x], 1) + self.position
         return self.fc(self.norm(self.blocks(x)[:, 0]))
+
+
+# Of the recipes of the shallow networks only the order of magnitude is known to be right.
+NETWORKS.add(
+    Architecture(
+        "vit",
+        "a vision transformer of six blocks on 4x4 patches; its width, of a token, is a multiple "
+        "of 3",
+        Recipe(200, 5e-4, 128, weight_decay=0.05, optimizer="adamw"),
+        ViT,
+        width=192,
+        feature="norm",
+        square=True,
+        width_unit=3,
+        size_unit=4,
+    )
+)
+NETWORKS.add(
+    Architecture(
+        "linear",
+        "a linear classifier of the pixels",
+        Recipe(40, 0.01, 64),
+        lambda width, num_classes, normalize, size, channels: MLP(
+            0, 0, num_classes, normalize, size, channels
+        ),
+        feature="features",
+        square=True,
+    )
+)
+NETWORKS.add(
+    Architecture(
+        "mlp2",
+        "a perceptron of two layers, counting the classifier; its width is the hidden units",
+        Recipe(60, 0.01, 64),
+        lambda width, num_classes, normalize, size, channels: MLP(
+            1, width, num_classes, normalize, size, channels
+        ),
+        width=512,
+        feature="features",
+        square=True,
+    )
+)
+NETWORKS.add(
+    Architecture(
+        "mlp3",
+        "a perceptron of three layers",
+        Recipe(60, 0.01, 64),
+        lambda width, num_classes, normalize, size, channels: MLP(
+            2, width, num_classes, normalize, size, channels
+        ),
+        width=512,
+        feature="features",
+        square=True,
+    )
+)

@@ -3,12 +3,12 @@
 import torch.nn.functional as F
 from torch import nn
 
-from .base import Network
+from .base import NETWORKS, Architecture, Network, Recipe
 
 
 def _shortcut(inner, outer, stride):
-    """Of a block that changes the shape: how many pixels are picked before its 1x1 convolution, the
-    convolution and its norm.
+    """What a block that changes the shape puts on its other branch: how many pixels are picked
+    before the 1x1 convolution, the convolution and its norm.
 
     oneDNN (issue 6035) writes past its buffer in the weight gradient of a strided 1x1 with few
     channels, channels-last: there the pixels are picked first.
@@ -18,6 +18,8 @@ def _shortcut(inner, outer, stride):
 
 
 class BasicBlock(nn.Module):
+    """Two 3x3 convolutions, the first of which carries the stride."""
+
     expansion = 1
 
     def __init__(self, inner, width, stride):
@@ -88,3 +90,45 @@ class ResNet(Network):
     def forward(self, x):
         x = F.relu(self.bn1(self.conv1(self.normalized(x))), inplace=True)
         return self.fc(self.avgpool(self.layers(x)).flatten(1))
+
+
+# The step sizes of the two large networks are those of the literature on CIFAR; that of
+# small_resnet was tuned for a few thousand images on a CPU.
+NETWORKS.add(
+    Architecture(
+        "resnet18",
+        "ResNet-18, 11.2 M parameters",
+        Recipe(200, 0.5, 128),
+        lambda width, num_classes, normalize, size, channels: ResNet(
+            [width, 2 * width, 4 * width, 8 * width], 2, num_classes, normalize, channels
+        ),
+        width=64,
+    )
+)
+NETWORKS.add(
+    Architecture(
+        "small_resnet",
+        "for CPUs: one block at each of width, 2 width, 4 width",
+        Recipe(20, 0.1, 64),
+        lambda width, num_classes, normalize, size, channels: ResNet(
+            [width, 2 * width, 4 * width], 1, num_classes, normalize, channels
+        ),
+        width=8,
+    )
+)
+NETWORKS.add(
+    Architecture(
+        "resnet50",
+        "ResNet-50",
+        Recipe(200, 0.1, 128),
+        lambda width, num_classes, normalize, size, channels: ResNet(
+            [width, 2 * width, 4 * width, 8 * width],
+            [3, 4, 6, 3],
+            num_classes,
+            normalize,
+            channels,
+            Bottleneck,
+        ),
+        width=64,
+    )
+)

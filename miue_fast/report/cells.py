@@ -2,6 +2,14 @@
 
 import statistics
 
+from ..evaluation.defences import defence
+from ..evaluation.defences.jpeg import Jpeg
+from ..evaluation.defences.none import NoDefence
+from ..generation import Options
+
+STANDARD = NoDefence.name  # training without a defence
+OWN = Options.objective  # the paper's objective, and the name of its poison
+
 
 class Cells:
     """The cells of a report, by poison, victim and defence."""
@@ -28,7 +36,7 @@ class Cells:
         self.variants = {
             k
             for k, base in bases.items()
-            if "made" not in options[base] and options[base].get("objective", "mi-ue") == "mi-ue"
+            if "made" not in options[base] and options[base].get("objective", OWN) == OWN
         }
 
     def values(self, poison, victim, defence, what="test"):
@@ -55,15 +63,13 @@ class Cells:
         ]
 
     def jpeg_qualities(self, victim):
-        """Best first."""
-        return sorted(
-            (int(name.split("=")[1]) for name in self.defences(victim) if name.startswith("jpeg:")),
-            reverse=True,
-        )
+        """The qualities that were tried, best first."""
+        made = [defence(name) for name in self.defences(victim)]
+        return sorted((each.quality for each in made if isinstance(each, Jpeg)), reverse=True)
 
     def analyses(self, poison, victim):
         """The analysis of the feature layer, one per seed."""
-        cells = self.found.get((poison, victim, "none"), [])
+        cells = self.found.get((poison, victim, STANDARD), [])
         return [cell["analysis"]["layers"][-1] for cell in cells if "analysis" in cell]
 
     def analysed(self, victim, estimator):
@@ -89,7 +95,7 @@ def spread(values, digits=1):
     )
 
 
-def duels(cells, ours="mi-ue"):
+def duels(cells, ours=OWN):
     """[(victim, defence, best other poison, its mean, ours)] wherever both were tried; variants of
     MI-UE are not others.
     """
@@ -104,18 +110,18 @@ def duels(cells, ours="mi-ue"):
             means = {poison: value for poison, value in means.items() if value is not None}
             own = cells.mean(ours, victim, name)
             if own is not None and means:
-                best = min(means, key=means.get)
+                best = min(means, key=lambda poison: means[poison])
                 found.append((victim, name, best, means[best], own))
     return found
 
 
 def gaps(cells, victim, values):
     """{poison: (clean MI - its MI, clean accuracy - its accuracy)}, without parts of poisons"""
-    clean = cells.mean("clean", victim, "none")
+    clean = cells.mean("clean", victim, STANDARD)
     if "clean" not in values or clean is None:
         return {}
     return {
-        p: (values["clean"] - mi, clean - cells.mean(p, victim, "none"))
+        p: (values["clean"] - mi, clean - cells.mean(p, victim, STANDARD))
         for p, mi in values.items()
         if p in cells.whole and p != "clean"
     }

@@ -1,15 +1,17 @@
 """The configuration of a report: a JSON file, checked as a whole before anything is trained."""
 
 from dataclasses import asdict, dataclass, field, fields
+from typing import Any
 
 from .. import models
 from ..analysis import ESTIMATORS
 from ..data.kept import is_whole, read_json
 from ..dispatch import checks
 from ..evaluation.defences import defence
+from ..evaluation.defences.none import NoDefence
 from ..evaluation.victims import recipe
 from ..generation import PRESETS
-from ..generation.options import choose
+from ..generation.presets import DEFAULT, choose
 from ..support import messages, ranges
 from ..support.schema import scalar, table, text
 from ..support.written import written_as
@@ -21,8 +23,13 @@ _GENERATE = ("preset", "model", "feature")  # what `generate` takes beside its o
 RECIPE = ("epochs", "lr", "batch", "crop")
 _VICTIM = (*RECIPE, "model", "pretrain")
 _PRETRAIN = {"per_class": None, "epochs": None}
-_RUN = {"poisons": None, "victims": None, "defences": ["none"], "seeds": [0]}
-_ANALYSIS = {
+_RUN: dict[str, Any] = {
+    "poisons": None,
+    "victims": None,
+    "defences": [NoDefence.name],
+    "seeds": [0],
+}
+_ANALYSIS: dict[str, Any] = {
     "victims": [],
     "seeds": [0],
     "estimators": ["histogram"],
@@ -75,7 +82,7 @@ class Config:
 
     def analysed(self, victim, defended, seed):
         return (
-            defended == "none"
+            defended == NoDefence.name
             and victim in self.analysis["victims"]
             and seed in self.analysis["seeds"]
         )
@@ -114,7 +121,7 @@ def read(path, **changes):
     return check(content)
 
 
-def check(content):
+def check(content: Any) -> Config:
     """A Config from a dict, with the defaults filled in. Errors: ValueError."""
     names = {entry.name for entry in fields(Config)}
     _only("the file", content, names)
@@ -130,7 +137,7 @@ def check(content):
             "the keys name, data, test, poisons, runs and victims",
             f"none of {', '.join(missing)}",
         )
-    content = {
+    checked: dict[str, Any] = {
         **content,
         "analysis": {**_ANALYSIS, **_only("analysis", content.get("analysis", {}), _ANALYSIS)},
     }
@@ -143,32 +150,32 @@ def check(content):
         "victims": dict,
         "generation": dict,
     }.items():
-        if not isinstance(content.get(key, kind()), kind):
-            messages.fail("report", key, f"a {kind.__name__}", repr(content[key]))
-    text()("report: name", content["name"])
+        if not isinstance(checked.get(key, kind()), kind):
+            messages.fail("report", key, f"a {kind.__name__}", repr(checked[key]))
+    text()("report: name", checked["name"])
     for key in ("data", "test"):
-        _place(key, content[key])
+        _place(key, checked[key])
     for key in ("size", "per_class", "test_per_class"):
-        if content.get(key) is not None:
-            ranges.whole("report", key, content[key], 1, 4096 if key == "size" else ranges.MOST)
+        if checked.get(key) is not None:
+            ranges.whole("report", key, checked[key], 1, 4096 if key == "size" else ranges.MOST)
     for key, most in (("poisons", MOST_POISONS), ("victims", MOST_VICTIMS)):
-        if len(content[key]) > most:
-            messages.fail("report", key, f"{most} at most", len(content[key]))
-    for name, options in content["poisons"].items():
-        _poison(name, options, content)
-    for name, options in content["victims"].items():
-        _victim(name, options, content.get("per_class"))
-    content["runs"] = [_run(k, block, content) for k, block in enumerate(content["runs"])]
-    _analysis(content)
-    if content.get("paper") is not None and content["paper"] not in list(PAPER):
+        if len(checked[key]) > most:
+            messages.fail("report", key, f"{most} at most", len(checked[key]))
+    for name, options in checked["poisons"].items():
+        _poison(name, options, checked)
+    for name, options in checked["victims"].items():
+        _victim(name, options, checked.get("per_class"))
+    checked["runs"] = [_run(k, block, checked) for k, block in enumerate(checked["runs"])]
+    _analysis(checked)
+    if checked.get("paper") is not None and checked["paper"] not in list(PAPER):
         messages.fail(
-            "report", "paper", f"null or one of {', '.join(PAPER)}", repr(content["paper"])
+            "report", "paper", f"null or one of {', '.join(PAPER)}", repr(checked["paper"])
         )
-    config = Config(**content)
+    config = Config(**checked)
     trained = {
         (poison, victim, seed)
         for poison, victim, defended, seed in config.cells()
-        if defended == "none"
+        if defended == NoDefence.name
     }
     seeds = config.analysis["seeds"]
     for victim in config.analysis[
@@ -248,8 +255,10 @@ def _victim(name, options, per_class):
             messages.fail("report", f"victims.{name}.{key}", what, repr(options[key]))
     where = f"victims.{name}.pretrain"
     with written_as({key: f"victims.{name}.{key}" for key in RECIPE}):
-        plan = recipe(options.get("model", name), *(options.get(key) for key in RECIPE))
-    RECIPE_RULE(f"report: victims.{name}", {**asdict(plan), "pretrain": None})
+        model = options.get("model", name)
+        plan = recipe(model, *(options.get(key) for key in RECIPE))
+    filled = {"victim": model, **asdict(plan), "pretrain": None}
+    RECIPE_RULE(f"report: victims.{name}", filled)
     if "pretrain" not in options:
         return
     for key, value in {**_PRETRAIN, **_only(where, options["pretrain"], _PRETRAIN)}.items():
@@ -267,12 +276,12 @@ def split(options):
     """(arguments of generate, Options) of one poison's entry. Errors: ValueError."""
     arguments = {name: options[name] for name in _GENERATE if name in options}
     rest = {name: value for name, value in options.items() if name not in _GENERATE}
-    for name, known in (("model", models.NAMES), ("preset", PRESETS)):
+    for name, known in (("model", models.NETWORKS), ("preset", PRESETS)):
         if name in arguments and (
             not isinstance(arguments[name], str) or arguments[name] not in known
         ):
             messages.fail("report", name, f"one of {', '.join(known)}", repr(arguments[name]))
-    return arguments, choose(arguments.get("preset", next(iter(PRESETS))), rest)
+    return arguments, choose(arguments.get("preset", DEFAULT.name), rest)
 
 
 def _run(number, block, content):

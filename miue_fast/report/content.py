@@ -5,10 +5,13 @@ order; no layout.
 import itertools
 import math
 import statistics
+from typing import Any
 
 from ..analysis import spearman
-from ..evaluation.defences import NAMES, defence
-from .cells import Cells, duels, gaps, spread
+from ..evaluation.defences import defence
+from ..evaluation.defences.adversarial import Adversarial
+from ..evaluation.defences.jpeg import Jpeg
+from .cells import STANDARD, Cells, duels, gaps, spread
 from .paper import ORDER, PAPER, differences
 
 TEXT, TABLE, FIGURE = "text", "table", "figure"
@@ -70,7 +73,7 @@ def _setting(report, cells):
         )
     rows = [[entry["name"], _listed(entry["options"])] for entry in report["poisons"]]
     victims = [[name, _listed(plan)] for name, plan in s["recipes"].items()]
-    tables = [
+    tables: list[tuple[Any, ...]] = [
         (TABLE, ["poison", "options (else the preset's)"], rows),
         (TABLE, ["victim", "recipe"], victims),
     ]
@@ -97,11 +100,11 @@ def _standard(report, cells):
     for poison in cells.order:
         row = [
             poison,
-            *(spread(cells.values(poison, victim, "none")) for victim in cells.victims),
-            spread(cells.values(poison, cells.main, "none", "train")),
+            *(spread(cells.values(poison, victim, STANDARD)) for victim in cells.victims),
+            spread(cells.values(poison, cells.main, STANDARD, "train")),
         ]
         rows.append(row + ([f"{paper[poison]:.2f}" if poison in paper else ""] if paper else []))
-    blocks = [(TABLE, head + (["paper (ResNet-18)"] if paper else []), rows)]
+    blocks: list[tuple[Any, ...]] = [(TABLE, head + (["paper (ResNet-18)"] if paper else []), rows)]
     if paper:
         told = {
             name: value
@@ -130,12 +133,12 @@ def _defences(report, cells):
         names = [
             name
             for name in cells.defences(victim)
-            if name != "none" and not name.startswith("jpeg")
+            if name != STANDARD and not isinstance(defence(name), Jpeg)
         ]
         if not names:
             continue
         rows, poisons = [], cells.tried(victim, names)
-        for name in sorted(names, key=lambda text: list(NAMES).index(text.split(":")[0])):
+        for name in sorted(names, key=lambda text: defence(text).stage):
             told = f"{name} (test images too)" if defence(name).tests else name
             rows.append([told, *(spread(cells.values(poison, victim, name)) for poison in poisons)])
             if any(cells.values(poison, victim, name, "robust") for poison in poisons):
@@ -157,7 +160,7 @@ def _defences(report, cells):
     known = PAPER[report["paper"]]["adversarial"] if report["paper"] else {}
     if (
         any(
-            name.startswith("adversarial")
+            isinstance(defence(name), Adversarial)
             for victim in cells.victims
             for name in cells.defences(victim)
         )
@@ -171,12 +174,12 @@ def _defences(report, cells):
 def _jpeg(cells):
     blocks = []
     for victim in cells.victims:
-        names = {f"jpeg:quality={q}": str(q) for q in cells.jpeg_qualities(victim)}
+        names = {Jpeg(q).spec: str(q) for q in cells.jpeg_qualities(victim)}
         poisons = cells.tried(victim, names)
         if names:
             rows = [
                 [told, *(spread(cells.values(poison, victim, name)) for poison in poisons)]
-                for name, told in {"none": "none", **names}.items()
+                for name, told in {STANDARD: STANDARD, **names}.items()
             ]
             blocks += [(TEXT, f"Victim {victim}:"), (TABLE, ["quality", *poisons], rows)]
     if not blocks:
@@ -377,7 +380,7 @@ def _layers(cells):
             p: next(
                 (
                     c["analysis"]["layers"]
-                    for c in cells.found.get((p, victim, "none"), [])
+                    for c in cells.found.get((p, victim, STANDARD), [])
                     if "analysis" in c
                 ),
                 [],
@@ -465,7 +468,7 @@ def _cost(report, cells):
                 ),
             ]
         )
-    undefended = [c for c in report["cells"] if c["defence"] == "none"]
+    undefended = [c for c in report["cells"] if c["defence"] == STANDARD]
     trained = [
         [name, f"{statistics.median(c['seconds'] for c in undefended if c['victim'] == name):.0f}"]
         for name in cells.victims

@@ -6,11 +6,13 @@ import base64
 import io
 import statistics
 import zlib
+from typing import Any
 
 import torch
 
+from ..evaluation.defences.jpeg import Jpeg
 from ..plots.evaluation import label, missing, one_per_class, plain_text, shown
-from .cells import Cells, gaps
+from .cells import STANDARD, Cells, gaps
 from .schema import PICTURES, SIDE, unpacked
 
 COLOURS = ("#1b7837", "#3b6fb6", "#b8860b", "#7b3294", "#c51b29", "#008080", "#555555", "#d95f02")
@@ -59,7 +61,7 @@ def _jpeg(cells):
     canvas = _figure(6.4, 3.8)
     axis = canvas.subplots()
     for poison in cells.order:
-        known = [(q, cells.values(poison, cells.main, f"jpeg:quality={q}")) for q in qualities]
+        known = [(q, cells.values(poison, cells.main, Jpeg(q).spec)) for q in qualities]
         known = [(q, values) for q, values in known if values]
         if not known:
             continue
@@ -80,7 +82,7 @@ def _jpeg(cells):
             alpha=0.18,
             linewidth=0,
         )
-        if (plain := cells.mean(poison, cells.main, "none")) is not None:
+        if (plain := cells.mean(poison, cells.main, STANDARD)) is not None:
             axis.axhline(plain, color=_colour(cells, poison), linewidth=0.9, linestyle=":")
     axis.set(
         xlabel="JPEG quality of the training images (dotted: not compressed)",
@@ -126,7 +128,7 @@ def _scatter(report, cells):
     """Two principal components of the features of poisoned training images, first seed, by
     class.
     """
-    chosen = {}
+    chosen: dict[str, dict[str, Any]] = {}
     for cell in report["cells"]:
         if "scatter" in cell.get("analysis", {}):
             chosen.setdefault(cell["poison"], cell["analysis"])

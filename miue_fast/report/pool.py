@@ -77,7 +77,9 @@ def _end_with_parent():
     """Waits for the end of the pipe that the parent process holds open while it lives: it ends also
     when that process is killed.
     """
-    wait([multiprocessing.parent_process().sentinel])
+    parent = multiprocessing.parent_process()
+    assert parent is not None  # a worker has one
+    wait([parent.sentinel])
     os._exit(1)
 
 

@@ -12,7 +12,6 @@ from ..evaluation.defences import defence
 from ..evaluation.victims import build
 from ..frozen import find_layer
 from ..generation import Interrupted
-from ..generation.objectives import default_layer
 from ..support.draws import Draws
 from ..support.messages import LONGEST, fail, printable
 from ..support.output import progress_bar
@@ -145,19 +144,16 @@ def _check(sources):
 
 def _check_source_model(entry, classes, shape):
     arguments, options = split(entry)
-    if options.objective == "random":
+    if options.chosen.outputs is None:
         return
     name = arguments.get("model", "resnet18")
     model = models.build(name, classes, width=options.width, size=min(shape[1:]), channels=shape[0])
-    if name in models.SQUARE and shape[1] != shape[2]:
+    if models.NETWORKS[name].square and shape[1] != shape[2]:
         fail(
             "report", "model", f"a network for images {list(shape)}", f"{name}, which takes squares"
         )
-    find_layer("report", model, arguments.get("feature") or default_layer(options.objective, name))
-    if options.objective == "tap" and options.target_shift % classes == 0:
-        fail(
-            "report", "target_shift", f"no multiple of the {classes} classes", options.target_shift
-        )
+    find_layer("report", model, arguments.get("feature") or options.chosen.layer(name))
+    options.chosen.check("report", options, classes)
 
 
 def collect(sources, failures=()):

@@ -17,6 +17,8 @@ from ..data.files import read_bytes
 from ..data.kept import digest, pack
 from ..dispatch.environment import cpu_level
 from ..evaluation import poisoned_images, pretrain, run_cell
+from ..evaluation.defences import defence
+from ..evaluation.defences.none import NoDefence
 from ..evaluation.start import MAX_STATE, poisoned_rows
 from ..evaluation.victims import recipe
 from ..generation import generate
@@ -87,15 +89,13 @@ class Sources:
             key["analysis"]["layers"] = victim == self.config.analysis["layers"]
         return key
 
-    def recipe(self, victim, defence="none"):
+    def recipe(self, victim, defended=NoDefence.name):
         """How a victim is trained, with every default filled in."""
         options = self.config.victims[victim]
-        plan = recipe(
-            options.get("model", victim),
-            *(options.get(name) for name in RECIPE),
-            adversarial=defence.startswith("adversarial"),
-        )
-        return {**asdict(plan), "pretrain": options.get("pretrain")}
+        model = options.get("model", victim)
+        given = [options.get(name) for name in RECIPE]
+        plan = recipe(model, *given, defence(defended))
+        return {"victim": model, **asdict(plan), "pretrain": options.get("pretrain")}
 
     def start_path(self, victim):
         """Of the pretrained weights."""
@@ -223,7 +223,8 @@ def make_poison(sources, name):
     if not entry.keys() & {"path", "of"}:
         folder = sources.poison_folder(name)
         arguments, options = split({**sources.config.generation, **entry})
-        again = options.objective == "random"  # it has no checkpoint to go on from, and needs none
+        # Without a network there is no checkpoint to go on from, and none is needed.
+        again = options.chosen.outputs is None
         history = generate(
             sources.clean, folder, progress=False, overwrite=again, **arguments, **options.as_dict()
         ).history
@@ -300,7 +301,7 @@ def make_cell(sources, poison, victim, defence, seed):
         victim=_model(config, victim),
         defence=defence,
         seed=seed,
-        keep_model=analysed,
+        keep_network=analysed,
         init=init,
         **_recipe(config, victim),
     )
@@ -317,7 +318,7 @@ def make_cell(sources, poison, victim, defence, seed):
         "seconds": run.seconds,
     }
     if analysed:
-        cell["analysis"] = _analysis(run.model, victim, clean, images, config)
+        cell["analysis"] = _analysis(run.network, victim, clean, images, config)
     cell["all_seconds"] = time.perf_counter() - started
     _finish(sources, key, {**cell, **circumstances()})
 
@@ -333,7 +334,7 @@ def _analysis(model, victim, clean, images, config):
     )
     before, after, labels = clean.images[chosen], images[chosen], clean.labels[chosen]
     feature, estimators, slices = (
-        models.FEATURE[_model(config, victim)],
+        models.NETWORKS[_model(config, victim)].feature,
         config.analysis["estimators"],
         config.analysis["slices"],
     )

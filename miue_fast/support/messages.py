@@ -13,6 +13,7 @@ LONGEST = 2000
 
 
 def fail(op: str, argument: str, expected: object, got: object) -> NoReturn:
+    """Raises ValueError: `op: argument: expected X, got Y`, on one harmless line."""
     argument = written.shown(op, argument)
     raise ValueError(printable(f"{op}: {argument}: expected {expected}, got {got}", most=LONGEST))
 

@@ -1,5 +1,5 @@
 """Ranges of options: each is judged before anything is read or made, and a wrong one is one line
-(`_checks.fail`).
+(`messages.fail`).
 """
 
 import os
@@ -37,6 +37,12 @@ def budget(op, name, value, *, zero=False):
     if isinstance(value, int | float) and 1 < value <= 255:
         fail(op, name, expected, f"{value:g}; did you mean {value:g}/255?")
     number(op, name, value, lambda v: 0 < v <= 1 or (zero and v == 0), expected)
+
+
+def switch(op: str, name: str, value: object) -> None:
+    """True or False."""
+    if not isinstance(value, bool):
+        fail(op, name, "True or False", short(value))
 
 
 def reachable(op, name, path):

@@ -14,7 +14,8 @@ from PIL import Image, ImageCms
 from miue_fast import data, generate
 from miue_fast.cli import commands
 from miue_fast.data import atomic
-from miue_fast.generation import Interrupted, loop
+from miue_fast.generation import Interrupted
+from miue_fast.generation.run import BiLevelRun
 
 RANDOM = [*TINY, "--objective", "random"]
 
@@ -81,7 +82,7 @@ def test_overwrite_says_how_to_go_on_and_leaves_no_stale_poison(tmp_path, monkey
     shapes = data.shapes(30, seed=0, size=16, classes=3, difficulty=0)
     small = dict(model="small_resnet", width=4, steps=2, batch=30, progress=False)
     generate(shapes, tmp_path, epochs=1, **small)
-    before, whole = files(tmp_path), loop._Run._epoch
+    before, whole = files(tmp_path), BiLevelRun.epoch
 
     def stop_at(last):
         def epoch(self, number, tick):
@@ -89,7 +90,7 @@ def test_overwrite_says_how_to_go_on_and_leaves_no_stale_poison(tmp_path, monkey
                 raise KeyboardInterrupt
             return whole(self, number, tick)
 
-        monkeypatch.setattr(loop._Run, "_epoch", epoch)
+        monkeypatch.setattr(BiLevelRun, "epoch", epoch)
 
     stop_at(1)
     with pytest.raises(Interrupted, match="no epoch was finished, nothing is saved"):

@@ -18,7 +18,7 @@ from PIL import Image
 
 from miue_fast import data
 from miue_fast.cli import arguments, commands
-from miue_fast.generation import Options
+from miue_fast.generation import OBJECTIVES, Options
 
 
 def test_generate_export_verify_evaluate(root, capsys, tmp_path):
@@ -332,7 +332,8 @@ def test_every_command_has_its_arguments(capsys):
 
 
 def test_options_are_those_of_the_dataclass(capsys):
-    assert set(arguments.HELP) == {field.name for field in fields(Options)}
+    own = [name for objective in OBJECTIVES.values() for name in objective.options]
+    assert sorted([*arguments.HELP, *own]) == sorted(field.name for field in fields(Options))
     with pytest.raises(SystemExit) as left:
         commands.main(["generate", "--help"])
     told = capsys.readouterr().out

@@ -8,10 +8,10 @@ import shutil
 import pytest
 import torch
 
-from miue_fast import data, evaluation
+from miue_fast import data
 from miue_fast.cli import commands, demo
-from miue_fast.evaluation import evaluate
-from miue_fast.generation import loop
+from miue_fast.evaluation import api, evaluate
+from miue_fast.generation.run import BiLevelRun
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -64,7 +64,7 @@ class Work(list):
 @pytest.fixture
 def made(monkeypatch):
     seen = Work()
-    epoch, train = loop._Run._epoch, evaluation.run_cell
+    epoch, train = BiLevelRun.epoch, api.run_cell
 
     def one_epoch(self, number, tick):
         seen.append(number)
@@ -74,8 +74,8 @@ def made(monkeypatch):
         seen.append("victim")
         return train(images, *args, **options)
 
-    monkeypatch.setattr(loop._Run, "_epoch", one_epoch)
-    monkeypatch.setattr(evaluation, "run_cell", one_victim)
+    monkeypatch.setattr(BiLevelRun, "epoch", one_epoch)
+    monkeypatch.setattr(api, "run_cell", one_victim)
     return seen
 
 

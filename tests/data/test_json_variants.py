@@ -5,6 +5,7 @@ result, or one line.
 import copy
 import hashlib
 import json
+import logging
 
 import pytest
 import safetensors.torch
@@ -12,7 +13,8 @@ import torch
 
 from miue_fast import data
 from miue_fast.cli import commands
-from miue_fast.generation import checkpoint, generate, loop
+from miue_fast.generation import checkpoint, generate
+from miue_fast.generation.run import BiLevelRun
 
 OTHERS = [
     None,
@@ -192,13 +194,13 @@ def test_checkpoint_headers(tmp_path, monkeypatch):
         runs.append(run)
 
     generate(clean, tmp_path / "out", model="mlp2", progress=False, **OPTIONS)
-    monkeypatch.setattr(loop._Run, "finish", kept)
+    monkeypatch.setattr(BiLevelRun, "finish", kept)
     generate(clean, tmp_path / "out", model="mlp2", progress=False, **OPTIONS)
     (run,) = runs
     path = tmp_path / "out" / checkpoint.NAME
     tensors, header = checkpoint.load(path)
     taken = refused = 0
-    monkeypatch.setattr(loop.log, "disabled", True)
+    monkeypatch.setattr(logging.getLogger("miue_fast"), "disabled", True)
 
     def attempt(what, text, tensors=tensors):
         nonlocal taken, refused

@@ -16,7 +16,7 @@ from PIL import Image
 from miue_fast import data, generate, models
 from miue_fast.cli import commands
 from miue_fast.data import export, preflight
-from miue_fast.generation import loop
+from miue_fast.generation.run import BiLevelRun
 
 RANDOM = [*TINY, "--objective", "random"]
 
@@ -65,7 +65,7 @@ def test_overwrite_keeps_what_others_put_into_the_folder(
         theirs.write_bytes(theirs.read_bytes() + b"edited by hand")
     before = files(tmp_path / "out")
     capsys.readouterr()
-    monkeypatch.setattr(loop._Run, "finish", lambda *a: pytest.fail("the work began"))
+    monkeypatch.setattr(BiLevelRun, "finish", lambda *a: pytest.fail("the work began"))
     assert start(*TINY, "--seed", "9", "--export", "png", "--overwrite") == 2
     assert str(theirs) in (told := complaint(capsys)) and "move it away" in told
     assert files(tmp_path / "out") == before
@@ -74,13 +74,13 @@ def test_overwrite_keeps_what_others_put_into_the_folder(
 def test_what_is_edited_while_a_run_works_stays(start, root, tmp_path, capsys, caplog, monkeypatch):
     assert start(*TINY, "--export", "png") == 0
     mine = next((tmp_path / "out/images").rglob("*.png"))
-    whole = loop._Run._epoch
+    whole = BiLevelRun.epoch
 
     def edit(self, *arguments):
         mine.write_bytes(b"my own picture")
         return whole(self, *arguments)
 
-    monkeypatch.setattr(loop._Run, "_epoch", edit)
+    monkeypatch.setattr(BiLevelRun, "epoch", edit)
     capsys.readouterr()
     assert start(*TINY, "--seed", "9", "--export", "png", "--overwrite") == 2
     told = complaint(capsys)
@@ -175,7 +175,7 @@ def test_an_overwriting_run_removes_the_run_it_replaces_and_nothing_else(
 def test_an_image_that_is_replaced_during_a_run_gets_nobody_elses_perturbation(
     photos, tmp_path, capsys, monkeypatch, how
 ):
-    whole = loop._Run._epoch
+    whole = BiLevelRun.epoch
 
     def replace(self, *arguments):
         other = Image.open(photos / "a/0.png").transpose(Image.Transpose.ROTATE_180)
@@ -187,7 +187,7 @@ def test_an_image_that_is_replaced_during_a_run_gets_nobody_elses_perturbation(
             other.save(photos / "a/2.png")
         return whole(self, *arguments)
 
-    monkeypatch.setattr(loop._Run, "_epoch", replace)
+    monkeypatch.setattr(BiLevelRun, "epoch", replace)
     words = [
         "generate",
         "--data",
@@ -279,14 +279,14 @@ def test_an_export_that_was_cut_short_over_another_one_is_found(tmp_path, monkey
 
 
 def stop_at(monkeypatch, last):
-    whole = loop._Run._epoch
+    whole = BiLevelRun.epoch
 
     def epoch(self, number, tick):
         if number == last:
             raise KeyboardInterrupt
         return whole(self, number, tick)
 
-    monkeypatch.setattr(loop._Run, "_epoch", epoch)
+    monkeypatch.setattr(BiLevelRun, "epoch", epoch)
 
 
 def test_the_advice_of_an_interrupted_overwrite_works(start, root, tmp_path, capsys, monkeypatch):
@@ -313,7 +313,10 @@ def test_a_kill_between_the_checkpoint_and_the_removal_of_the_old_run(
     longer = [*TINY, "--epochs", "3"]
     assert start(*longer, "--export", "webp") == 0
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "_remove_run", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(
+            "miue_fast.generation.run.remove_run",
+            lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt),
+        )
         assert start(*longer, "--seed", "9", "--export", "png", "--overwrite") == 130
     assert (tmp_path / "out/poison.safetensors").exists()  # the old one's
     assert start(*longer, "--seed", "9", "--export", "png") == 0
@@ -373,7 +376,7 @@ def test_limits_of_an_export_are_found_before_the_first_epoch(
 ):
     name, form, make, words = limits(tmp_path)[case]
     make(photos)
-    monkeypatch.setattr(loop._Run, "finish", lambda *a: pytest.fail("the work began"))
+    monkeypatch.setattr(BiLevelRun, "finish", lambda *a: pytest.fail("the work began"))
     before = files(tmp_path)
     assert (
         run(
@@ -430,7 +433,7 @@ def test_the_room_on_the_disk_is_measured_before_the_first_epoch(
         preflight.shutil, "disk_usage", lambda path: usage._replace(free=needed - 1)
     )
     with monkeypatch.context() as patch:
-        patch.setattr(loop._Run, "finish", lambda *a: pytest.fail("the work began"))
+        patch.setattr(BiLevelRun, "finish", lambda *a: pytest.fail("the work began"))
         assert (
             run(
                 "generate",

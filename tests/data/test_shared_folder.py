@@ -9,7 +9,7 @@ import pytest
 from _commands import TINY, complaint, run
 
 from miue_fast import data
-from miue_fast.generation import loop
+from miue_fast.generation.run import BiLevelRun
 from miue_fast.report import tasks
 
 
@@ -50,7 +50,10 @@ def test_a_run_of_one_epoch_that_was_killed_while_it_replaced_another(start, tmp
     out, words = tmp_path / "out", [*TINY, "--epochs", "1"]
     assert start(*words, "--export", "png") == 0
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "_remove_run", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(
+            "miue_fast.generation.run.remove_run",
+            lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt),
+        )
         assert start(*words, "--seed", "9", "--export", "npz", "--overwrite") == 130
     assert start(*words, "--seed", "9", "--export", "npz") == 0
     assert not (out / "images").exists() or not list((out / "images").glob("*/*"))
@@ -191,6 +194,6 @@ def test_what_may_not_be_changed_is_found_before_the_first_epoch(
         "access",
         lambda path, mode, access=os.access: path != out / place and access(path, mode),
     )
-    monkeypatch.setattr(loop._Run, "_epoch", lambda *a: pytest.fail("trained"))
+    monkeypatch.setattr(BiLevelRun, "epoch", lambda *a: pytest.fail("trained"))
     assert start(*TINY, "--seed", "9", "--overwrite", *(["--export", "png"] if export else [])) == 2
     assert f"{out / place}: Permission denied; choose another place" in complaint(capsys)

@@ -17,7 +17,7 @@ from miue_fast.analysis import (
 from miue_fast.dispatch.registry import OPS
 from miue_fast.evaluation import run_cell
 from miue_fast.generation import Options
-from miue_fast.generation.step import Descent
+from miue_fast.generation.descent import Descent
 from tests import samples
 
 IMAGES = torch.rand(6, 3, 16, 16, generator=torch.Generator().manual_seed(0))

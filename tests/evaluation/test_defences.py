@@ -13,9 +13,12 @@ from PIL import Image
 from torch import nn
 
 from miue_fast import BackendError, data
-from miue_fast.evaluation import _torchvision, augment, preprocess
-from miue_fast.evaluation.adversarial import Attack, robust_accuracy
-from miue_fast.evaluation.defences import NAMES, Defence, defence
+from miue_fast.evaluation import DEFENCES, Stage, _torchvision, defence
+from miue_fast.evaluation.defences.adversarial import Adversarial
+from miue_fast.evaluation.defences.jpeg import Jpeg
+from miue_fast.evaluation.defences.none import NoDefence
+from miue_fast.evaluation.defences.orthogonal_projection import separating_directions
+from miue_fast.evaluation.defences.ueraser import plasma
 
 needs_torchvision = pytest.mark.skipif(_torchvision.missing() is not None, reason="no torchvision")
 
@@ -40,29 +43,36 @@ def batch(count=32, size=16, seed=0):
 
 
 def test_the_text_and_its_defaults():
-    assert defence("none") == Defence("none")
+    assert defence("none") == NoDefence()
     assert (
         defence("jpeg").spec
         == defence("jpeg:10").spec
         == defence("jpeg:quality=10").spec
         == "jpeg:quality=10"
     )
-    assert defence("adversarial:4:steps=3").attack == Attack(4 / 255, 3, 2 / 255)
+    assert defence("adversarial:4:steps=3") == Adversarial(4, 3, 2)
     assert defence("adversarial").spec == "adversarial:eps=8:steps=10:step=2"
     assert defence("cutout").spec == "cutout"
-    for name in NAMES:
+    for name in DEFENCES:
         made = defence(name)
-        assert defence(made.spec).spec == made.spec and defence(made) is made
-        assert made.tests == (name == "grayscale") and (made.attack is not None) == (
-            name == "adversarial"
-        )
-        assert (made.prepare is None) != (made.batch is None) or name == "none"
+        assert defence(made.spec) == made and defence(made) is made
+        assert made.tests == (name == "grayscale")
+        assert (made.stage is Stage.ATTACK) == (name == "adversarial")
+
+
+def test_options_that_python_code_gives_have_the_same_limits():
+    with pytest.raises(ValueError, match="quality of jpeg: expected a whole number from 10 to 95"):
+        Jpeg(quality=9)
+    with pytest.raises(ValueError, match="quality of jpeg: expected a whole number"):
+        Jpeg(quality=True)
+    with pytest.raises(ValueError, match="expected at least eps = 8"):
+        Adversarial(eps=8, steps=1)
 
 
 @pytest.mark.parametrize(
     "spec, words",
     [
-        ("jpg", "defence: name: expected one of none, grayscale"),
+        ("jpg", "defence: name: expected one of adversarial, bit-depth, cutmix"),
         ("", "defence: name: expected one of"),
         (None, "defence: name: expected one of"),
         ("jpeg:5", "quality of jpeg: expected a whole number from 10 to 95, got '5'"),
@@ -204,7 +214,7 @@ def nearest_mean(train, labels, test, wanted):
 
 def test_projection_removes_the_separating_directions():
     images, labels = linear_poison()
-    mean, directions = preprocess.separating_directions(images, labels, 3, 0)
+    mean, directions = separating_directions(images, labels, 3, 0)
     assert torch.allclose(directions @ directions.T, torch.eye(3), atol=1e-5)
     assert torch.allclose(mean, images.flatten(1).float().mean(0) / 255, atol=1e-6)
     got = defence("orthogonal-projection").prepare(images, labels, 0)
@@ -226,15 +236,16 @@ def test_projection_removes_the_separating_directions():
 
 def test_projection_finds_the_class_patterns():
     images, labels = linear_poison(strength=40)
-    _, directions = preprocess.separating_directions(images, labels, 3, 0)
+    _, directions = separating_directions(images, labels, 3, 0)
     means = torch.stack([images[labels == c].flatten(1).float().mean(0) for c in range(4)])
     means = means - means.mean(0)
     assert (means - means @ directions.T @ directions).norm() < 0.2 * means.norm()
 
 
 def test_preparing_is_repeatable_and_depends_on_the_seed_only_where_it_draws(shapes):
-    for name in NAMES:
-        if (made := defence(name)).prepare:
+    for name in DEFENCES:
+        made = defence(name)
+        if made.stage is Stage.ONCE and name != "none":
             first, again = (made.prepare(shapes.images, shapes.labels, 3) for _ in range(2))
             assert (
                 torch.equal(first, again)
@@ -255,7 +266,7 @@ def test_cutout_is_one_black_square_per_image():
     torch.manual_seed(0)
     images, labels = batch(400)
     images = images * 0.9 + 0.1  # nothing is black before
-    got, targets = augment.cutout(None, images, labels, 4, size=None)
+    got, targets = defence("cutout").batch(None, images, labels, 4)
     hole = (got == 0).all(1)
     assert targets is labels and torch.equal(
         got.masked_fill(hole[:, None], 0), images.masked_fill(hole[:, None], 0)
@@ -283,7 +294,7 @@ def test_mixed_targets_are_the_shares_of_the_pixels(name):
         images = (
             torch.eye(4)[:, :, None, None].expand(4, 4, 16, 16)[:, :3].contiguous()
         )  # image i is 1 in channel i; the last is black
-        got, targets = getattr(augment, name)(None, images, torch.arange(4), 4, alpha=1.0)
+        got, targets = defence(name).batch(None, images, torch.arange(4), 4)
         assert torch.allclose(targets.sum(1), torch.ones(4))
         present = got.mean((2, 3))
         assert torch.allclose(present, targets[:, :3], atol=1e-6)
@@ -295,19 +306,20 @@ def test_mixed_targets_are_the_shares_of_the_pixels(name):
 def test_noise_is_fresh_normal_and_clamped():
     torch.manual_seed(0)
     images = torch.full((64, 3, 16, 16), 0.5)
-    first, second = (augment.gaussian_noise(None, images, None, 4, std=16)[0] for _ in range(2))
+    noise = defence("gaussian-noise:16")
+    first, second = (noise.batch(None, images, None, 4)[0] for _ in range(2))
     change = (first - images) * 255
     assert abs(change.std() / 16 - 1) < 4 / math.sqrt(2 * change.numel()) and abs(
         change.mean()
     ) < 4 * 16 / math.sqrt(change.numel())
     assert not torch.equal(first, second) and images.eq(0.5).all()
-    edge = augment.gaussian_noise(None, torch.ones(8, 3, 16, 16), None, 4, std=16)[0]
+    edge = noise.batch(None, torch.ones(8, 3, 16, 16), None, 4)[0]
     assert edge.max() == 1 and edge.min() < 1
 
 
 def test_plasma_is_a_smooth_cloud():
     torch.manual_seed(0)
-    clouds = augment.plasma(50, 32, 24)
+    clouds = plasma(50, 32, 24)
     assert clouds.shape == (50, 1, 32, 24)
     assert torch.equal(clouds.amin((1, 2, 3)), torch.zeros(50)) and torch.allclose(
         clouds.amax((1, 2, 3)), torch.ones(50)
@@ -332,9 +344,9 @@ def test_ueraser_style_changes_nearly_every_image_and_takes_the_worst_draw():
         return loss
 
     torch.manual_seed(3)
-    one = [augment.ueraser(model, images, labels, 4, draws=1)[0] for _ in range(4)]
+    one = [defence("ueraser").batch(model, images, labels, 4)[0] for _ in range(4)]
     torch.manual_seed(3)
-    worst, targets = augment.ueraser(model, images, labels, 4, draws=4)
+    worst, targets = defence("ueraser:4").batch(model, images, labels, 4)
     assert targets is labels and model.training
     assert all(torch.equal(model.state_dict()[name], value) for name, value in before.items())
     assert torch.equal(losses(worst), torch.stack([losses(x) for x in one]).amax(0))
@@ -358,7 +370,7 @@ def test_the_attack_stays_in_its_budget_and_raises_the_loss(net, eps):
     images, labels = batch()
     statistics = net[1].running_mean.clone()
     torch.manual_seed(0)
-    attacked = Attack(eps / 255, 10, 2 / 255)(net, images, labels)
+    attacked = Adversarial(eps, 10, 2).attack(net, images, labels)
     assert (
         not attacked.requires_grad and net.training and torch.equal(net[1].running_mean, statistics)
     )
@@ -380,7 +392,7 @@ def test_the_attack_of_a_linear_model_is_the_known_optimum():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(48, 2)).eval()
     images, labels = torch.full((6, 3, 4, 4), 0.5), torch.arange(6) % 2
-    attacked = Attack(8 / 255, 20, 2 / 255)(model, images, labels)
+    attacked = Adversarial(8, 20, 2).attack(model, images, labels)
     gap = (model[1].weight[0] - model[1].weight[1]).view(3, 4, 4).sign().detach()
     wanted = images + 8 / 255 * torch.where(labels == 0, -1, 1)[:, None, None, None] * gap
     assert torch.allclose(attacked, wanted, atol=1e-6)
@@ -398,8 +410,7 @@ def test_robust_accuracy_is_of_the_attacked_images():
     images = torch.full((40, 3, 4, 4), 100, dtype=torch.uint8)
     images[:, 0, 0, 0] = (97 + 6 * labels).to(torch.uint8)
     accuracies = [
-        robust_accuracy(model, images, labels, defence(f"adversarial:{eps}").attack, batch=7)
-        for eps in (2, 4)
+        defence(f"adversarial:{eps}").robust(model, images, labels, batch=7) for eps in (2, 4)
     ]
     assert accuracies == [1.0, 0.0]
 
@@ -418,15 +429,15 @@ def test_without_torchvision_one_line_says_what_to_install(monkeypatch):
         assert "\n" not in str(told.value)
     with pytest.raises(BackendError, match="pip install"):
         _torchvision.transforms()
-    assert defence("jpeg").prepare and defence("adversarial").attack
+    assert defence("jpeg").spec and defence("adversarial").spec
 
 
 @needs_torchvision
 def test_torchvision_is_imported_when_it_is_used_and_not_before():
     program = (
         "import sys\n"
-        "from miue_fast.evaluate import _torchvision, defences\n"
-        "defences.defence('cutmix')\n"
+        "from miue_fast.evaluation import _torchvision, defence\n"
+        "defence('cutmix')\n"
         "assert 'torchvision' not in sys.modules\n"
         "assert _torchvision.transforms().CutMix\n"
         "assert 'torchvision' in sys.modules"

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from miue_fast import BackendError, data, evaluation
+from miue_fast import BackendError, data, evaluation, models
 from miue_fast.evaluation import Run, Table, evaluate, poisoned_images, victims
 from miue_fast.plots.evaluation import figure
 
@@ -83,7 +83,7 @@ def test_rows_share_weights_order_crops_and_flips(shapes):
 def test_budget_of_the_noise_is_the_one_found_in_the_poison(shapes, monkeypatch):
     seen = []
     monkeypatch.setattr(
-        evaluation,
+        evaluation.api,
         "run_cell",
         lambda images, *rest, **kw: seen.append(images) or Run(0, [0.5], [0.5]),
     )
@@ -227,8 +227,17 @@ def test_the_victim_sees_crops_and_mirrored_crops_of_every_image_once():
     images = torch.randint(
         256, (40, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
     )
-    seen, plan = [], victims.Recipe(lambda classes: Watcher(classes, 192, seen), 1, 0.01, 16)
-    victims.train(plan, images, torch.arange(40) % 2, images, torch.arange(40) % 2, 2, 0)
+    seen, plan = [], models.Recipe(1, 0.01, 16)
+    victims.train(
+        lambda classes: Watcher(classes, 192, seen),
+        plan,
+        images,
+        torch.arange(40) % 2,
+        images,
+        torch.arange(40) % 2,
+        2,
+        0,
+    )
     crops = (victims.crops(images, 1).flatten(1, 2) / 255).contiguous()  # [40, 9, C, H, W]
     found = [
         [

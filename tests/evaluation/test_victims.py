@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from miue_fast import data, models
 from miue_fast.cli import commands
-from miue_fast.evaluation import _torchvision, evaluate, pretrain, run_cell, start, victims
+from miue_fast.evaluation import _torchvision, defence, evaluate, pretrain, run_cell, start, victims
 from miue_fast.plots.evaluation import figure
 
 EPS = 8 / 255
@@ -91,7 +91,14 @@ def test_without_a_defence_the_weights_are_those_of_plain_training_to_the_bit(se
     torch.manual_seed(77)
     before = torch.get_rng_state()
     run = cell(
-        sets, victim="small_resnet", epochs=3, lr=0.1, batch=32, seed=5, keep_model=True, curve=True
+        sets,
+        victim="small_resnet",
+        epochs=3,
+        lr=0.1,
+        batch=32,
+        seed=5,
+        keep_network=True,
+        curve=True,
     )
     assert torch.equal(torch.get_rng_state(), before)
     with torch.random.fork_rng():
@@ -100,13 +107,13 @@ def test_without_a_defence_the_weights_are_those_of_plain_training_to_the_bit(se
         )
     assert all(
         torch.equal(value, wanted.state_dict()[name])
-        for name, value in run.model.state_dict().items()
+        for name, value in run.network.state_dict().items()
     )
     right = (wanted.eval()(test.images.float() / 255).argmax(1) == test.labels).float().mean()
     assert (
         run.test == pytest.approx(float(right)) and len(run.test_curve) == len(run.train_curve) == 3
     )
-    assert run.robust is None and run.test_unseen is None and not run.model.training
+    assert run.robust is None and run.test_unseen is None and not run.network.training
 
 
 def test_evaluate_is_made_of_cells(sets):
@@ -143,10 +150,10 @@ BATCHED += [pytest.param("ueraser:2", marks=needs_torchvision)]
 )
 def test_every_defence_trains_repeatably_and_changes_the_victim(sets, spec):
     plain, first, again, other = (
-        cell(sets, defence=d, seed=seed, keep_model=True)
+        cell(sets, defence=d, seed=seed, keep_network=True)
         for d, seed in (("none", 0), (spec, 0), (spec, 0), (spec, 1))
     )
-    weights = [run.model.fc.weight for run in (plain, first, again, other)]
+    weights = [run.network.fc.weight for run in (plain, first, again, other)]
     assert (
         torch.equal(weights[1], weights[2])
         and first.test == again.test
@@ -215,7 +222,8 @@ def test_adversarial_training_reports_clean_and_robust_accuracy(sets):
 
 
 def test_every_network_has_a_recipe_and_the_old_ones_are_as_they_were():
-    assert set(victims.RECIPES) == set(models.NAMES)
+    for name, entry in models.NETWORKS.items():
+        assert victims.recipe(name, None, None, None) == entry.recipe and entry.about
     plan = victims.recipe("small_resnet", None, None, None)
     assert (plan.epochs, plan.lr, plan.batch, plan.weight_decay, plan.optimizer, plan.schedule) == (
         20,
@@ -228,11 +236,11 @@ def test_every_network_has_a_recipe_and_the_old_ones_are_as_they_were():
     vit = victims.recipe("vit", 3, None, 8)
     assert (vit.optimizer, vit.epochs, vit.batch, vit.weight_decay) == ("adamw", 3, 8, 0.05)
     assert isinstance(vit.new_optimizer(torch.nn.Linear(2, 2)), torch.optim.AdamW)
-    assert victims.recipe(Watcher, 3, 0.1, None) == victims.Recipe(Watcher, 3, 0.1, 128)
+    assert victims.recipe(Watcher, 3, 0.1, None) == models.Recipe(3, 0.1, 128)
 
 
 def test_the_recipe_of_adversarial_training():
-    plan = victims.recipe("resnet18", None, None, None, adversarial=True)
+    plan = victims.recipe("resnet18", None, None, None, defence=defence("adversarial"))
     assert (plan.epochs, plan.lr, plan.batch, plan.momentum, plan.weight_decay) == (
         100,
         0.1,
@@ -242,13 +250,18 @@ def test_the_recipe_of_adversarial_training():
     )
     rates = [plan.learning_rate(epoch) for epoch in range(100)]
     assert rates == pytest.approx([0.1] * 40 + [0.01] * 40 + [0.001] * 20)
-    assert victims.recipe("resnet18", 7, 0.3, None, adversarial=True).epochs == 7
-    assert victims.recipe("vit", None, None, None, adversarial=True).weight_decay == 0.05
+    against = defence("adversarial")
+    assert victims.recipe("resnet18", 7, 0.3, None, defence=against).epochs == 7
+    assert victims.recipe("vit", None, None, None, defence=against).weight_decay == 0.05
 
 
 @pytest.mark.parametrize(
     "name",
-    [name for name in models.NAMES if name not in ("densenet121", "resnet50", "resnet18", "vgg16")],
+    [
+        name
+        for name in models.NETWORKS
+        if name not in ("densenet121", "resnet50", "resnet18", "vgg16")
+    ],
 )
 def test_victims_train(name):
     train, test = data.shapes(12, size=16, classes=3), data.shapes(6, seed=1, size=16, classes=3)
@@ -325,9 +338,9 @@ def test_ratio_and_unseen_decide_what_the_victim_sees(sets):
 
 
 def test_accuracy_apart_is_that_of_the_classes(sets):
-    run = cell(sets, victim="small_resnet", epochs=1, unseen=[1], keep_model=True)
+    run = cell(sets, victim="small_resnet", epochs=1, unseen=[1], keep_network=True)
     labels = sets[1].labels
-    right = run.model(sets[1].images.float() / 255).argmax(1) == labels
+    right = run.network(sets[1].images.float() / 255).argmax(1) == labels
     assert run.test_unseen == pytest.approx(float(right[labels == 1].float().mean()))
     assert run.test_poisoned == pytest.approx(float(right[labels != 1].float().mean()))
 
@@ -351,11 +364,12 @@ def test_fine_tuning_starts_from_the_pretrained_weights(sets, tmp_path):
     )
     torch.save(weights, tmp_path / "w.pt")
     safetensors.torch.save_file(weights, tmp_path / "w.safetensors")
-    tiny = {"victim": "small_resnet", "epochs": 1, "lr": 1e-12, "seed": 0, "keep_model": True}
+    tiny = {"victim": "small_resnet", "epochs": 1, "lr": 1e-12, "seed": 0, "keep_network": True}
     for init in (weights, tmp_path / "w.pt", str(tmp_path / "w.safetensors")):
         run = cell(sets, init=init, **tiny)
         assert (
-            torch.allclose(run.model.fc.weight, weights["fc.weight"], atol=1e-6) and run.test > 0.9
+            torch.allclose(run.network.fc.weight, weights["fc.weight"], atol=1e-6)
+            and run.test > 0.9
         )
     few = (
         train.select((train.labels < 3).nonzero()[:, 0]),
@@ -365,10 +379,10 @@ def test_fine_tuning_starts_from_the_pretrained_weights(sets, tmp_path):
         part.classes = part.classes[:3]
     run, fresh = (cell(few, init=init, **tiny) for init in (weights, None))
     assert torch.equal(
-        run.model.fc.weight, fresh.model.fc.weight
-    ) and run.model.fc.weight.shape == (3, 32)  # a new head, from the seed
-    assert torch.allclose(run.model.conv1.weight, weights["conv1.weight"], atol=1e-6)
-    assert not torch.allclose(fresh.model.conv1.weight, weights["conv1.weight"], atol=1e-2)
+        run.network.fc.weight, fresh.network.fc.weight
+    ) and run.network.fc.weight.shape == (3, 32)  # a new head, from the seed
+    assert torch.allclose(run.network.conv1.weight, weights["conv1.weight"], atol=1e-6)
+    assert not torch.allclose(fresh.network.conv1.weight, weights["conv1.weight"], atol=1e-2)
 
 
 def test_bad_starts_are_one_line(sets, tmp_path):

@@ -66,13 +66,13 @@ def test_presets_are_the_table():
         "random_start": False,
     }
     table = {
-        "reference": {"zeta": 0, "denominator": "all", "normalize_dim": True},
+        "published": {"zeta": 0, "denominator": "all", "normalize_dim": True},
         "paper": {"zeta": 0.1, "denominator": "all", "normalize_dim": True},
         "paper-text": {"zeta": 0.1, "denominator": "negatives", "normalize_dim": False},
     }
     assert set(PRESETS) == set(table)
     for name, row in table.items():
-        assert {k: getattr(PRESETS[name], k) for k in common | row} == common | row
+        assert {k: getattr(PRESETS[name].options, k) for k in common | row} == common | row
 
 
 def test_schedules():
@@ -407,7 +407,7 @@ def test_out_of_memory_in_the_model_step(images):
 
 BAD = {
     "option": ({"epsilon": 1}, "generate: option: expected one of objective, classwise"),
-    "preset": ({"preset": "best"}, "preset: expected one of paper, reference, paper-text"),
+    "preset": ({"preset": "best"}, "preset: expected one of paper, published, paper-text"),
     "eps": ({"eps": -1 / 255}, "eps: expected a number in (0, 1]"),
     "eps 8": ({"eps": 8}, "8/255, not 8"),
     "eps NaN": ({"eps": float("nan")}, "eps: expected"),
@@ -428,7 +428,7 @@ BAD = {
     "no such GPU": ({"device": "cuda:99"}, "CUDA devices here"),
     "seed": ({"seed": -1}, "seed: expected"),
     "boolean": ({"random_start": 1}, "random_start: expected True or False"),
-    "model": ({"model": "resnet5"}, "model: expected resnet18, small_resnet, resnet50"),
+    "model": ({"model": "resnet5"}, "model: expected one of vgg11"),
     "not a model": ({"model": 3}, "model: expected a name, an nn.Module"),
     "feature": ({"feature": "pool"}, "feature: expected a layer of the model (conv1, bn1"),
     "unused layer": (

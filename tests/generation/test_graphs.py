@@ -12,9 +12,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from miue_fast import freeze, models
-from miue_fast.generation import Options, step, train
+from miue_fast.generation import Options, training
+from miue_fast.generation import descent as descent_module
+from miue_fast.generation.descent import Descent
 from miue_fast.generation.graphs import Captured
-from miue_fast.generation.step import Descent
 from miue_fast.reference import perturbed_input as reference_input
 from miue_fast.reference.projected_step import load_images
 
@@ -73,8 +74,8 @@ def cuda(monkeypatch):
     the graph's inputs.
     """
     monkeypatch.setattr(OnCpu, "made", 0)
-    monkeypatch.setattr(step, "Captured", OnCpu)
-    monkeypatch.setattr(train, "Captured", OnCpu)
+    monkeypatch.setattr(descent_module, "Captured", OnCpu)
+    monkeypatch.setattr(training, "Captured", OnCpu)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", NoGraph)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: Stream)
     monkeypatch.setattr(torch.cuda, "Stream", lambda: Stream)
@@ -226,7 +227,7 @@ def trainer(case, captures, options=OPTIONS):
     model, images, labels, _ = case
     model = copy.deepcopy(model)
     delta = torch.linspace(-0.03, 0.03, images.numel()).view(images.shape)
-    made = train.Trainer(model, images, labels, delta, options)
+    made = training.Trainer(model, images, labels, delta, options)
     made.captures = captures
     made.optimizer = torch.optim.SGD(
         model.parameters(),
@@ -241,10 +242,10 @@ def trainer(case, captures, options=OPTIONS):
 def state(of):
     momenta = [
         of.optimizer.state[p]["momentum_buffer"]
-        for p in of.model.parameters()
+        for p in of.network.parameters()
         if p in of.optimizer.state
     ]
-    return [*of.model.state_dict().values(), *momenta]
+    return [*of.network.state_dict().values(), *momenta]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -386,7 +387,7 @@ def run(net, images, labels, flip, options, chunk):
         images, labels, flip = map(there, (images, labels, flip))
         delta = torch.empty(images.shape, dtype=getattr(torch, options.delta_dtype), device="meta")
         descent = Descent.__new__(Descent)
-        descent.net, descent.images, descent.delta, descent.options, descent.classes = (
+        descent.network, descent.images, descent.delta, descent.options, descent.num_classes = (
             net,
             images,
             delta,

@@ -21,7 +21,10 @@ from torch import nn
 
 from miue_fast import data
 from miue_fast.data import atomic
-from miue_fast.generation import Interrupted, checkpoint, generate, loop
+from miue_fast.generation import Interrupted, checkpoint, generate
+from miue_fast.generation.descent import Descent
+from miue_fast.generation.run import BiLevelRun
+from miue_fast.generation.training import Trainer
 
 KILLS = int(os.environ.get("MIUE_KILLS", "6"))
 OPTIONS = {
@@ -48,7 +51,7 @@ def stop_after(monkeypatch, epochs, reason):
     """The run ends with `reason` in the middle of the poison step that follows `epochs` saved
     ones.
     """
-    real, calls = loop.Descent.__call__, []
+    real, calls = Descent.__call__, []
 
     def descend(*args, **kwargs):
         calls.append(1)
@@ -56,7 +59,7 @@ def stop_after(monkeypatch, epochs, reason):
             raise reason
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(loop.Descent, "__call__", descend)
+    monkeypatch.setattr(Descent, "__call__", descend)
 
 
 @pytest.fixture
@@ -156,7 +159,7 @@ def test_interrupted_and_resumed_is_the_uninterrupted_run(images, tmp_path, monk
 
 def test_a_finished_run_is_returned_again(images, tmp_path, monkeypatch):
     first = run(images, tmp_path)
-    monkeypatch.setattr(loop.Trainer, "epoch", lambda *args, **kwargs: pytest.fail("worked again"))
+    monkeypatch.setattr(Trainer, "epoch", lambda *args, **kwargs: pytest.fail("worked again"))
     assert torch.equal(run(images, tmp_path).delta, first.delta)
 
 
@@ -407,17 +410,17 @@ def test_buffers_outside_the_state_dict_are_resumed_and_another_model_is_told(
 ):
     shapes = data.shapes(30, seed=0, size=16, classes=3, difficulty=0)
     small = dict(steps=2, batch=30, epochs=3, progress=False)
-    whole, straight = loop._Run._epoch, generate(shapes, model=Remembering(), **small).delta
+    whole, straight = BiLevelRun.epoch, generate(shapes, model=Remembering(), **small).delta
 
     def stop(self, number, tick):
         if number == 2:
             raise KeyboardInterrupt
         return whole(self, number, tick)
 
-    monkeypatch.setattr(loop._Run, "_epoch", stop)
+    monkeypatch.setattr(BiLevelRun, "epoch", stop)
     with pytest.raises(Interrupted):
         generate(shapes, tmp_path, model=Remembering(), **small)
-    monkeypatch.setattr(loop._Run, "_epoch", whole)
+    monkeypatch.setattr(BiLevelRun, "epoch", whole)
     resumed = generate(shapes, tmp_path, model=Remembering(p), **small).delta
     assert ("prints differently" in caplog.text) == (p == 0.9) and (
         p == 0.9 or torch.equal(resumed, straight)

@@ -14,8 +14,8 @@ from miue_fast import data, freeze, generate, models, perturb
 from miue_fast.evaluation import run_cell
 from miue_fast.frozen.trace import Tracer
 from miue_fast.generation import Options
-from miue_fast.generation.step import Descent
-from miue_fast.generation.train import Trainer
+from miue_fast.generation.descent import Descent
+from miue_fast.generation.training import Trainer
 from miue_fast.support import calls
 
 IMAGES = torch.rand(6, 3, 16, 16, generator=torch.Generator().manual_seed(0))
@@ -393,9 +393,9 @@ def test_victims_at_once_are_the_same_victims(victim, defence):
             batch=8,
             seed=seed,
             defence=defence,
-            keep_model=True,
+            keep_network=True,
         )
-        return [run.robust, *run.model.state_dict().values()]
+        return [run.robust, *run.network.state_dict().values()]
 
     alone, together = [cell(seed) for seed in (1, 2)], {}
     threads = [

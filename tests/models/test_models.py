@@ -84,8 +84,8 @@ def test_normalisation_is_inside_and_optional(channels):
         (
             ("vgg", 10),
             (
-                "name: expected one of resnet18, small_resnet, resnet50, vgg11, vgg16, "
-                "densenet121, vit, lenet5, linear, mlp2, mlp3, got 'vgg'"
+                "name: expected one of vgg11, vgg16, densenet121, lenet5, vit, linear, mlp2, mlp3, "
+                "resnet18, small_resnet, resnet50, got 'vgg'"
             ),
         ),
         (("small_resnet", 0), "num_classes"),
@@ -176,7 +176,7 @@ def _counts():
     }
 
 
-@pytest.mark.parametrize("name", [name for name in models.NAMES if name != "small_resnet"])
+@pytest.mark.parametrize("name", [name for name in models.NETWORKS if name != "small_resnet"])
 def test_parameter_counts(name):
     assert sum(p.numel() for p in models.build(name, 10).parameters()) == _counts()[name]
 
@@ -203,7 +203,7 @@ WIDTHS = {"densenet121": 4, "vit": 12, "lenet5": None, "linear": None}
 
 
 @pytest.mark.parametrize("channels, size", [(3, 16), (1, 32), (3, 8)])
-@pytest.mark.parametrize("name", models.NAMES)
+@pytest.mark.parametrize("name", models.NETWORKS)
 def test_every_network_gives_logits_and_features_that_freeze_can_differentiate(
     name, channels, size
 ):
@@ -215,14 +215,14 @@ def test_every_network_gives_logits_and_features_that_freeze_can_differentiate(
     ).eval()
     x = torch.rand(4, channels, size, size, requires_grad=True)
     seen = []
-    hook = dict(model.named_modules())[models.FEATURE[name]].register_forward_hook(
+    hook = dict(model.named_modules())[models.NETWORKS[name].feature].register_forward_hook(
         lambda module, inputs, out: seen.append(out.flatten(1))
     )
     logits = model(x)
     hook.remove()
     assert logits.shape == (4, 5)
     assert torch.equal(model.fc(seen[0]), logits)  # the features are what the classifier reads
-    frozen = freeze(model, models.FEATURE[name])
+    frozen = freeze(model, models.NETWORKS[name].feature)
     assert isinstance(frozen, AutogradNet if name == "vit" else FrozenNet)
     slope = torch.randn(seen[0].shape)
     (wanted,) = torch.autograd.grad(seen[0], x, slope)

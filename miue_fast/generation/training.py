@@ -2,18 +2,20 @@
 
 import contextlib
 import logging
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from ..dispatch.registry import OPS, BackendError
 from ..support.calls import Turn, borrowed, ordinary
-from ..support.draws import backward_of
+from ..support.draws import Draws, backward_of
 from ..support.written import shown
 from . import batches
+from .descent import network_input
 from .graphs import Captured
-from .network import autocast
-from .step import network_input
+from .options import Options
 
 # keeps the gradients of a float16 network out of underflow; a power of two, taken out again before
 # the update
@@ -22,32 +24,35 @@ log = logging.getLogger("miue_fast")
 
 
 class Trainer:
-    """Trains `model` on rows of `images` [N, C, H, W] uint8 plus `delta` (None: on the images
-    alone), with SGD.
+    """Trains `network` with SGD on rows of `images` [N, C, H, W] uint8 plus `delta` (None: on the
+    images alone); labels: int64 [N].
 
     On CUDA the training step of whole batches is captured in one CUDA graph and replayed; the
     learning rate is then a number on the device. A network that cannot be captured (it waits for
     the device) trains call by call, and one log line says so.
 
     draws: `Draws` that a network with random operations takes its numbers from; None: it has none.
-        One thread at a time, and no other
-    thread with the same model: the second is refused (ValueError).
+    One thread at a time, and no other thread with the same network: the second is refused
+    (ValueError).
     """
 
-    def __init__(self, model, images, labels, delta, options, draws=None):
+    def __init__(
+        self,
+        network: nn.Module,
+        images: torch.Tensor,
+        labels: torch.Tensor,
+        delta: torch.Tensor | None,
+        options: Options,
+        draws: Draws | None = None,
+    ):
         self.turn, self.draws = Turn("Trainer"), draws
-        self.model, self.images, self.labels, self.delta, self.options = (
-            model,
-            images,
-            labels,
-            delta,
-            options,
-        )
+        self.network, self.images, self.labels = network, images, labels
+        self.delta, self.options = delta, options
         device = images.device
         self.captures = images.is_cuda and options.fused and self._has_kernel()
         self.graph, self.ran = None, False
         lr = torch.full((), options.lr, device=device) if self.captures else options.lr
-        parameters = [p for p in model.parameters() if p.requires_grad]
+        parameters = [p for p in network.parameters() if p.requires_grad]
         self.optimizer = torch.optim.SGD(
             parameters,
             lr,
@@ -57,18 +62,21 @@ class Trainer:
         )
 
     def _has_kernel(self):
-        """The reference of `perturbed_input` waits for the device, which a capture cannot."""
+        """Whether `perturbed_input` has a kernel: its reference waits for the device, which a
+        capture cannot.
+        """
         return (
             OPS["perturbed_input"].choose(self.options.backend, "cuda", torch.float32).backend
             != "reference"
         )
 
-    def epoch(self, number, tick):
-        """One epoch. Returns (mean loss, accuracy in percent).
+    def epoch(self, number: int, tick: Callable[[int], object]) -> tuple[float, float]:
+        """Trains for one epoch. Returns (mean loss, accuracy in percent). Errors: ValueError for a
+        loss that is not finite, BackendError out of memory.
 
         `tick(images done)` is called after each batch. Waits for the device once, at the end.
         """
-        with self.turn, borrowed("generate", self.model), ordinary(), torch.enable_grad():
+        with self.turn, borrowed("generate", self.network), ordinary(), torch.enable_grad():
             return self._epoch(number, tick)
 
     def _epoch(self, number, tick):
@@ -80,7 +88,7 @@ class Trainer:
         slices = batches.train_slices(count, o.train_batch)
         losses, correct = [], torch.zeros((), dtype=torch.int64, device=device)
         self._set_learning_rate(o.learning_rate(number))
-        self.model.train()
+        self.network.train()
         try:
             for part in slices:
                 index = order[part]
@@ -118,9 +126,8 @@ class Trainer:
             self.ran = True
             return _apart(self._step, index, flip)
         if self.graph is None:
-            self.optimizer.zero_grad(
-                set_to_none=True
-            )  # the captured backward makes gradients of its own
+            # The captured backward pass makes gradients of its own.
+            self.optimizer.zero_grad(set_to_none=True)
             try:
                 self.graph = Captured(
                     self._step, [index.clone(), flip.clone()], generators=self._generators()
@@ -141,7 +148,7 @@ class Trainer:
         return tuple(value.clone() for value in self.graph.result)
 
     def _generators(self):
-        """Those whose numbers differ at every replay."""
+        """The generators whose numbers differ at every replay."""
         return (
             ()
             if self.draws is None
@@ -165,15 +172,19 @@ class Trainer:
         )
         if self.draws is not None:
             self.draws.drew = False
-        with self.draws or contextlib.nullcontext(), autocast(device, dtype):
-            logits = self.model(x)
+        # No cache of cast weights: within a caller's autocast it would outlive their update.
+        autocast = torch.autocast(
+            device.type, dtype, enabled=dtype != torch.float32, cache_enabled=False
+        )
+        with self.draws or contextlib.nullcontext(), autocast:
+            logits = self.network(x)
         loss = F.cross_entropy(logits.float(), labels)
         self.optimizer.zero_grad(set_to_none=True)
         with backward_of(self.draws):
             (loss * scale).backward()
         if scale != 1:
             torch._foreach_div_(
-                [p.grad for p in self.model.parameters() if p.grad is not None], scale
+                [p.grad for p in self.network.parameters() if p.grad is not None], scale
             )
         self.optimizer.step()
         return loss.detach(), (logits.detach().argmax(1) == labels).sum()

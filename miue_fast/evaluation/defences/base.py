@@ -1,0 +1,169 @@
+"""What a defence is, how it is read from a text, and the table of those there are."""
+
+import enum
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from torch import nn
+
+from ...dispatch.registry import BackendError
+from ...models import Recipe
+from ...support.messages import fail, short
+from ...support.named import Named
+from .. import _torchvision
+
+
+class Stage(enum.IntEnum):
+    """When a defence acts, in the order in which reports list them."""
+
+    ONCE = 0  # on the whole training set, before training
+    BATCH = 1  # on every batch
+    ATTACK = 2  # on every batch, by an attack that the victim is also tested with
+
+
+def option(default: float | None, low: float, high: float, *, whole: bool = True) -> Any:
+    """A field of a defence: an option that its text may set, from `low` to `high`; None: the
+    defence chooses.
+    """
+    return field(default=default, metadata={"low": low, "high": high, "whole": whole})
+
+
+@dataclass(frozen=True)
+class Defence:
+    """A defence with its options, which are its fields. The first one may be written without its
+    name: `jpeg:10` is `jpeg:quality=10`.
+
+    name: what the text begins with. stage: when it acts. tests: whether the test images are
+    prepared too; mostly they stay as they are, because these defences are about what is done to
+    training data. torchvision: whether that package is needed.
+    Random numbers come from torch's global generator, which a cell replaces by its own (`Draws`).
+    Errors on creation: ValueError: an option is out of range.
+    """
+
+    name: ClassVar[str]
+    stage: ClassVar[Stage]
+    tests: ClassVar[bool] = False
+    torchvision: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        for own in fields(self):
+            value, limits = getattr(self, own.name), own.metadata
+            if value is None and own.default is None:
+                continue
+            if not _within(value, **limits):
+                _refuse(self.name, own.name, value, **limits)
+
+    @classmethod
+    def read(cls, parts: Sequence[str]) -> "Defence":
+        """The defence that the parts of a text behind the name describe. Errors: ValueError."""
+        own = {each.name: each for each in fields(cls)}
+        given: dict[str, Any] = {}
+        for place, part in enumerate(parts):
+            name, equals, text = part.rpartition("=")
+            name = name if equals else next(iter(own), "") if place == 0 else ""
+            if name not in own or name in given:
+                fail(
+                    "defence",
+                    f"option of {cls.name}",
+                    f"each at most once of {', '.join(f'{o}=' for o in own) or 'none'}",
+                    repr(part),
+                )
+            limits = own[name].metadata
+            try:
+                given[name] = int(text) if limits["whole"] else float(text)
+            except ValueError:
+                given[name] = None
+            if not _within(given[name], **limits):
+                _refuse(cls.name, name, text, **limits)
+        return cls(**given)
+
+    @property
+    def spec(self) -> str:
+        """The text with every option written out."""
+        values = {own.name: getattr(self, own.name) for own in fields(self)}
+        written = [f"{name}={value:g}" for name, value in values.items() if value is not None]
+        return ":".join([self.name, *written])
+
+    def misfit(self, shape: Sequence[int], num_classes: int) -> tuple[str, object] | None:
+        """(what is expected, what there is) where images of `shape` [C, H, W] of so many classes
+        cannot be defended; else None.
+        """
+        return None
+
+    def check(self, shape: Sequence[int], num_classes: int) -> None:
+        """Judges images of `shape` [C, H, W] of so many classes. Errors: ValueError."""
+        if reason := self.misfit(shape, num_classes):
+            fail("defence", self.spec, *reason)
+
+    def recipe(self, usual: Recipe) -> Recipe:
+        """How a victim with this defence is trained, where it is usually trained by `usual`."""
+        return usual
+
+    def prepare(self, images: torch.Tensor, labels: torch.Tensor, seed: int) -> torch.Tensor:
+        """What becomes of the whole set, uint8 [N, C, H, W], once and on the CPU, before
+        training: images of the same shape.
+        """
+        return images
+
+    def batch(
+        self, network: nn.Module, images: torch.Tensor, labels: torch.Tensor, num_classes: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(images, targets) that a step trains on instead of float images [B, C, H, W] on [0, 1],
+        after crop and flip, and labels [B]. Targets are labels [B] or shares of the classes
+        [B, num_classes].
+        """
+        return images, labels
+
+    def robust(
+        self, network: nn.Module, images: torch.Tensor, labels: torch.Tensor, batch: int = 500
+    ) -> float | None:
+        """Top-1 accuracy (0 to 1) on uint8 images [N, C, H, W] under the attack that the victim was
+        trained against; None where there is no attack.
+        """
+        return None
+
+
+def _within(value: Any, *, low: float, high: float, whole: bool) -> bool:
+    kind = int if whole else int | float
+    return isinstance(value, kind) and not isinstance(value, bool) and low <= value <= high
+
+
+def _refuse(name: str, own: str, value: object, *, low: float, high: float, whole: bool) -> None:
+    kind = "a whole number" if whole else "a number"
+    fail("defence", f"{own} of {name}", f"{kind} from {low} to {high}", short(value))
+
+
+def to_bytes(images: torch.Tensor) -> torch.Tensor:
+    """Float values of 255 as uint8, rounded and clamped."""
+    return images.round().clamp(0, 255).to(torch.uint8)
+
+
+DEFENCES: Named[type[Defence]] = Named()
+Given = TypeVar("Given", bound=type[Defence])
+
+
+def register(kind: Given) -> Given:
+    """Adds the class of a defence, a frozen dataclass, to `DEFENCES` under its name; a class
+    decorator. Errors: ValueError where the name is taken.
+    """
+    DEFENCES.add(kind)
+    return kind
+
+
+def defence(spec: str | Defence) -> Defence:
+    """The Defence that a text names: a name of `DEFENCES`, then options as `:value` (the first one
+    only) or `:option=value`. A Defence comes back as it is.
+
+    Errors: ValueError: an unknown name or option, a value out of range; BackendError: the defence
+    needs torchvision and there is none.
+    """
+    if isinstance(spec, Defence):
+        return spec
+    name, *parts = spec.split(":") if isinstance(spec, str) else [spec]
+    kind = DEFENCES.choose("defence", "name", name)
+    made = kind.read(parts)
+    if kind.torchvision and (reason := _torchvision.missing()):
+        raise BackendError(f"{name}: {reason}")
+    return made

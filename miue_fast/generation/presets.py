@@ -1,0 +1,44 @@
+"""The published readings of the method, as options."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ..support.named import Named
+from .options import Options
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A set of options with a name. about: what it is for, in a few words."""
+
+    name: str
+    about: str
+    options: Options
+
+
+PRESETS: Named[Preset] = Named()
+DEFAULT = PRESETS.add(
+    Preset("paper", "the authors' program with the zeta that the paper states", Options())
+)
+PRESETS.add(
+    Preset(
+        "published",
+        "the published program's own defaults, whose distance term has weight 0",
+        Options(zeta=0.0),
+    )
+)
+PRESETS.add(
+    Preset(
+        "paper-text",
+        "the formulas as the paper's text states them: the denominator has other classes only, and "
+        "the distance is not divided by the feature width",
+        Options(denominator="negatives", normalize_dim=False),
+    )
+)
+
+
+def choose(preset: str, changes: Mapping[str, Any]) -> Options:
+    """The options of a preset with `changes`, and a device. Errors: ValueError."""
+    options = PRESETS.choose("generate", "preset", preset).options.with_(changes)
+    return replace(options, device=str(options.place))
