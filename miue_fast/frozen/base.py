@@ -135,7 +135,7 @@ class Layer:
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy chooses its implementations anew: it may be on another machine."""
-        return {k: v for k, v in vars(self).items() if k not in ("epilogue", "calls")}
+        return {k: v for k, v in vars(self).items() if k not in ("epilogue", "calls", "packed")}
 
     def refold(
         self, dtype: torch.dtype, device: torch.device, input_scale: torch.Tensor | None = None

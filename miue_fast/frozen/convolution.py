@@ -9,10 +9,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from ..dispatch import native
 from ..dispatch.registry import OPS
 from ..ops.convolution import resolve
 from ..ops.geometry import geometry, quantised
 from .base import NHWC, Gradients, Layer, Tape, gather, keep, scale_and_shift, spread, wide
+from .packed import PackedConv, family_of, worth
 
 
 class Calls(NamedTuple):
@@ -29,7 +31,8 @@ class Conv(Layer):
 
     It is resolved once: `resolve` (at freeze and refold) chooses the implementations that serve the
     device, the type and the backend, and the first image of a size has the geometry checked and, on
-    a GPU, the faster implementation looked up for that size. From then on a call is a call.
+    a GPU, the faster implementation looked up for that size. From then on a call is a call. On a
+    CPU, in float32, each direction that `packed.worth` names runs on packed weights.
 
     pick: only every pick-th pixel of the input is looked at (a slice before a 1x1 convolution).
     norms: (scale, shift) per output channel, of `constants.py`. fp8: e4m3 operands, each tensor
@@ -48,6 +51,7 @@ class Conv(Layer):
     def __post_init__(self) -> None:
         self.geometry, self.shape = self._geometry(), list(self.module.weight.shape)
         self.conv = tuple(self.geometry.values())
+        self.packed: dict[bool, PackedConv] = {}  # by whether it is the input gradient
 
     def _geometry(self) -> dict[str, Any]:
         m = self.module
@@ -82,6 +86,8 @@ class Conv(Layer):
         else:
             w = (w * input_scale[:, None, None]).to(dtype)
             keep(self, "back_weight", w.contiguous(memory_format=NHWC))
+        for back, packed in self.packed.items():
+            packed.refold(self.back_weight if back else self.weight)
 
     def resolve(self, backend: str, device: torch.device, dtype: torch.dtype) -> None:
         if backend != "auto" or device.type != "cuda":  # there the size of the images decides
@@ -89,6 +95,7 @@ class Conv(Layer):
                 OPS[name].resolve(backend, device.type, self.weight.dtype)
         super().resolve(backend, device, dtype)
         self.backend = backend
+        self.packed = vars(self).get("packed", {})  # a copy packs anew
         self.calls: dict[tuple[int, ...], Calls] = {}  # by the size of an image
 
     def _resolve(self, size: torch.Size) -> Calls:
@@ -97,8 +104,28 @@ class Conv(Layer):
             resolve(name, self.backend, self.weight, size, *conv)
             for name in ("conv_forward", "conv_input_grad")
         )
+        if packed := self._pack(back=False):
+            forward = packed.forward
+        if packed := self._pack(back=True):
+            input_grad = packed.input_grad
         calls = self.calls[size[1:]] = Calls(forward, input_grad, tuple(out[1:]))
         return calls
+
+    def _pack(self, back: bool) -> PackedConv | None:
+        """This direction on packed weights, where that is the faster way."""
+        if self.backend not in ("auto", "cpu") or self.fp8:
+            return None
+        family, level = family_of(self.weight, *self.conv, back), native.cpu_level()
+        count, channels = self.weight.shape[:2]
+        sides = (count, channels) if back else (channels, count)
+        if family is None or not worth(family, back, *sides, level):
+            self.packed.pop(back, None)
+            return None
+        packed = self.packed.get(back)
+        if packed is None or (packed.family, packed.level) != (family, level):
+            packed = self.packed[back] = PackedConv(family, back)
+            packed.refold(self.back_weight if back else self.weight)
+        return packed
 
     def _quantised(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The values that are multiplied with the weights, and the scale of the products."""

@@ -40,6 +40,11 @@ class Frozen:
     def __init__(self, model: nn.Module) -> None:
         self.model, self.device, self.turn = model, device_of(model), Turn("FrozenNet")
 
+    @property
+    def step_stem(self) -> Any:
+        """The layer whose input gradient the projected step takes along; None: there is none."""
+        return None
+
     def __getstate__(self) -> dict[str, Any]:
         return {k: v for k, v in vars(self).items() if k not in self._WAITING}
 

@@ -136,6 +136,13 @@ class FrozenNet(Frozen):
         grad_epilogue = OPS["conv_grad_epilogue_"]
         self.epilogue = grad_epilogue.resolve(self.backend, self.device.type, self.dtype)
 
+    @property
+    def step_stem(self) -> Conv | None:
+        """The first layer, if its input gradient and the projected step are one call after `run`;
+        None where the gradient comes first, from packed weights.
+        """
+        return None if self.stem is None or self.stem.packed.get(True) else self.stem
+
     @torch.no_grad()
     def run(self, count: int, load: Callable[[slice], torch.Tensor]) -> torch.Tensor:
         """Features [count, D]. `load(rows)` gives normalised images of those rows: [b, C, H, W],

@@ -154,28 +154,29 @@ class Descent:
                 sums.add_((members[:, rows] @ grad.flatten(1).float()).view_as(sums))
                 return
             rest = {"alpha": alpha, "eps": o.eps, "nonfinite": bad[1:], "backend": o.backend}
-            if network.stem is None:
+            if stem is None:
                 projected_step_(self.delta, index[rows], grad, self.images, flips(rows), **rest)
             else:  # grad belongs to the first convolution's result
                 conv_input_grad_step_(
                     self.delta,
                     index[rows],
                     grad,
-                    network.stem.back_weight,
+                    stem.back_weight,
                     self.images,
                     flips(rows),
                     **rest,
-                    **network.stem.geometry,
+                    **stem.geometry,
                 )
 
         outputs = network.run(len(index), load)
+        stem = network.step_stem
         loss, grad = o.chosen.value_and_grad(outputs, labels, self.num_classes, o)
         bad[0] += ~loss.isfinite()
         if outputs.dtype is torch.float16:
             # Only signs count: a power of two lifts the gradient out of half precision's underflow.
             grad = torch.ldexp(grad, -torch.frexp(grad.abs().amax()).exponent)
         if not o.classwise:
-            network.back(grad.to(outputs.dtype), take, stem=network.stem is not None)
+            network.back(grad.to(outputs.dtype), take, stem=stem is not None)
             return loss
         sums = torch.zeros_like(self.delta, dtype=torch.float32)
         members = (torch.arange(len(sums), device=labels.device)[:, None] == labels).float()
