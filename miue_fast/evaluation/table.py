@@ -120,7 +120,7 @@ class Table:
 
 
 def _plain(run):
-    """A Run for JSON, without its model and what was not measured."""
+    """A Run for JSON, without its network and what was not measured."""
     optional = {
         key: getattr(run, key)
         for key in ("robust", "test_poisoned", "test_unseen")

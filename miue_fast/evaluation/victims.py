@@ -33,25 +33,23 @@ CURVE_IMAGES = 2000
 class Run:
     """One trained victim. Accuracies are from 0 to 1; the curves have one entry per epoch, the
     numbers are those of the last epoch.
+
+    train_curve: on the augmented batches, as trained on (mixed images: the larger share).
+    test_curve: on clean test images; with curve=False the last epoch alone. robust: on test images
+        that are attacked within the budget of adversarial training (PGD-20); None without it.
+    test_poisoned, test_unseen: on the test images of the poisoned classes, and on those of the
+        classes without poison; None without `unseen`.
+    network: with keep_network, in eval mode.
     """
 
     seed: int
-    train_curve: list[float] = field(
-        default_factory=list
-    )  # on the augmented batches, as trained on (mixed images: the larger share)
-    test_curve: list[float] = field(default_factory=list)  # with curve=False the last epoch alone
+    train_curve: list[float] = field(default_factory=list)
+    test_curve: list[float] = field(default_factory=list)
     seconds: float = 0.0
-    robust: float | None = (
-        None  # on test images attacked within the budget of adversarial training (PGD-20)
-    )
-    test_poisoned: float | None = (
-        # on the test images of the poisoned classes, and of those without poison: with `unseen`
-        None
-    )
+    robust: float | None = None
+    test_poisoned: float | None = None
     test_unseen: float | None = None
-    network: torch.nn.Module | None = field(
-        default=None, repr=False, compare=False
-    )  # with keep_network, in eval mode
+    network: nn.Module | None = field(default=None, repr=False, compare=False)
 
     @property
     def train(self) -> float:

@@ -44,7 +44,7 @@ def poison_slices(labels: torch.Tensor, batch: int) -> list[slice]:
 
     A remainder of less than half a batch joins the batch before it, and so does a batch of one
     class: alone it would have no contrast. With two classes in the data this always ends; the first
-        batch, having none before it, takes the one after.
+    batch, which has none before it, takes the one after.
     """
     slices = []
     for part in _slices(len(labels), batch, least=(batch + 1) // 2):
