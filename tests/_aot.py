@@ -42,37 +42,63 @@ FLOATS = [torch.float32, torch.float16, torch.bfloat16]
 
 def specialise(kernel, args, kwargs):
     """(signature, constexprs, attrs, options) of a launch: None and 1 are constants, multiples of
-    16 are known to be.
+    16 are known to be. A tuple has a tuple of kinds; constants and attributes of its elements have
+    the path to them as their key.
     """
     given = dict(zip(kernel.arg_names, args)) | {
         k: v for k, v in kwargs.items() if k in kernel.arg_names
     }
-    signature, constants, attrs = {}, {}, {}
-    for position, parameter in enumerate(kernel.params):
-        value = given[parameter.name]
-        if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
-            signature[parameter.name], constants[(position,)] = "constexpr", value
-            continue
+    constants, attrs = {}, {}
+
+    def kind(value, path, constant):
+        if constant or value is None or (type(value) is int and value == 1):
+            constants[path] = value
+            return "constexpr"
+        if isinstance(value, tuple):
+            return type(value)(*(kind(v, (*path, k), False) for k, v in enumerate(value)))
         if isinstance(value, TensorDescriptor):
-            kind, aligned = (
-                f"tensordesc<{POINTER[value.base.dtype][1:]}{list(value.block_shape)}>",
-                False,
-            )
-        elif isinstance(value, torch.Tensor):
-            kind, aligned = POINTER[value.dtype], value.data_ptr() % 16 == 0
-        elif isinstance(value, float):
-            kind, aligned = "fp32", False
+            return f"tensordesc<{POINTER[value.base.dtype][1:]}{list(value.block_shape)}>"
+        if isinstance(value, float):
+            return "fp32"
+        if isinstance(value, torch.Tensor):
+            found, aligned = POINTER[value.dtype], value.data_ptr() % 16 == 0
         else:
-            kind, aligned = "i32" if -(2**31) <= value < 2**31 else "i64", value % 16 == 0
-        signature[parameter.name] = kind
+            found, aligned = "i32" if -(2**31) <= value < 2**31 else "i64", value % 16 == 0
         if aligned:
-            attrs[(position,)] = [["tt.divisibility", 16]]
+            attrs[path] = [["tt.divisibility", 16]]
+        return found
+
+    signature = {
+        parameter.name: kind(given[parameter.name], (position,), parameter.is_constexpr)
+        for position, parameter in enumerate(kernel.params)
+    }
     return (
         signature,
         constants,
         attrs,
         {k: v for k, v in kwargs.items() if k not in kernel.arg_names},
     )
+
+
+def named_constants(case):
+    """{name: value} of a launch's constants, those of a tuple by the names of its fields."""
+    kernel, signature, constants, *_ = case
+    found = {}
+    for (position, *rest), value in constants.items():
+        name = kernel.arg_names[position]
+        if rest:
+            found[signature[name]._fields[rest[0]]] = value
+        elif isinstance(value, tuple):
+            found |= value._asdict()
+        else:
+            found[name] = value
+    return found
+
+
+def kinds(signature):
+    """The kinds of all arguments, those in tuples too."""
+    for kind in signature.values():
+        yield from kind if isinstance(kind, tuple) else (kind,)
 
 
 def recorded(*calls):

@@ -65,13 +65,11 @@ GRID = ("TH", "TW")  # tiles per image: they follow from the others
 
 def label(case):
     """What tells a specialisation from the others, as the first cells of its row."""
-    kernel, signature, constants, _, options = case
-    named = {kernel.arg_names[position]: value for (position,), value in constants.items()}
-    operands = [
-        _short(kind)
-        for name, kind in signature.items()
-        if name not in named and ("*" in kind or "<" in kind)
-    ]
+    import _aot
+
+    kernel, signature, _, _, options = case
+    named = _aot.named_constants(case)
+    operands = [_short(kind) for kind in _aot.kinds(signature) if "*" in kind or "<" in kind]
     without = [name for name, value in named.items() if value is None]
     used = [
         f"{name}={value}" for name, value in named.items() if value is not None and name not in GRID

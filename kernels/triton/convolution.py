@@ -13,6 +13,7 @@ reduction innermost, so that the input gradient's weights lie as [C, R * R * K] 
 """
 
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 import triton
@@ -43,6 +44,56 @@ STEM_GRAD = {  # by `_large`; the step that follows the products must round twic
     True: {"pixels": 128, "BK": 64, "num_warps": 4, "num_stages": 3, "enable_fp_fusion": False},
     False: {"pixels": 64, "BK": 32, "num_warps": 4, "num_stages": 3, "enable_fp_fusion": False},
 }
+
+
+class Size(NamedTuple):
+    """Constants of every kernel here: channels of the input and of the result, rows and columns of
+    the result, taps on a side, stride.
+    """
+
+    C: int
+    K: int
+    P: int
+    Q: int
+    R: int
+    STRIDE: int
+
+
+class Box(NamedTuple):
+    """A tile of pixels: how many cover an image downwards and across; its images, rows, columns."""
+
+    TH: int
+    TW: int
+    NB: int
+    HB: int
+    WB: int
+
+
+class Strip(NamedTuple):
+    """A tile of one image, of which HALO columns on either side belong to its neighbours."""
+
+    TH: int
+    TW: int
+    HALO: int
+    HB: int
+    WB: int
+
+
+class Step(NamedTuple):
+    """What the projected step needs beside the gradient (`projected_step_`); int8 values of delta
+    are multiplied with `level`.
+    """
+
+    delta: torch.Tensor
+    index: torch.Tensor | None
+    images: torch.Tensor
+    flip: torch.Tensor | None
+    nonfinite: torch.Tensor | None
+    alpha: float
+    eps: float
+    level: float
+    inverse_level: float
+    count: int
 
 
 @triton.jit
@@ -78,17 +129,14 @@ def _finish(
     p,
     q,
     m,
-    K: tl.constexpr,
-    P: tl.constexpr,
-    Q: tl.constexpr,
+    SIZE: tl.constexpr,
     RELU: tl.constexpr,
     BM: tl.constexpr,
-    NB: tl.constexpr,
-    HB: tl.constexpr,
-    WB: tl.constexpr,
+    BOX: tl.constexpr,
 ):
     """The epilogue on [channels, pixels]: what lies outside the result is not stored."""
-    BN: tl.constexpr = NB * HB * WB
+    K: tl.constexpr = SIZE.K
+    BN: tl.constexpr = BOX.NB * BOX.HB * BOX.WB
     v = acc.T
     if scale is not None:
         v *= tl.load(scale)
@@ -100,12 +148,12 @@ def _finish(
     v = v.to(y.dtype)
     if RELU:
         v = tl.where(v <= 0, 0.0, v)
-    y.store([n, p, q, m], v.reshape(NB, HB, WB, BM))
+    y.store([n, p, q, m], v.reshape(BOX.NB, BOX.HB, BOX.WB, BM))
     if mask is not None:
-        pn, pp, pq = _pixels(n, p, q, NB, HB, WB)
+        pn, pp, pq = _pixels(n, p, q, BOX.NB, BOX.HB, BOX.WB)
         word = m // 16 + tl.arange(0, BM // 16)
-        live = ((pn < B) & (pp < P) & (pq < Q))[:, None] & (word < K // 16)[None, :]
-        pixel = (pn.to(tl.int64) * P + pp) * Q + pq
+        live = ((pn < B) & (pp < SIZE.P) & (pq < SIZE.Q))[:, None] & (word < K // 16)[None, :]
+        pixel = (pn.to(tl.int64) * SIZE.P + pp) * SIZE.Q + pq
         tl.store(
             mask + pixel[:, None] * (K // 16) + word[None, :],
             to_words(~(v <= 0), BN, BM),
@@ -123,33 +171,26 @@ def _convolution_kernel(
     y,
     mask,
     B,
-    C: tl.constexpr,
-    K: tl.constexpr,
-    P: tl.constexpr,
-    Q: tl.constexpr,
-    R: tl.constexpr,
-    STRIDE: tl.constexpr,
+    SIZE: tl.constexpr,
     RELU: tl.constexpr,
     PRECISION: tl.constexpr,
     BM: tl.constexpr,
     BK: tl.constexpr,
-    TH: tl.constexpr,
-    TW: tl.constexpr,
-    NB: tl.constexpr,
-    HB: tl.constexpr,
-    WB: tl.constexpr,
+    BOX: tl.constexpr,
 ):
-    BN: tl.constexpr = NB * HB * WB
-    MT: tl.constexpr = (K + BM - 1) // BM
+    C: tl.constexpr = SIZE.C
+    R: tl.constexpr = SIZE.R
+    BN: tl.constexpr = BOX.NB * BOX.HB * BOX.WB
+    MT: tl.constexpr = (SIZE.K + BM - 1) // BM
     m = tl.program_id(0) % MT * BM
-    n, p, q = _place(tl.program_id(0) // MT, TH, TW, NB, HB, WB)
+    n, p, q = _place(tl.program_id(0) // MT, BOX.TH, BOX.TW, BOX.NB, BOX.HB, BOX.WB)
     acc = tl.zeros((BM, BN), tl.float32)
     for step in range(R * R * (C // BK)):
         tap = step // (C // BK)
         c = step % (C // BK) * BK
         r = tap // R
         s = tap % R
-        if STRIDE == 1:
+        if SIZE.STRIDE == 1:
             a = x.load([n, p + r - R // 2, q + s - R // 2, c])
         else:  # row 2 p + r - R // 2 = 2 (p - R // 2 + down // 2) + down % 2
             down = r + R // 2
@@ -159,7 +200,7 @@ def _convolution_kernel(
             )
         w = weight.load([m, tap * C + c])
         acc = tl.dot(w, a.reshape(BN, BK).T, acc, input_precision=PRECISION)
-    _finish(acc, scale, bias, residual, y, mask, B, n, p, q, m, K, P, Q, RELU, BM, NB, HB, WB)
+    _finish(acc, scale, bias, residual, y, mask, B, n, p, q, m, SIZE, RELU, BM, BOX)
 
 
 @triton.jit
@@ -172,38 +213,32 @@ def _stem_kernel(
     y,
     mask,
     B,
-    C: tl.constexpr,
-    K: tl.constexpr,
-    P: tl.constexpr,
-    Q: tl.constexpr,
-    R: tl.constexpr,
-    STRIDE: tl.constexpr,
+    SIZE: tl.constexpr,
     RELU: tl.constexpr,
     PRECISION: tl.constexpr,
     BM: tl.constexpr,
     BK: tl.constexpr,
-    TH: tl.constexpr,
-    TW: tl.constexpr,
-    NB: tl.constexpr,
-    HB: tl.constexpr,
-    WB: tl.constexpr,
+    BOX: tl.constexpr,
 ):
     """The same with x and weight as pointers; all taps and channels are one reduction of R * R *
     C.
     """
-    BN: tl.constexpr = NB * HB * WB
+    C: tl.constexpr = SIZE.C
+    K: tl.constexpr = SIZE.K
+    R: tl.constexpr = SIZE.R
+    BN: tl.constexpr = BOX.NB * BOX.HB * BOX.WB
     MT: tl.constexpr = (K + BM - 1) // BM
-    H: tl.constexpr = P * STRIDE
-    W: tl.constexpr = Q * STRIDE
+    H: tl.constexpr = SIZE.P * SIZE.STRIDE
+    W: tl.constexpr = SIZE.Q * SIZE.STRIDE
     m = tl.program_id(0) % MT * BM
-    n, p, q = _place(tl.program_id(0) // MT, TH, TW, NB, HB, WB)
-    pn, pp, pq = _pixels(n, p, q, NB, HB, WB)
+    n, p, q = _place(tl.program_id(0) // MT, BOX.TH, BOX.TW, BOX.NB, BOX.HB, BOX.WB)
+    pn, pp, pq = _pixels(n, p, q, BOX.NB, BOX.HB, BOX.WB)
     k = m + tl.arange(0, BM)
     acc = tl.zeros((BM, BN), tl.float32)
     for first in range(0, R * R * C, BK):
         j = first + tl.arange(0, BK)
-        row = pp[:, None] * STRIDE + (j // (R * C) - R // 2)[None, :]
-        column = pq[:, None] * STRIDE + (j // C % R - R // 2)[None, :]
+        row = pp[:, None] * SIZE.STRIDE + (j // (R * C) - R // 2)[None, :]
+        column = pq[:, None] * SIZE.STRIDE + (j // C % R - R // 2)[None, :]
         live = (
             (pn < B)[:, None]
             & (row >= 0)
@@ -220,7 +255,7 @@ def _stem_kernel(
             other=0,
         )
         acc = tl.dot(w, a.T, acc, input_precision=PRECISION)
-    _finish(acc, scale, bias, residual, y, mask, B, n, p, q, m, K, P, Q, RELU, BM, NB, HB, WB)
+    _finish(acc, scale, bias, residual, y, mask, B, n, p, q, m, SIZE, RELU, BM, BOX)
 
 
 @triton.jit
@@ -232,31 +267,27 @@ def _input_grad_kernel(
     out,
     mask,
     B,
-    C: tl.constexpr,
-    K: tl.constexpr,
-    P: tl.constexpr,
-    Q: tl.constexpr,
-    R: tl.constexpr,
-    STRIDE: tl.constexpr,
+    SIZE: tl.constexpr,
     PRECISION: tl.constexpr,
     BM: tl.constexpr,
     BK: tl.constexpr,
-    TH: tl.constexpr,
-    TW: tl.constexpr,
-    NB: tl.constexpr,
-    HB: tl.constexpr,
-    WB: tl.constexpr,
+    BOX: tl.constexpr,
 ):
     """Rows STRIDE p + a and columns STRIDE q + b of the input: of the taps those with r = a + R //
     2 and s = b + R // 2 modulo STRIDE.
     """
-    BN: tl.constexpr = NB * HB * WB
+    C: tl.constexpr = SIZE.C
+    K: tl.constexpr = SIZE.K
+    R: tl.constexpr = SIZE.R
+    STRIDE: tl.constexpr = SIZE.STRIDE
+    BN: tl.constexpr = BOX.NB * BOX.HB * BOX.WB
     MT: tl.constexpr = (C + BM - 1) // BM
     m = tl.program_id(0) % MT * BM
     parity = tl.program_id(0) // MT % (STRIDE * STRIDE)
     a = parity // STRIDE
     b = parity % STRIDE
-    n, p, q = _place(tl.program_id(0) // (MT * STRIDE * STRIDE), TH, TW, NB, HB, WB)
+    tile = tl.program_id(0) // (MT * STRIDE * STRIDE)
+    n, p, q = _place(tile, BOX.TH, BOX.TW, BOX.NB, BOX.HB, BOX.WB)
     first_r = (a + R // 2) % STRIDE
     first_s = (b + R // 2) % STRIDE
     rows = (R - first_r + STRIDE - 1) // STRIDE
@@ -284,16 +315,17 @@ def _input_grad_kernel(
         v += other.reshape(BN, BM).to(tl.float32)
     v = v.to(out.dtype)
     if mask is not None:
-        pn, pp, pq = _pixels(n, p, q, NB, HB, WB)
+        pn, pp, pq = _pixels(n, p, q, BOX.NB, BOX.HB, BOX.WB)
         word = m // 16 + tl.arange(0, BM // 16)
-        live = ((pn < B) & (pp < P) & (pq < Q))[:, None] & (word < C // 16)[None, :]
-        pixel = (pn.to(tl.int64) * (P * STRIDE) + pp * STRIDE + a) * (Q * STRIDE) + pq * STRIDE + b
+        live = ((pn < B) & (pp < SIZE.P) & (pq < SIZE.Q))[:, None] & (word < C // 16)[None, :]
+        row = pn.to(tl.int64) * (SIZE.P * STRIDE) + pp * STRIDE + a
+        pixel = row * (SIZE.Q * STRIDE) + pq * STRIDE + b
         words = tl.load(mask + pixel[:, None] * (C // 16) + word[None, :], mask=live, other=0)
         v = tl.where(from_words(words, BN, BM), v, 0.0)
     if STRIDE == 1:
-        out.store([n, p, q, m], v.reshape(NB, HB, WB, BM))
+        out.store([n, p, q, m], v.reshape(BOX.NB, BOX.HB, BOX.WB, BM))
     else:
-        out.store([n, p, a, q, b * C + m], v.reshape(NB, HB, 1, WB, BM))
+        out.store([n, p, a, q, b * C + m], v.reshape(BOX.NB, BOX.HB, 1, BOX.WB, BM))
 
 
 @triton.jit
@@ -303,44 +335,34 @@ def _stem_grad_kernel(
     addend,
     out,
     mask,
-    delta,
-    index,
-    images,
-    flip,
-    nonfinite,
-    alpha,
-    eps,
-    level,
-    inverse_level,
-    count,
-    C: tl.constexpr,
+    step,
+    SIZE: tl.constexpr,
     CP: tl.constexpr,
-    K: tl.constexpr,
-    P: tl.constexpr,
-    Q: tl.constexpr,
-    R: tl.constexpr,
-    STRIDE: tl.constexpr,
     PRECISION: tl.constexpr,
     BK: tl.constexpr,
-    TH: tl.constexpr,
-    TW: tl.constexpr,
-    HALO: tl.constexpr,
-    HB: tl.constexpr,
-    WB: tl.constexpr,
+    STRIP: tl.constexpr,
 ):
-    """A tile of one image, as [pixels, channels]: stored to `out`, or applied to `delta` as a
-    projected step.
+    """A tile of one image, as [pixels, channels]: stored to `out`, or applied to `step.delta` as a
+    projected step. CP: C, padded to a power of two.
 
     Column 4 c + s of the products belongs to channel c and horizontal tap s. They are shifted by
     their tap and summed at the end; tiles that do not hold whole rows overlap by HALO columns on
     either side."""
+    C: tl.constexpr = SIZE.C
+    K: tl.constexpr = SIZE.K
+    R: tl.constexpr = SIZE.R
+    STRIDE: tl.constexpr = SIZE.STRIDE
+    HALO: tl.constexpr = STRIP.HALO
+    HB: tl.constexpr = STRIP.HB
+    WB: tl.constexpr = STRIP.WB
     BN: tl.constexpr = HB * WB
-    H: tl.constexpr = P * STRIDE
-    W: tl.constexpr = Q * STRIDE
+    H: tl.constexpr = SIZE.P * STRIDE
+    W: tl.constexpr = SIZE.Q * STRIDE
     parity = tl.program_id(0) % (STRIDE * STRIDE)
     a = parity // STRIDE
     b = parity % STRIDE
-    n, p, q = _place(tl.program_id(0) // (STRIDE * STRIDE), TH, TW, 1, HB, WB - 2 * HALO)
+    tile = tl.program_id(0) // (STRIDE * STRIDE)
+    n, p, q = _place(tile, STRIP.TH, STRIP.TW, 1, HB, WB - 2 * HALO)
     q -= HALO
     j = tl.arange(0, 4 * CP)
     s = j % 4
@@ -365,11 +387,11 @@ def _stem_grad_kernel(
     c = tl.arange(0, CP)
     pp = p + t // WB
     pq = q + t % WB
-    mine = (t % WB >= HALO) & (t % WB < WB - HALO) & (pp < P) & (pq < Q)
+    mine = (t % WB >= HALO) & (t % WB < WB - HALO) & (pp < SIZE.P) & (pq < SIZE.Q)
     live = mine[:, None] & (c < C)[None, :]
     row = (pp * STRIDE + a)[:, None]
     column = (pq * STRIDE + b)[:, None]
-    if delta is None:
+    if step is None:
         i = ((n.to(tl.int64) * H + row) * W + column) * C + c[None, :]
         if addend is not None:
             v += tl.load(addend + i, mask=live, other=0).to(tl.float32)
@@ -382,13 +404,23 @@ def _stem_grad_kernel(
             )
         tl.store(out + i, v, mask=live)
     else:
-        stored, exists = store_row(index, n.to(tl.int64), count)
+        stored, exists = store_row(step.index, n.to(tl.int64), step.count)
         live &= exists
         base = stored * C * H * W
         i = c[None, :] * (H * W) + row * W + column
-        x = load_image(images + base, flip, n, i, column, W, live)
+        x = load_image(step.images + base, step.flip, n, i, column, W, live)
         g = v.to(grad.dtype).to(tl.float32)
-        move(delta + base + i, g, x, live, nonfinite, alpha, eps, level, inverse_level)
+        move(
+            step.delta + base + i,
+            g,
+            x,
+            live,
+            step.nonfinite,
+            step.alpha,
+            step.eps,
+            step.level,
+            step.inverse_level,
+        )
 
 
 def _check(op, weight, size, stride, padding, dilation, groups):
@@ -554,16 +586,11 @@ def conv_forward(
             _pixels_of(y, out),
             as_words(mask) if want_mask else None,
             b,
-            C=c,
-            K=k,
-            P=y.shape[2],
-            Q=y.shape[3],
-            R=r,
-            STRIDE=step,
+            SIZE=Size(c, k, *y.shape[2:], r, step),
             RELU=relu,
             PRECISION=_precision(y.dtype),
             **tile,
-            **box,
+            BOX=Box(**box),
         )
     return y, mask
 
@@ -600,69 +627,32 @@ def conv_input_grad(
             _pixels_of(out, block, step),
             as_words(mask),
             b,
-            C=c,
-            K=k,
-            P=p,
-            Q=q,
-            R=r,
-            STRIDE=step,
+            SIZE=Size(c, k, p, q, r, step),
             PRECISION=_precision(out.dtype),
             **tile,
-            **box,
+            BOX=Box(**box),
         )
     return out
 
 
-def _stem_grad(
-    grad,
-    weight,
-    step,
-    addend=None,
-    out=None,
-    mask=None,
-    delta=None,
-    index=None,
-    images=None,
-    flip=None,
-    nonfinite=None,
-    alpha=0.0,
-    eps=0.0,
-):
+def _stem_grad(grad, weight, stride, addend=None, out=None, mask=None, step=None):
     (b, _, p, q), (k, c, r, _) = grad.shape, weight.shape
     tile = _dividing(STEM_GRAD[_large(grad)], k)
     box = dict(_box(tile.pop("pixels"), b, p, q, r // 2))
     block = [box.pop("NB"), box["HB"], box["WB"], tile["BK"]]
-    level, inverse_level = (
-        (eps / 127, 127 / eps) if delta is not None and delta.dtype == torch.int8 else (1.0, 1.0)
-    )
-    count = 0 if delta is None else len(delta)
     with on_device_of(grad):
-        _stem_grad_kernel[(b * box["TH"] * box["TW"] * step * step,)](
+        _stem_grad_kernel[(b * box["TH"] * box["TW"] * stride * stride,)](
             _pixels_of(_aligned(grad), block),
             _rows_of(weight),
             addend,
             out,
             mask,
-            delta,
-            index,
-            images,
-            None if flip is None else flip.view(torch.uint8),
-            nonfinite,
-            alpha,
-            eps,
-            level,
-            inverse_level,
-            count,
-            C=c,
+            step,
+            SIZE=Size(c, k, p, q, r, stride),
             CP=max(4, triton.next_power_of_2(c)),
-            K=k,
-            P=p,
-            Q=q,
-            R=r,
-            STRIDE=step,
             PRECISION=_precision(grad.dtype),
             **tile,
-            **box,
+            STRIP=Strip(**box),
         )
 
 
@@ -687,15 +677,8 @@ def conv_input_grad_step_(
         slope = conv_input_grad(grad, weight, None, None, size, stride, padding, dilation, groups)
         projected_step_(delta, index, slope, images, flip, alpha, eps, nonfinite)
     elif grad.numel():
-        _stem_grad(
-            grad,
-            weight,
-            stride[0],
-            delta=delta,
-            index=index,
-            images=images,
-            flip=flip,
-            nonfinite=nonfinite,
-            alpha=alpha,
-            eps=eps,
-        )
+        level, inverse_level = (eps / 127, 127 / eps) if delta.dtype == torch.int8 else (1.0, 1.0)
+        flip = None if flip is None else flip.view(torch.uint8)
+        scalars = alpha, eps, level, inverse_level, len(delta)
+        step = Step(delta, index, images, flip, nonfinite, *scalars)
+        _stem_grad(grad, weight, stride[0], step=step)

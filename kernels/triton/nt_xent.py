@@ -18,6 +18,7 @@ kept (at most 16 MB, in L2); above, they are computed a second time for the grad
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 import triton
@@ -58,6 +59,19 @@ RESIDENT_PROGRAMS = 128  # of a gradient: one for each multiprocessor; a constan
 PROJECT = {"ROWS": 4, "BD": 128, "num_warps": 4}
 # enough to fill any GPU; a constant, so that the order of the sums depends on the shape alone
 PROGRAMS = 256
+
+
+class Rows(NamedTuple):
+    """What the gradient needs of every row: float32 [padded], and pull and push only of rows that
+    exist.
+    """
+
+    inverse: torch.Tensor  # a scaled row times this number is a unit row
+    norms: torch.Tensor  # clamped
+    own: torch.Tensor  # the unit row's norm: 1, or 0 for a row of zeros
+    top: torch.Tensor  # what is subtracted from cosines with other classes before exp
+    pull: torch.Tensor  # coefficients of pairs of one class, and of two
+    push: torch.Tensor
 
 
 @triton.jit
@@ -304,12 +318,7 @@ def _gradient_kernel(
     grad,
     hi,
     lo,
-    inverse,
-    norms,
-    own,
-    top,
-    pull,
-    push,
+    of,
     labels,
     similarity,
     power,
@@ -325,16 +334,16 @@ def _gradient_kernel(
     BD: tl.constexpr,
 ):
     """[BM, BD] of df = (G - (G . z) z) / ||f||, G = W z; G . z = sum_j W_ij s_ij needs no other
-    part of the row.
+    part of the row. of: Rows.
     """
     rows = tl.program_id(0) * BM + tl.arange(0, BM)
     d = tl.program_id(1) * BD + tl.arange(0, BD)
     known = rows < B
     row_labels = tl.load(labels + rows, mask=known, other=0)[:, None]
-    row_own = tl.load(own + rows)[:, None]
-    row_top = tl.load(top + rows, mask=known, other=0)[:, None]
-    row_pull = tl.load(pull + rows, mask=known, other=0)[:, None]
-    row_push = tl.load(push + rows, mask=known, other=0)[:, None]
+    row_own = tl.load(of.own + rows)[:, None]
+    row_top = tl.load(of.top + rows, mask=known, other=0)[:, None]
+    row_pull = tl.load(of.pull + rows, mask=known, other=0)[:, None]
+    row_push = tl.load(of.push + rows, mask=known, other=0)[:, None]
     scale = tl.load(power)
     g = tl.zeros((BM, BD), tl.float32)
     along = tl.zeros((BM,), tl.float32)
@@ -344,22 +353,23 @@ def _gradient_kernel(
         if similarity is not None:
             s = tl.load(similarity + rows[:, None].to(tl.int64) * padded + columns[None, :])
         else:
-            s = _similarities(hi, lo, inverse, own, rows, columns, width, BM, BN, BK)
+            s = _similarities(hi, lo, of.inverse, of.own, rows, columns, width, BM, BN, BK)
         same = row_labels == tl.load(labels + columns, mask=live, other=0)[None, :]
         mine = tl.where(same, row_pull, row_push) * _exp(s - tl.where(same, row_own, row_top), rate)
         shift = tl.where(
             same,
-            tl.load(own + columns)[None, :],
-            tl.load(top + columns, mask=live, other=0)[None, :],
+            tl.load(of.own + columns)[None, :],
+            tl.load(of.top + columns, mask=live, other=0)[None, :],
         )
         theirs = tl.where(
             same,
-            tl.load(pull + columns, mask=live, other=0)[None, :],
-            tl.load(push + columns, mask=live, other=0)[None, :],
+            tl.load(of.pull + columns, mask=live, other=0)[None, :],
+            tl.load(of.push + columns, mask=live, other=0)[None, :],
         )
         w = tl.where(live[None, :], mine + theirs * _exp(s - shift, rate), 0.0)
         along += tl.sum(w * s, 1)
-        w *= (tl.load(inverse + columns) * (scale * 4096))[None, :]  # inverse is in (2^-13, 2^-12]
+        # inverse is in (2^-13, 2^-12]
+        w *= (tl.load(of.inverse + columns) * (scale * 4096))[None, :]
         w_hi = w.to(tl.float16)
         w_lo = (w - w_hi.to(tl.float32)).to(tl.float16)
         tile = columns[:, None].to(tl.int64) * width + d[None, :]
@@ -374,9 +384,9 @@ def _gradient_kernel(
     z = tl.load(hi + mine, mask=inside, other=0).to(tl.float32)
     if lo is not None:
         z += tl.load(lo + mine, mask=inside, other=0).to(tl.float32)
-    z *= tl.load(inverse + rows)[:, None]
+    z *= tl.load(of.inverse + rows)[:, None]
     g *= tl.div_rn(1.0, scale * 4096)
-    out = (g - along[:, None] * z) * tl.div_rn(factor, tl.load(norms + rows))[:, None]
+    out = (g - along[:, None] * z) * tl.div_rn(factor, tl.load(of.norms + rows))[:, None]
     tl.store(grad + rows[:, None].to(tl.int64) * D + d[None, :], out, mask=inside)
 
 
@@ -591,12 +601,7 @@ def nt_xent(features, labels, temperature, denominator, want_grad):
                 grad,
                 hi,
                 lo,
-                inverse,
-                norms,
-                own,
-                top,
-                pull,
-                push,
+                Rows(inverse, norms, own, top, pull, push),
                 labels,
                 similarity,
                 power,

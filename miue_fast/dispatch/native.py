@@ -48,16 +48,16 @@ def cpu_missing():
 
 
 def cuda_missing() -> str | None:
-    """Why the CUDA C++ kernels for every GPU do not run here, or None."""
-    return _kernels_missing(architectures.EVERY_GPU)
+    """Why the CUDA C++ code for every GPU does not run here, or None."""
+    return _code_missing(architectures.EVERY_GPU)
 
 
 def wgmma_missing() -> str | None:
-    """Why the CUDA C++ kernels for Hopper do not run here, or None."""
-    return _kernels_missing(architectures.HOPPER)
+    """Why the CUDA C++ code for Hopper does not run here, or None."""
+    return _code_missing(architectures.HOPPER)
 
 
-def _kernels_missing(folder: str) -> str | None:
+def _code_missing(folder: str) -> str | None:
     if _cuda_reason:
         return _cuda_reason
     if not torch.cuda.is_available():

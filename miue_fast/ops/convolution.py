@@ -3,8 +3,8 @@ stem's with the projected step.
 
 The backends `cpu` and `cuda` take PyTorch's library (oneDNN, cuDNN) for the convolution and this
 package's C++ for what follows; `triton` is one kernel; `wgmma` is one CUDA C++ kernel for Hopper
-and the 3x3 layers of 64 channels in float16 and bfloat16 (csrc/cuda/conv64.cu). `auto` on a GPU
-takes, per layer, what `measured.json` says is faster; unmeasured: cuDNN. Operands in e4m3
+and the 3x3 layers of 64 channels in float16 and bfloat16 (csrc/cuda/hopper/conv64.cu). `auto` on a
+GPU takes, per layer, what `measured.json` says is faster; unmeasured: cuDNN. Operands in e4m3
 (float8_e4m3fn) have `triton` and the reference, which widens them to float32."""
 
 from collections.abc import Callable, Sequence

@@ -46,17 +46,14 @@ def launches():
 
 
 def problems(capability, name, case, folder):
-    kernel, signature, constants, _, options = case
+    kernel, signature, _, _, options = case
     made = _aot.compiled(capability, name, case, folder)
     if made.stack:
         yield f"{made.stack} bytes of stack ({made.registers} registers): spills"
     if made.shared > SHARED[capability]:
         yield f"{made.shared} bytes of shared memory"
-    rows = next(
-        (value for (position,), value in constants.items() if kernel.arg_names[position] == "BM"),
-        64,
-    )
-    fp8 = any("fp8" in kind for kind in signature.values())
+    rows = _aot.named_constants(case).get("BM", 64)
+    fp8 = any("fp8" in kind for kind in _aot.kinds(signature))
     core = TENSOR_CORE["fp8" if fp8 else 80 if rows < 64 else capability]  # wgmma has 64 rows
     if kernel.fn.__name__ in PRODUCTS and core not in made.mix:
         yield f"no {core} in the machine code"
@@ -98,12 +95,10 @@ def test_every_configuration_is_compiled(launches):
     """The calls above reach each entry of the tables the launchers choose from."""
 
     def chosen(kernel, *names):
-        for found, _, constants, _, options in every:
-            if found.fn.__name__ == kernel:
-                named = {
-                    found.arg_names[position]: value for (position,), value in constants.items()
-                }
-                yield {k: v for k, v in (named | options).items() if k in names}
+        for case in every:
+            if case[0].fn.__name__ == kernel:
+                named = _aot.named_constants(case) | case[-1]
+                yield {k: v for k, v in named.items() if k in names}
 
     every = [launch for of_one in launches.values() for launch in of_one.values()]
     tiles = ("BM", "BN", "BK", "BD", "WIDTH", "num_warps", "num_stages")
@@ -149,10 +144,8 @@ def test_blocks_stay_within_their_channels(launches):
     a GPU, a race.
     """
     found = 0
-    for kernel, _, constants, _, _ in (
-        launch for of_one in launches.values() for launch in of_one.values()
-    ):
-        size = {kernel.arg_names[position]: value for (position,), value in constants.items()}
+    for case in (launch for of_one in launches.values() for launch in of_one.values()):
+        kernel, size = case[0], _aot.named_constants(case)
         if kernel in (
             convolution._convolution_kernel,
             convolution._input_grad_kernel,
