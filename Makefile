@@ -24,6 +24,7 @@ test: setup
 lint: setup
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+	$(VENV)/bin/ty check miue_fast
 
 bench: setup
 	$(PY) -m benchmarks.bench --out benchmarks/results/cpu.json

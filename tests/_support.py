@@ -388,7 +388,7 @@ def values(tensor):
 
 
 def step_by_numpy(delta, grad, image, alpha, eps):
-    """The projected step written a second time, from algorithm.md 2 instead of the reference."""
+    """The projected step written a second time, from docs/method.md instead of the reference."""
     alpha, eps = (delta.dtype.type(v) for v in (alpha, eps))
     sign = (grad > 0).astype(delta.dtype) - (grad < 0).astype(delta.dtype)
     moved = np.minimum(np.maximum(delta - alpha * sign, -eps), eps)

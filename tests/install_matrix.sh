@@ -17,7 +17,7 @@ check() {
   "$python" -m venv "$work/$name"
   "$work/$name/bin/python" -m pip install -q "$@"
   (cd "$work" && "$work/$name/bin/python" -c "$use
-from miue_fast._registry import OPS
+from miue_fast.dispatch.registry import OPS
 got = ' '.join(i.backend for i in OPS['nt_xent'].impls if 'cpu' in i.devices and i.missing() is None)
 assert got == '$wanted', got" && "$work/$name/bin/python" -m miue_fast info >"$work/$name.txt")
   rm -rf "${work:?}/$name"

@@ -1,5 +1,5 @@
 """The arguments of `miue-fast`: commands, options, types and help texts. What the commands do with
-them is in `cli.py`.
+them is in `commands.py`.
 """
 
 import argparse

@@ -1,5 +1,5 @@
 """`miue-fast`: one command per job, each a few lines around the public functions. Exit codes:
-`main`; arguments: `_arguments.py`.
+`main`; arguments: `arguments.py`.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""Training of one victim network (algorithm.md 3), plain or with a defence, and its accuracy on
+"""Training of one victim network (docs/method.md), plain or with a defence, and its accuracy on
 training and clean test images.
 """
 
@@ -115,7 +115,7 @@ def recipe(victim, epochs, lr, batch, crop=None, *, adversarial=False):
     """Fills what is None with the victim's default; a victim of the caller's own must come with
     epochs and lr.
 
-    adversarial: the recipe of adversarial training (algorithm.md 3): at most 100 epochs and lr 0.1,
+    adversarial: the recipe of adversarial training (docs/method.md): at most 100 epochs and lr 0.1,
         weight decay 5e-4 (AdamW: its own),
     divided by 10 at 40 and 80 %.
     """
@@ -156,7 +156,7 @@ def recipe(victim, epochs, lr, batch, crop=None, *, adversarial=False):
 
 def build(victim, classes, shape, draws, device):
     """A victim for images of `shape` (C, H, W) on the [0, 1] scale, without normalisation
-    (algorithm.md 2), initialised from `draws`.
+    (docs/method.md), initialised from `draws`.
     """
     channels, height, width = shape
     if isinstance(victim, str):

@@ -1,4 +1,4 @@
-"""The bi-level loop: a model step and a poison step per epoch (algorithm.md 2)."""
+"""The bi-level loop: a model step and a poison step per epoch (docs/method.md)."""
 
 import contextlib
 import csv

@@ -19,8 +19,8 @@ _ALL_OPS = tuple(
 
 @dataclass(frozen=True)
 class Options:
-    """algorithm.md 2. Sizes are on the [0, 1] image scale (8/255, not 8). Errors: ValueError on
-    creation, one line each.
+    """The options of the method (docs/method.md). Sizes are on the [0, 1] image scale (8/255, not
+    8). Errors: ValueError on creation, one line each.
     """
 
     objective: str = (

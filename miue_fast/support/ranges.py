@@ -1,5 +1,5 @@
 """Ranges of options: each is judged before anything is read or made, and a wrong one is one line
-(`_checks.fail`).
+(`messages.fail`).
 """
 
 import os

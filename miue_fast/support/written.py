@@ -1,7 +1,7 @@
 """Options by the names under which the user wrote them: `target_shift` in Python, `--target-shift`
 on the command line.
 
-Messages are made where the fault is found, which knows Python's names only; `_checks.fail` and
+Messages are made where the fault is found, which knows Python's names only; `messages.fail` and
 `option` ask here for the others."""
 
 import contextlib
