@@ -11,7 +11,7 @@ import miue_fast
 
 def main(
     clean: Path, out: Path, epochs: int = 30, *, size: int = 32, model: str = "resnet18"
-) -> miue_fast.data.Report:
+) -> miue_fast.data.Verification:
     """Writes the poison to out/poison and the images to out/images; returns what was verified.
 
     size: the side of the square that the network sees; the exported images keep their own.

@@ -1,6 +1,8 @@
-"""`python -m miue_fast info`: which backend serves which op here, or why not; versions, build
-flags, devices.
+"""`python -m miue_fast info`: which backend serves which op here, or why it does not; versions,
+build flags and devices.
 """
+
+from typing import TextIO
 
 import torch
 
@@ -18,7 +20,7 @@ RUN_ON = {
 }
 
 
-def matrix():
+def matrix() -> dict[str, dict[str, tuple[list[str], str | None]]]:
     """{op: {backend: (devices, reason or None)}}, straight from the registry."""
     return {
         name: {impl.backend: (sorted(impl.devices), impl.missing()) for impl in op.impls}
@@ -26,9 +28,9 @@ def matrix():
     }
 
 
-def markdown():
-    """The op x backend table of the README: the dtypes each implementation takes, and where that
-    backend has really run.
+def markdown() -> str:
+    """The table of ops and backends in docs/backends.md: the dtypes that each implementation takes,
+    and where that backend has really run.
     """
     backends = ("reference", "cpu", "triton", "cuda", "wgmma")
     short = {
@@ -48,7 +50,8 @@ def markdown():
     return "\n".join(lines)
 
 
-def main(out=None):
+def main(out: TextIO | None = None) -> None:
+    """Prints what this machine has. out: a text stream; None is stdout."""
     print(
         "versions:",
         ", ".join(f"{name} {version or 'not installed'}" for name, version in versions().items()),

@@ -1,6 +1,9 @@
 """The configuration of a report: a JSON file, checked as a whole before anything is trained."""
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
 
 from .. import models
 from ..analysis import ESTIMATORS
@@ -8,7 +11,7 @@ from ..data.kept import is_whole, read_json
 from ..dispatch import checks
 from ..evaluation.defences import defence
 from ..evaluation.victims import recipe
-from ..generation import PRESETS
+from ..generation import PRESETS, Options
 from ..generation.options import choose
 from ..support import messages, ranges
 from ..support.schema import scalar, table, text
@@ -34,15 +37,17 @@ _ANALYSIS = {
 
 @dataclass(frozen=True)
 class Config:
-    """What is poisoned how, and who is trained on it. See docs/report.md for the file; `read` makes
-    one.
+    """What is poisoned how, and who is trained on it. docs/report.md describes the file, and `read`
+    makes an object from it.
 
-    data, test: what `data.load` takes. poisons: name -> options of `generate`, {"path": a poison or
-        poisoned folder} or {"of": another
-    poison, "ratio": the share of its images that keep it}. victims: name -> recipe. runs: blocks of
-    cells, each the product of its poisons, victims, defences and seeds. analysis: which victims'
-    features are analysed, and how.
-    paper: a table of `paper.py` whose numbers are printed beside ours, or None.
+    Attributes:
+        data, test: what `data.load` takes.
+        poisons: by name, options of `generate`, or {"path": a poison or poisoned folder}, or {"of":
+            another poison, "ratio": the share of its images that keep it}.
+        victims: recipes by name.
+        runs: blocks of cells, each the product of its poisons, victims, defences and seeds.
+        analysis: which victims' features are analysed, and how.
+        paper: the table of `paper.py` whose numbers are printed beside ours, or None.
     """
 
     name: str
@@ -58,7 +63,7 @@ class Config:
     analysis: dict = field(default_factory=dict)
     paper: str | None = None
 
-    def cells(self):
+    def cells(self) -> list[tuple[str, str, str, int]]:
         """(poison, victim, defence, seed), each once, in the order of the blocks."""
         found = {}
         for run in self.runs:
@@ -73,7 +78,8 @@ class Config:
                         )
         return list(found)
 
-    def analysed(self, victim, defended, seed):
+    def analysed(self, victim: str, defended: str, seed: int) -> bool:
+        """Whether the features of this cell's victim are to be analysed."""
         return (
             defended == "none"
             and victim in self.analysis["victims"]
@@ -81,7 +87,7 @@ class Config:
         )
 
 
-def load(path):
+def load(path: str | Path) -> dict[str, Any] | None:
     """The content of a report.json, or None if the file is something else. ValueError: a report
     that is not as it was written.
     """
@@ -101,7 +107,7 @@ def load(path):
     return content
 
 
-def read(path, **changes):
+def read(path: str | Path, **changes: str | None) -> Config:
     """The Config in a JSON file; `changes` (data, test) replace its entries. ValueError: one line
     that says what is wrong.
     """
@@ -114,7 +120,7 @@ def read(path, **changes):
     return check(content)
 
 
-def check(content):
+def check(content: Any) -> Config:
     """A Config from a dict, with the defaults filled in. Errors: ValueError."""
     names = {entry.name for entry in fields(Config)}
     _only("the file", content, names)
@@ -130,7 +136,7 @@ def check(content):
             "the keys name, data, test, poisons, runs and victims",
             f"none of {', '.join(missing)}",
         )
-    content = {
+    filled: dict[str, Any] = {
         **content,
         "analysis": {**_ANALYSIS, **_only("analysis", content.get("analysis", {}), _ANALYSIS)},
     }
@@ -143,28 +149,28 @@ def check(content):
         "victims": dict,
         "generation": dict,
     }.items():
-        if not isinstance(content.get(key, kind()), kind):
-            messages.fail("report", key, f"a {kind.__name__}", repr(content[key]))
-    text()("report: name", content["name"])
+        if not isinstance(filled.get(key, kind()), kind):
+            messages.fail("report", key, f"a {kind.__name__}", repr(filled[key]))
+    text()("report: name", filled["name"])
     for key in ("data", "test"):
-        _place(key, content[key])
+        _place(key, filled[key])
     for key in ("size", "per_class", "test_per_class"):
-        if content.get(key) is not None:
-            ranges.whole("report", key, content[key], 1, 4096 if key == "size" else ranges.MOST)
+        if filled.get(key) is not None:
+            ranges.whole("report", key, filled[key], 1, 4096 if key == "size" else ranges.MOST)
     for key, most in (("poisons", MOST_POISONS), ("victims", MOST_VICTIMS)):
-        if len(content[key]) > most:
-            messages.fail("report", key, f"{most} at most", len(content[key]))
-    for name, options in content["poisons"].items():
-        _poison(name, options, content)
-    for name, options in content["victims"].items():
-        _victim(name, options, content.get("per_class"))
-    content["runs"] = [_run(k, block, content) for k, block in enumerate(content["runs"])]
-    _analysis(content)
-    if content.get("paper") is not None and content["paper"] not in list(PAPER):
+        if len(filled[key]) > most:
+            messages.fail("report", key, f"{most} at most", len(filled[key]))
+    for name, options in filled["poisons"].items():
+        _poison(name, options, filled)
+    for name, options in filled["victims"].items():
+        _victim(name, options, filled.get("per_class"))
+    filled["runs"] = [_run(k, block, filled) for k, block in enumerate(filled["runs"])]
+    _analysis(filled)
+    if filled.get("paper") is not None and filled["paper"] not in list(PAPER):
         messages.fail(
-            "report", "paper", f"null or one of {', '.join(PAPER)}", repr(content["paper"])
+            "report", "paper", f"null or one of {', '.join(PAPER)}", repr(filled["paper"])
         )
-    config = Config(**content)
+    config = Config(**filled)
     trained = {
         (poison, victim, seed)
         for poison, victim, defended, seed in config.cells()
@@ -205,7 +211,7 @@ def _only(where, given, known):
 
 
 def _place(where, path):
-    """Where images or a poison lie."""
+    """Checks the entry that says where images or a poison lie."""
     if not isinstance(path, str) or not path.strip() or "\0" in path:
         messages.fail("report", where, "text that names a file or folder", repr(path))
 
@@ -263,7 +269,7 @@ def _victim(name, options, per_class):
         )
 
 
-def split(options):
+def split(options: Mapping[str, Any]) -> tuple[dict[str, Any], Options]:
     """(arguments of generate, Options) of one poison's entry. Errors: ValueError."""
     arguments = {name: options[name] for name in _GENERATE if name in options}
     rest = {name: value for name, value in options.items() if name not in _GENERATE}

@@ -1,20 +1,23 @@
-"""From the collected cells to what the report says: headings, sentences, tables and figures, in
-order; no layout.
+"""Turns the collected cells into what the report says: headings, sentences, tables and figures in
+their order, without any layout.
 """
 
 import itertools
 import math
 import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from ..analysis import spearman
 from ..evaluation.defences import NAMES, defence
 from .cells import Cells, duels, gaps, spread
 from .paper import ORDER, PAPER, differences
 
+Section = tuple[str, list[tuple[Any, ...]]]  # heading, parts
 TEXT, TABLE, FIGURE = "text", "table", "figure"
 
 
-def sections(report):
+def sections(report: Mapping[str, Any]) -> list[Section]:
     """[(heading, [(kind, ...)])]: ("text", str), ("table", header, rows) or ("figure", name)."""
     cells = Cells(report)
     parts = [
@@ -70,7 +73,7 @@ def _setting(report, cells):
         )
     rows = [[entry["name"], _listed(entry["options"])] for entry in report["poisons"]]
     victims = [[name, _listed(plan)] for name, plan in s["recipes"].items()]
-    tables = [
+    tables: list[tuple[Any, ...]] = [
         (TABLE, ["poison", "options (else the preset's)"], rows),
         (TABLE, ["victim", "recipe"], victims),
     ]
@@ -101,7 +104,7 @@ def _standard(report, cells):
             spread(cells.values(poison, cells.main, "none", "train")),
         ]
         rows.append(row + ([f"{paper[poison]:.2f}" if poison in paper else ""] if paper else []))
-    blocks = [(TABLE, head + (["paper (ResNet-18)"] if paper else []), rows)]
+    blocks: list[tuple[Any, ...]] = [(TABLE, head + (["paper (ResNet-18)"] if paper else []), rows)]
     if paper:
         told = {
             name: value
@@ -206,7 +209,7 @@ def _losses(cells):
     return "Where MI-UE loses", [(TEXT, text), *table]
 
 
-def ordering(values, what):
+def ordering(values: Mapping[str, Sequence[float]], what: str) -> str:
     """In words, whether the paper's order (random > em > mi-ue) holds for {poison: [one number per
     seed]}, by means and by seeds.
     """
@@ -371,7 +374,7 @@ def _depth(cells):
 
 
 def _layers(cells):
-    """Per layer of the first victim whose layers were analysed; the first seed."""
+    """The table of the layers of the first victim whose layers were analysed, first seed."""
     for victim in cells.victims:
         chosen = {
             p: next(
