@@ -25,6 +25,7 @@ lint: setup
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	find csrc tests/shim -name "*.h" -o -name "*.cpp" -o -name "*.cu*" | xargs $(VENV)/bin/clang-format --dry-run -Werror
+	$(VENV)/bin/ty check miue_fast
 
 bench: setup
 	$(PY) -m benchmarks.bench --out benchmarks/results/cpu.json

@@ -1,13 +1,15 @@
-"""MI-UE unlearnable examples, fast: fused ops in four backends and resumable generation. See
-README.md.
+"""MI-UE unlearnable examples: fused ops in four backends, and generation that can be resumed.
+
+`generate` poisons a data set, `perturb` one batch in a loop of your own, `evaluate` trains victims;
+docs/usage.md has the rest.
 """
 
 from . import _waiting  # noqa: F401, I001  (before torch)
-from . import analysis
+from . import analysis, data, evaluation, generation, models
 from .dispatch.registry import BackendError
 from .evaluation import evaluate
 from .frozen import freeze
-from .generation import generate, perturb
+from .generation import Options, generate, perturb
 from .support.version import __version__
 from .ops import (
     class_covariance,
@@ -22,15 +24,20 @@ from .ops import (
 
 __all__ = [
     "BackendError",
+    "Options",
     "__version__",
     "analysis",
     "class_covariance",
+    "data",
     "evaluate",
+    "evaluation",
     "freeze",
     "generate",
+    "generation",
     "intra_class_distance",
     "l2sim",
     "mi_ue_value_and_grad",
+    "models",
     "nt_xent",
     "perturb",
     "perturbed_input",

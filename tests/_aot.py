@@ -1,5 +1,5 @@
 """The launches of every Triton kernel without a GPU, and what the compiler makes of them: for
-test_triton_aot.py and aot_report.py.
+tests/ops/test_triton_aot.py and benchmarks/pages/aot.py.
 
 The launchers themselves are called, with Triton's launch replaced by a recorder that specialises
 the arguments as Triton would."""

@@ -110,7 +110,7 @@ def nameless(record):
 
 
 def check_generation(record):
-    """A record of full_generation.py."""
+    """A record of benchmarks/generation.py."""
     assert (
         record["format"] == tables.FORMAT
         and record["kind"] == "generation"

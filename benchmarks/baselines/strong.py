@@ -29,7 +29,7 @@ def _nt_xent_loss(features, labels, temperature):
 
 
 def _nt_xent_backward_form(features, labels, temperature):
-    """Value and gradient written out (algorithm.md 2.1), the B x B weights kept from the first
+    """Value and gradient written out (docs/method.md), the B x B weights kept from the first
     pass.
     """
     f = features.float()

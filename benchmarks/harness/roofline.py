@@ -18,7 +18,7 @@ from miue_fast.frozen.base import Tape
 from miue_fast.frozen.convolution import Conv
 
 PAGE = tables.ROOT / "docs" / "roofline.md"
-# H200: FLOP/s of a bf16 matrix product, bytes/s of a copy (kernels.md); to be measured again by
+# H200: FLOP/s of a bf16 matrix product, bytes/s of a copy, both assumed until they are measured by
 # device.py
 MATRIX, COPY = 790e12, 4.3e12
 BYTES = 2  # bf16
@@ -31,7 +31,7 @@ batch norm folded, every epilogue fused, one bit per ReLU.
 Per image at B = 512 in bf16: FLOP and bytes that a layer must move \
 (input, result, residual or second gradient, ReLU bits, its share of
 the weights), and the floor: the larger of FLOP / 790 TFLOP/s and bytes / 4.3 TB/s, \
-the H200's ceilings in kernels.md. `measured` is
+the ceilings assumed of an H200 before anything was measured. `measured` is
 the faster of cuDNN (with an epilogue kernel) and Triton from `benchmarks/results/device.json`; \
 empty where nothing has been measured.
 """

@@ -337,7 +337,7 @@ def closing(record, wrong):
 
 
 def markdown(record, *, details=True):
-    """The record as Markdown; without `details` what the README shows."""
+    """The record as Markdown; without `details` what docs/benchmarks.md shows."""
     parts = [
         environment_line(record["environment"])
         + (". Quick run: sizes too small to mean anything." if record["quick"] else "")
@@ -441,8 +441,21 @@ def markdown(record, *, details=True):
     return "\n\n".join(parts)
 
 
+def brief(record: dict, workloads: tuple[str, ...]) -> str:
+    """Times and ratios alone, of those of these workloads that were measured, in this order."""
+    rows = record["rows"] + record.get("pgd_step", {"rows": []})["rows"]
+    found = {row[0]: row for row in _summary(rows)}
+    head = ("workload", "published path", "best of PyTorch", "this library", "faster by")
+    lines = []
+    for name in (name for name in workloads if name in found):
+        _, eager, strong, _, ours, *faster, _ = found[name]
+        medians = (cell.split(" (")[0] for cell in (eager, strong, ours))
+        lines.append((name, *medians, " and ".join(faster)))
+    return table(head, lines)
+
+
 def generation(record):
-    """A record of full_generation.py."""
+    """A record of benchmarks/generation.py."""
     options = record["options"]
     head = (
         f"{record['train_images']:,} training images, {record['model']}, "

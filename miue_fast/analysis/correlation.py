@@ -1,6 +1,7 @@
 """Rank correlation, for `MI gap against accuracy gap`."""
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,7 +23,9 @@ class Spearman:
     exact: bool
 
 
-def spearman(a, b, *, seed=0):
+def spearman(
+    a: Sequence[float] | torch.Tensor, b: Sequence[float] | torch.Tensor, *, seed: int = 0
+) -> Spearman:
     """Spearman's rank correlation of two sequences of n >= 3 numbers, ties sharing their mean rank,
     with a permutation p-value.
 

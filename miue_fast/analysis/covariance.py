@@ -4,6 +4,7 @@ rank.
 
 import math
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 
@@ -38,7 +39,7 @@ class CovarianceSummary:
     effective_rank: float
     classes: list[ClassRow]
 
-    def to_dict(self):
+    def to_dict(self) -> dict[str, Any]:
         """For JSON: the log-determinant of a class without any variance, -inf, becomes None."""
         found = asdict(self)
         for row in (found, *found["classes"]):
@@ -47,7 +48,7 @@ class CovarianceSummary:
 
 
 @ordinary()
-def class_covariance_summary(features, labels):
+def class_covariance_summary(features: torch.Tensor, labels: torch.Tensor) -> CovarianceSummary:
     """Trace, log-determinant and effective rank of the covariance of features [N, D] inside each
     class, and their means over the classes.
 

@@ -3,7 +3,7 @@
 import torch
 
 
-def terrell_scott(points):
+def terrell_scott(points: int) -> int:
     """ceil((2 N)^(1/3)) bins (Terrell and Scott, "Oversmoothed nonparametric density estimates",
     JASA 1985).
     """
@@ -13,7 +13,7 @@ def terrell_scott(points):
     return bins
 
 
-def histogram(u, v, *, bins, miller_madow):
+def histogram(u: torch.Tensor, v: torch.Tensor, *, bins: int, miller_madow: bool) -> torch.Tensor:
     """Plug-in mutual information in nats, float64 [S], of each row pair of u and v [S, N] over bins
     x bins cells of equal frequency.
     """

@@ -7,14 +7,14 @@ import torch
 from .slices import pairs, standard, without_itself
 
 
-def scott(points):
+def scott(points: int) -> float:
     """N^(-1/6): Scott's rule in two dimensions, in units of the sample's deviation (Scott,
     "Multivariate Density Estimation", 1992).
     """
     return points ** (-1 / 6)
 
 
-def kde(u, v, *, bandwidth):
+def kde(u: torch.Tensor, v: torch.Tensor, *, bandwidth: float) -> torch.Tensor:
     """Leave-one-out mutual information in nats, float64 [S], of each row pair of u and v [S, N].
 
     mean_i log p(u_i, v_i) / (p(u_i) p(v_i)), each density from the other N - 1 points; the joint

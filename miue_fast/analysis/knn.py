@@ -7,7 +7,7 @@ import torch
 from .slices import pairs, standard, without_itself
 
 
-def knn(u, v, *, k):
+def knn(u: torch.Tensor, v: torch.Tensor, *, k: int) -> torch.Tensor:
     """Estimator 1 of Kraskov, Stoegbauer and Grassberger (Phys. Rev. E 69, 2004) in nats, float64
     [S], of each row pair of [S, N].
 

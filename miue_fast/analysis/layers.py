@@ -2,7 +2,9 @@
 (depth of models).
 """
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -28,7 +30,7 @@ class LayerRow:
     clean: CovarianceSummary
     poisoned: CovarianceSummary
 
-    def to_dict(self):
+    def to_dict(self) -> dict[str, Any]:
         """Numbers, strings and None only, for JSON."""
         return {
             "layer": self.layer,
@@ -41,7 +43,7 @@ class LayerRow:
         }
 
 
-def block_names(model):
+def block_names(model: torch.nn.Module) -> list[str]:
     """Names of the model's children in order, with the members of every nn.Sequential in its place
     (and of those inside it).
     """
@@ -56,7 +58,14 @@ def block_names(model):
 
 
 @ordinary()
-def layer_features(model, images, layers, *, pool=True, chunk=256):
+def layer_features(
+    model: torch.nn.Module,
+    images: torch.Tensor,
+    layers: Sequence[str],
+    *,
+    pool: bool = True,
+    chunk: int = 256,
+) -> dict[str, torch.Tensor]:
     """Outputs of named layers of an eval-mode model, {name: [N, D]}, in the model's compute dtype
     and on its device.
 
@@ -131,17 +140,17 @@ def _outputs(model, images, modules, pool, chunk):
 
 
 def analyse_layers(
-    model,
-    clean,
-    poisoned,
-    labels,
-    layers=None,
+    model: torch.nn.Module,
+    clean: torch.Tensor,
+    poisoned: torch.Tensor,
+    labels: torch.Tensor,
+    layers: Sequence[str] | None = None,
     *,
-    estimators=("histogram",),
-    pool=True,
-    chunk=256,
-    **options,
-):
+    estimators: Sequence[str] = ("histogram",),
+    pool: bool = True,
+    chunk: int = 256,
+    **options: Any,
+) -> list[LayerRow]:
     """What a poison does to the features of each layer: I(g(X); g(X')) and class-conditional
     covariances; one LayerRow per layer.
 
@@ -195,7 +204,13 @@ def analyse_layers(
     return rows
 
 
-def analyse_depth(models, clean, poisoned, labels, **options):
+def analyse_depth(
+    models: Mapping[str, tuple[torch.nn.Module, str]],
+    clean: torch.Tensor,
+    poisoned: torch.Tensor,
+    labels: torch.Tensor,
+    **options: Any,
+) -> dict[str, LayerRow]:
     """`analyse_layers` of one layer per trained model: {name: LayerRow}, in the order given.
 
     Args:

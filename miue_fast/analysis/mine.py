@@ -9,7 +9,9 @@ RATE, DECAY = 1e-2, 1e-3
 SHIFTS = 16  # each judging u meets so many foreign v
 
 
-def mine(u, v, *, hidden, steps, batch, seed):
+def mine(
+    u: torch.Tensor, v: torch.Tensor, *, hidden: int, steps: int, batch: int, seed: int
+) -> torch.Tensor:
     """Held-out Donsker-Varadhan bound (Belghazi et al., "Mutual Information Neural Estimation",
     ICML 2018) in nats, float64 [S].
 

@@ -1,7 +1,9 @@
 """Sliced mutual information between two sets of features, by four estimators."""
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -34,7 +36,7 @@ class MutualInformation:
     estimator: str
     options: dict
 
-    def to_dict(self):
+    def to_dict(self) -> dict[str, Any]:
         """Everything but `per_slice`, for JSON."""
         return {
             "value": self.value,
@@ -46,21 +48,21 @@ class MutualInformation:
 
 @ordinary()
 def mutual_information(
-    x,
-    y,
-    estimator="histogram",
+    x: torch.Tensor,
+    y: torch.Tensor,
+    estimator: str = "histogram",
     *,
-    slices=200,
-    shared=True,
-    seed=0,
-    bins=None,
-    miller_madow=True,
-    bandwidth=None,
-    k=3,
-    hidden=16,
-    steps=300,
-    batch=512,
-):
+    slices: int = 200,
+    shared: bool = True,
+    seed: int = 0,
+    bins: int | None = None,
+    miller_madow: bool = True,
+    bandwidth: float | None = None,
+    k: int = 3,
+    hidden: int = 16,
+    steps: int = 300,
+    batch: int = 512,
+) -> MutualInformation:
     """Sliced mutual information of paired samples: the mean over random directions of I(theta . x;
     phi . y), in nats.
 
@@ -137,7 +139,13 @@ def mutual_information(
     return MutualInformation(per_slice.mean().item(), stderr, per_slice, estimator, options)
 
 
-def gaussian_sliced_mi(cov_xx, cov_yy, cov_xy, theta, phi=None):
+def gaussian_sliced_mi(
+    cov_xx: torch.Tensor,
+    cov_yy: torch.Tensor,
+    cov_xy: torch.Tensor,
+    theta: torch.Tensor,
+    phi: torch.Tensor | None = None,
+) -> torch.Tensor:
     """What `mutual_information` estimates, for jointly Gaussian (x, y): -0.5 log(1 - rho^2) of each
     slice in nats, float64 [S].
 
@@ -195,7 +203,7 @@ def _check(x, y, estimator, shared):
     check_estimators(OP, [estimator])
 
 
-def check_estimators(op, names):
+def check_estimators(op: str, names: Iterable[str]) -> None:
     for name in names:
         if name not in ESTIMATORS:
             fail(op, "estimator", " or ".join(map(repr, ESTIMATORS)), repr(name))

@@ -1,6 +1,7 @@
 """Linear separability of the perturbations themselves."""
 
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -28,12 +29,20 @@ class Separability:
     test_images: int
     classes: int
 
-    def to_dict(self):
+    def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
 
 @ordinary()
-def linear_separability(delta, labels, *, test_share=0.3, l2=1e-4, iterations=100, seed=0):
+def linear_separability(
+    delta: torch.Tensor,
+    labels: torch.Tensor,
+    *,
+    test_share: float = 0.3,
+    l2: float = 1e-4,
+    iterations: int = 100,
+    seed: int = 0,
+) -> Separability:
     """How well a linear classifier tells the classes from the perturbations alone, fitted on one
     part and tested on the other.
 

@@ -2,12 +2,17 @@
 share.
 """
 
+from collections.abc import Iterator
+from typing import Any
+
 import torch
 
 PIECE = {"cpu": 1 << 20, "cuda": 1 << 25}  # values of one temporary
 
 
-def slice_directions(width_x, width_y, slices, *, shared=True, seed=0):
+def slice_directions(
+    width_x: int, width_y: int, slices: int, *, shared: bool = True, seed: int = 0
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Unit vectors, uniform on the spheres: (theta [slices, width_x], phi [slices, width_y]),
     float32 on the CPU.
 
@@ -23,20 +28,20 @@ def slice_directions(width_x, width_y, slices, *, shared=True, seed=0):
     return theta, theta if shared else unit(width_y)
 
 
-def standard(values):
+def standard(values: torch.Tensor) -> torch.Tensor:
     """Each row with mean 0 and deviation 1; a constant row becomes 0."""
     centred = values - values.mean(1, keepdim=True)
     deviation = centred.square().mean(1, keepdim=True).sqrt()
     return centred / torch.where(deviation > 0, deviation, 1)
 
 
-def parts(total, size):
+def parts(total: int, size: int) -> list[slice]:
     """Slices that cover range(total), `size` (at least 1) each."""
     size = max(1, size)
     return [slice(start, min(start + size, total)) for start in range(0, total, size)]
 
 
-def pairs(*rows):
+def pairs(*rows: torch.Tensor) -> Iterator[tuple[Any, ...]]:
     """Differences between all points of a slice, in blocks: (slices, points, one [s, p, N] per
     argument [S, N]).
 
@@ -49,7 +54,7 @@ def pairs(*rows):
             yield some, block, *(row[some, block, None] - row[some, None, :] for row in rows)
 
 
-def without_itself(block, points, value):
+def without_itself(block: torch.Tensor, points: slice, value: float) -> torch.Tensor:
     """The block of `pairs` with `value` in place of each point's pair with itself, in place."""
     block.diagonal(points.start, 1, 2).fill_(value)
     return block

@@ -4,8 +4,10 @@ them is in `commands.py`.
 
 import argparse
 import typing
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 from ..data.export import FORMATS
 from ..evaluation import DEFENCES, NOISES
@@ -45,7 +47,7 @@ HELP = {
 
 
 def _number(text):
-    """A number, or a fraction such as 8/255."""
+    """Reads a number, or a fraction such as 8/255."""
     above, _, below = text.partition("/")
     try:
         return float(above) / float(below or 1)
@@ -63,7 +65,9 @@ def _whole(text):
 
 
 def _path(text):
-    """A path; an empty text, as of an unset variable of the shell, would be the current folder."""
+    """Reads a path. An empty text, which an unset variable of the shell gives, would mean the
+    current folder and is refused.
+    """
     if not text.strip():
         raise argparse.ArgumentTypeError(
             "expected a path, got an empty text; the current folder is ."
@@ -91,8 +95,8 @@ WRITTEN = {
 
 
 class _Parser(argparse.ArgumentParser):
-    """A wrong command line is a bad input like any other: a ValueError of one line, no usage text
-    above it.
+    """Treats a wrong command line like any other bad input: a ValueError of one line, without a
+    usage text above it.
     """
 
     def __init__(self, **options):
@@ -103,9 +107,9 @@ class _Parser(argparse.ArgumentParser):
         raise ValueError(f"{command and f'{command}: '}{message} (see {self.prog} --help)")
 
 
-def parse(argv=None):
-    """What was on the command line (None: the process's own); `command` is the name of the command.
-    A wrong one is a ValueError.
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parses the command line (None: the process's own); `command` is the name of the command. A
+    wrong one is a ValueError.
     """
     return _parser().parse_args(argv)
 
@@ -474,8 +478,8 @@ def _shown(value):
     )
 
 
-def given(args):
-    """The options of the algorithm that were on the command line, by name; the others are the
+def given(args: argparse.Namespace) -> dict[str, Any]:
+    """The options of the algorithm that were on the command line, by name. The others are the
     preset's.
     """
     return {

@@ -1,11 +1,12 @@
-"""`miue-fast`: one command per job, each a few lines around the public functions. Exit codes:
-`main`; arguments: `_arguments.py`.
+"""The commands of `miue-fast`, each a few lines around the public functions. `main` has the exit
+codes; the arguments are in `arguments.py`.
 """
 
 import json
 import logging
 import os
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -44,12 +45,12 @@ NO_MEMORY = (
 )  # in torch's RuntimeErrors
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code.
 
-    0: done. 1: `verify` found a difference, or `demo` missed its numbers. 2: bad input or a machine
-        that cannot do it, one line on
-    stderr. 3: done, but some images were unreadable (listed on stderr). 130: interrupted.
+    0: done. 1: `verify` found a difference, or `demo` missed its numbers. 2: bad input, or a
+    machine that cannot do it, with one line on stderr. 3: done, but some images were unreadable
+    (they are listed on stderr). 130: interrupted.
     """
     start_log()
     try:
@@ -73,8 +74,8 @@ def main(argv=None):
 
 
 def _too_large(error):
-    """One line about sizes that fit no memory or numbers that fit no type of torch; None: the error
-    is a fault of this program.
+    """One line about sizes that fit no memory or numbers that fit no type of torch, or None if the
+    error is a fault of this program.
     """
     text = (str(error) or "none left").splitlines()[0]
     if isinstance(error, MemoryError | torch.OutOfMemoryError) or any(
@@ -194,7 +195,7 @@ def _load(args):
 
 
 def _unreadable(*datasets):
-    """Lists what was left out; the exit code."""
+    """Lists what was left out and returns the exit code."""
     left_out = [pair for dataset in datasets for pair in dataset.unreadable]
     for name, reason in left_out:
         say(
@@ -293,7 +294,7 @@ def _export_command(args):
 
 
 def _check_export(dataset, target, args, eps, replace):
-    """What would stop the export is said now, not after hours of work."""
+    """Says now, not after hours of work, what would stop the export."""
     if args.export in FORMATS:
         run = 3 * 4 * dataset.images.numel() + 4 * getattr(
             args, "weights", 0
@@ -379,27 +380,27 @@ def _export(args):
 
 def _verify(args):
     clean = _load(args) if args.size or args.split else args.data
-    report = data.verify(clean, args.out, eps=args.eps, per_class=args.per_class)
-    for problem in report.problems:
+    proof = data.verify(clean, args.out, eps=args.eps, per_class=args.per_class)
+    for problem in proof.problems:
         say(printable(problem, most=None))
-    if report.problem_count > len(report.problems):
-        say(f"... and {report.problem_count - len(report.problems)} more")
+    if proof.problem_count > len(proof.problems):
+        say(f"... and {proof.problem_count - len(proof.problems)} more")
     unlisted = f"; no {data.LIST}: whether files were changed since is not known"
     say(
-        f"{'ok' if report.ok else 'FAILED'}: {report.count} images compared, "
-        f"{report.problem_count} problems, largest change {report.max_linf:g}/255, "
-        f"budget {255 * args.eps:.3g}/255{unlisted if report.listed is False else ''}"
+        f"{'ok' if proof.ok else 'FAILED'}: {proof.count} images compared, "
+        f"{proof.problem_count} problems, largest change {proof.max_linf:g}/255, "
+        f"budget {255 * args.eps:.3g}/255{unlisted if proof.listed is False else ''}"
     )
-    if report.unchanged:
+    if proof.unchanged:
         say(
             (
                 "miue-fast: unchanged: "
-                f"{report.unchanged} of {report.count} images are their clean originals"
+                f"{proof.unchanged} of {proof.count} images are their clean originals"
             ),
             error=True,
         )
-    code = _unreadable(report)
-    return code if report.ok else 1
+    code = _unreadable(proof)
+    return code if proof.ok else 1
 
 
 def _evaluate(args):
@@ -452,16 +453,17 @@ def _evaluate(args):
 
 
 def _origin(path, clean, poisoned):
-    """Options and versions of the generation, where these images are a poison's, or lie beside the
-    one that made them; else None.
+    """The options and versions of the generation, if these images are a poison's or lie beside the
+    poison that made them; else None.
 
-    Images that were resized on reading cannot be compared: the fingerprint of their clean originals
-        must do.
+    Images that were resized on reading cannot be compared, so the fingerprint of their clean
+    originals decides.
     """
     for folder in (path, path.parent):
         if (folder / data.POISON_FILES[0]).is_file():
             try:
                 delta, manifest = data.load_poison(folder, clean)
+                assert manifest is not None, "a folder of save_poison has one"
             except ValueError as error:
                 logging.getLogger("miue_fast").warning(
                     "the options of the poison are left out of the JSON: %s", error

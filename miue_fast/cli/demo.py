@@ -1,5 +1,5 @@
-"""The whole story on drawn shapes, without a download: generate, export, verify, train three
-victims, draw the figure.
+"""The demo: draws shapes, generates a poison, exports and verifies it, trains three victims and
+draws the figure, without a download.
 
 `python -m miue_fast demo` is `miue-fast demo`. The last line of its output is one JSON object.
 """
@@ -7,12 +7,16 @@ victims, draw the figure.
 import json
 import sys
 import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 import torch
 
 from .. import data
 from ..data.kept import pack, read_part
 from ..evaluation import evaluate, poisoned_images
+from ..evaluation.table import Table
 from ..generation import Interrupted, generate
 from ..plots.evaluation import figure
 from ..plots.evaluation import missing as figure_missing
@@ -35,13 +39,13 @@ MARK = ".miue-fast-demo"  # what demo a folder is of: only there does the next o
 RESULTS, PARTS = ("figure.png", "result.json"), ("poison", "poisoned", "victims")
 
 
-def run(out, seed=0):
-    """Writes everything to the folder `out`; returns the exit code: 0 if the poison did what it
+def run(out: Path, seed: int = 0) -> int:
+    """Writes everything to the folder `out` and returns the exit code: 0 if the poison did what it
     should, else 1.
 
-    After an interruption the same call goes on: at the last epoch of the poison, or at the next
-        victim. A finished demo starts again.
-    Errors: ValueError (somebody else's files in `out`), OSError, Interrupted.
+    After an interruption the same call goes on, at the last epoch of the poison or at the next
+    victim. A finished demo starts again. Errors: ValueError (somebody else's files in `out`),
+    OSError, Interrupted.
     """
     with data.only_writer(data.check_writable(out)):
         _prepare(out, seed)
@@ -81,10 +85,10 @@ def _run(out, seed):
     timed(
         "export", data.export_folder, clean, result.delta, out / "poisoned", eps=EPS, overwrite=True
     )
-    report = timed("verify", data.verify, clean, out / "poisoned", eps=EPS)
+    proof = timed("verify", data.verify, clean, out / "poisoned", eps=EPS)
     say(
-        f"   {report.count} files, largest change {report.max_linf}/255: "
-        f"{'ok' if report.ok else report.problems[0]}"
+        f"   {proof.count} files, largest change {proof.max_linf}/255: "
+        f"{'ok' if proof.ok else proof.problems[0]}"
     )
     say(
         f"4. Training three victims, {VICTIM['epochs']} epochs each: "
@@ -111,7 +115,7 @@ def _run(out, seed):
         drawn = timed("figure", figure, table, clean, poisoned, out / "figure.png")
         say(f"5. Figure: {printable(drawn, most=None)}")
     seconds["total"] = round(time.perf_counter() - started, 1)
-    told = summary(table, report, seconds, seed)
+    told = summary(table, proof, seconds, seed)
     text = json.dumps(told)
     data.write_owned({out / "result.json": lambda file: file.write(f"{text}\n".encode())})
     if not told["passed"]:
@@ -124,8 +128,8 @@ def _run(out, seed):
 
 
 def _prepare(out, seed):
-    """A new or empty folder, or one of a demo: its own files are removed, unless they are of this
-    very demo and it was interrupted.
+    """Accepts a new or empty folder, or one of a demo, whose own files are removed unless they are
+    of this very demo and it was interrupted.
     """
     own = data.Owned(out)
     if not own.owns(MARK) and any(path.name not in (MARK, data.LIST) for path in out.iterdir()):
@@ -153,13 +157,15 @@ def _prepare(out, seed):
     own.write({MARK: lambda file: file.write(pack({"key": key}))})
 
 
-def summary(table, report, seconds, seed):
+def summary(
+    table: Table, proof: data.Verification, seconds: Mapping[str, float], seed: int
+) -> dict[str, Any]:
     """The numbers in percent, and whether they are what a working poison gives."""
     test, train = (
         {row: round(100 * of(row), 1) for row in table.rows} for of in (table.test, table.train)
     )
     passed = (
-        report.ok
+        proof.ok
         and test["clean"] >= 80
         and test["poisoned"] <= 20
         and abs(test["clean"] - test["random noise"]) <= 8
@@ -172,8 +178,8 @@ def summary(table, report, seconds, seed):
         "poisoned_train": train["poisoned"],
         "random_noise_train": train["random noise"],
         "eps": EPS,
-        "linf_levels": report.max_linf,
-        "files": report.count,
+        "linf_levels": proof.max_linf,
+        "files": proof.count,
         "seed": seed,
         "threads": torch.get_num_threads(),
         "seconds": seconds,

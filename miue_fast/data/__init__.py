@@ -31,7 +31,7 @@ from .poison import (
 from .preflight import check_room
 from .shapes import shapes
 from .sources import check_selection, from_arrays, is_tree, load, load_test
-from .verify import Report, verify
+from .verify import Verification, verify
 
 __all__ = [
     "EXPORTS",
@@ -41,7 +41,7 @@ __all__ = [
     "POISON_FILES",
     "Dataset",
     "Owned",
-    "Report",
+    "Verification",
     "align",
     "apply_poison",
     "budget",

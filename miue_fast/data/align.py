@@ -8,17 +8,18 @@ from ..support.messages import fail
 from ..support.written import option, shown
 from .dataset import Dataset
 from .export import target_paths
-from .sources import load
+from .sources import Source, load
 
 
-def align(clean, copy):
-    """(rows, images): the rows of `clean` that have a poisoned image in `copy`, int64 [M]
-    ascending, and those images, uint8 [M, C, H, W].
+def align(clean: Dataset, copy: Dataset) -> tuple[torch.Tensor, torch.Tensor]:
+    """The images of `clean` that have a poisoned counterpart in `copy`.
 
-    Both are Datasets. Rows are matched by name: arrays keep theirs, exported files have the clean
-    file's path with another suffix. Classes must agree by name; where the copy has only numbers
-    (arrays without class names) they are indices into the clean classes.
-    ValueError: a name without a clean image, another shape, another class.
+    Rows are matched by name: arrays keep theirs, and exported files have the path of the clean file
+    with another suffix. Classes must agree by name; where the copy has only numbers (arrays without
+    class names), they are indices into the clean classes.
+
+    Returns (rows, images): positions in `clean`, int64 [M], ascending, and the poisoned images,
+    uint8 [M, C, H, W]. ValueError: a name without a clean image, another shape, another class.
     """
     names = clean.names
     if not set(copy.names) <= set(names):
@@ -57,21 +58,20 @@ def align(clean, copy):
     return rows, images
 
 
-def poison_from_images(clean, copy, *, partial=False):
-    """The perturbation that turns `clean` into the poisoned images `copy`: float32 [N, C, H, W] =
-    (copy - clean) / 255.
-
-    Differences of levels of 1/255, exact: `apply_poison(clean.images, delta, 1.0)` gives the very
-    same images.
+def poison_from_images(clean: Dataset, copy: Source, *, partial: bool = False) -> torch.Tensor:
+    """The perturbation that turns `clean` into the poisoned images `copy`.
 
     Args:
-        clean: Dataset. copy: the poisoned images, as `load` takes them (a folder of PNG files,
-            .npz, arrays, Dataset), matched by `align`. They must have the clean images' size: the
+        clean: the clean images.
+        copy: the poisoned images, as `load` takes them (a folder of PNG files, an .npz file, arrays
+            or a Dataset), matched by `align`. They must have the size of the clean images: the
             difference of resized images is not the perturbation, so nothing is resized.
-        partial: False: every clean image needs a poisoned one. True: those without stay clean
-            (delta 0).
+        partial: whether images without a poisoned copy stay clean (a delta of 0). Without it every
+            clean image needs a copy.
 
-    ValueError: as `align` and `load`; images without a poisoned copy and partial=False.
+    Returns (copy - clean) / 255 as float32 [N, C, H, W]. It is exact: `apply_poison(clean.images,
+    delta, 1.0)` gives the very same images. ValueError: as `align` and `load`, and where a copy is
+    missing.
     """
     copy = copy if isinstance(copy, Dataset) else load(copy)
     rows, images = align(clean, copy)

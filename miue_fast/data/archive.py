@@ -4,6 +4,8 @@ import ast
 import math
 import struct
 import zipfile
+from collections.abc import Collection
+from pathlib import Path
 
 import numpy as np
 
@@ -20,13 +22,19 @@ ERRORS = (
 )  # of a hostile header
 
 
-def read_arrays(path, wanted, most=None):
-    """{name: array} of the members NAME.npy of an .npz that are among `wanted`. Numbers and text
-    only; nothing is unpickled.
+def read_arrays(
+    path: str | Path, wanted: Collection[str], most: int | None = None
+) -> dict[str, np.ndarray]:
+    """Reads the members NAME.npy of an .npz file whose names are among `wanted`. They hold numbers
+    or text only; nothing is unpickled.
 
-    most: bytes of content there is room for; None: a fixed multiple of the file (`files.room`), so
-        an archive of little but zeros is
-    refused. Errors: ARCHIVE_ERRORS of `files`, whose text says what was refused.
+    Args:
+        wanted: names without the suffix.
+        most: how many bytes of content there is room for. None allows a fixed multiple of the
+            file's size (`files.room`), which refuses an archive of little but zeros.
+
+    Returns {name: array}. Errors: those of ARCHIVE_ERRORS in `files`; their text says what was
+    refused.
     """
     found = {}
     with open_regular(path) as file, zipfile.ZipFile(file) as archive:

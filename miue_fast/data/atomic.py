@@ -10,7 +10,9 @@ import logging
 import os
 import secrets
 import shutil
+from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
+from typing import Any, BinaryIO
 
 from ..dispatch.registry import BackendError
 from ..support.messages import fail
@@ -19,10 +21,11 @@ from .files import open_regular
 
 try:
     import fcntl
-except ImportError:  # Windows
-    fcntl = None
+except ImportError:  # Windows, where `check_system` refuses to write anything
+    fcntl: Any = None
 
 TEMPORARY = ".miue-tmp"
+Writer = Callable[[BinaryIO], object]  # writes the content of one file
 
 
 class _Sink(io.FileIO):
@@ -57,7 +60,12 @@ class _Sink(io.FileIO):
         return there
 
 
-def write_files(writers, *, durable=True, before=None):
+def write_files(
+    writers: Mapping[Path, Writer],
+    *,
+    durable: bool = True,
+    before: Callable[[dict[Path, str]], object] | None = None,
+) -> None:
     """Writes several files as one: all are complete on disk before the first takes its final name.
 
     Args:
@@ -94,13 +102,13 @@ def write_files(writers, *, durable=True, before=None):
             temporary.unlink(missing_ok=True)
 
 
-def write_file(path, writer, *, durable=True):
+def write_file(path: Path, writer: Writer, *, durable: bool = True) -> None:
     """`write_files` for one file."""
     write_files({path: writer}, durable=durable)
 
 
 def _write(temporary, path, writer, durable):
-    """The sha256 of what `writer` made of the temporary file."""
+    """Lets `writer` fill the temporary file and returns the sha256 of what it wrote."""
     sink = None
     try:
         with _Sink(temporary, "xb") as sink:
@@ -126,7 +134,7 @@ def _sync_folder(folder):
         os.close(descriptor)
 
 
-def sha256_of(path):
+def sha256_of(path: str | Path) -> str:
     """sha256 (hex) of a file's bytes, read in blocks. Errors: OSError."""
     digest = hashlib.sha256()
     with open_regular(path) as file:
@@ -135,7 +143,7 @@ def sha256_of(path):
     return digest.hexdigest()
 
 
-def sweep(folder):
+def sweep(folder: Path) -> None:
     """Removes the temporary files and folders that a killed run left in `folder` (not below it)."""
     for leftover in Path(folder).glob(f".*{TEMPORARY}"):
         if leftover.is_dir() and not leftover.is_symlink():
@@ -144,7 +152,7 @@ def sweep(folder):
             leftover.unlink(missing_ok=True)
 
 
-def check_system():
+def check_system() -> None:
     """BackendError where folders cannot be locked, opened and flushed: on Windows nothing is
     written.
     """
@@ -156,13 +164,12 @@ def check_system():
 
 
 @contextlib.contextmanager
-def only_writer(folder):
-    """Holds `folder`, which exists, against every other run that holds it: it would sweep this
-    one's files and write between them.
+def only_writer(folder: Path) -> Generator[None, None, None]:
+    """Holds the existing folder `folder` against every other run, which would sweep this one's
+    temporary files and write between them.
 
-    The lock is on the folder itself: no file stays, and it ends with the process however that ends.
-        ValueError: another run has it.
-    BackendError: as `check_system`.
+    The lock is on the folder itself, so no file stays, and it ends with the process however that
+    ends. ValueError: another run holds the folder. BackendError: as in `check_system`.
     """
     check_system()
     descriptor = os.open(folder, os.O_RDONLY)
@@ -187,11 +194,11 @@ def only_writer(folder):
 
 
 @contextlib.contextmanager
-def locked(descriptor, flags=0):
+def locked(descriptor: int, flags: int = 0) -> Generator[None, None, None]:
     """Holds an open file or folder against everybody else who asks. Errors: OSError.
 
-    It is let go by name: a process that was forked meanwhile has the same open file, and would hold
-        it as long as it lives.
+    The lock is released explicitly: a process that was forked meanwhile shares the open file, and
+    would otherwise hold the lock as long as it lives.
     """
     fcntl.flock(descriptor, fcntl.LOCK_EX | flags)
     try:
@@ -200,9 +207,9 @@ def locked(descriptor, flags=0):
         fcntl.flock(descriptor, fcntl.LOCK_UN)
 
 
-def check_outside(folder, images):
-    """ValueError if `folder` lies in the tree of the images: what is written there would be read as
-    one of them.
+def check_outside(folder: Path, images: Path) -> None:
+    """Raises ValueError if `folder` lies in the tree of the images, where its files would be read
+    as images.
     """
     if Path(os.path.realpath(folder)).is_relative_to(
         os.path.realpath(images)
@@ -210,7 +217,7 @@ def check_outside(folder, images):
         fail("output", "folder", f"one outside the images' own, {images}", str(folder))
 
 
-def check_writable(folder):
+def check_writable(folder: Path) -> Path:
     """Makes `folder` and proves that a file can be written there. ValueError: it is a file;
     OSError: one line with the reason.
 

@@ -1,5 +1,8 @@
 """CIFAR-10 and CIFAR-100 in their standard python form, unpickled without running anything."""
 
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 
 from ..support.messages import fail
@@ -7,14 +10,15 @@ from . import inert
 from .files import read_bytes
 from .images import one_line
 
-CIFAR10 = {
+Form = dict[str, Any]  # names of the files, and of the keys in them
+CIFAR10: Form = {
     "train": [f"data_batch_{k}" for k in range(1, 6)],
     "test": ["test_batch"],
     "meta": "batches.meta",
     "labels": "labels",
     "classes": "label_names",
 }
-CIFAR100 = {
+CIFAR100: Form = {
     "train": ["train"],
     "test": ["test"],
     "meta": "meta",
@@ -24,7 +28,7 @@ CIFAR100 = {
 FORMS = {"cifar-10-batches-py": CIFAR10, "cifar-100-python": CIFAR100}
 
 
-def find(folder):
+def find(folder: Path) -> tuple[Path, Form] | None:
     """(folder, form) of the CIFAR files in `folder` or in its standard subfolder, or None."""
     for name, form in FORMS.items():
         for candidate in (folder, folder / name):
@@ -35,7 +39,7 @@ def find(folder):
     return None
 
 
-def read(folder, form, split):
+def read(folder: Path, form: Form, split: str) -> tuple[np.ndarray, np.ndarray, list[str]]:
     """uint8 [N, 3, 32, 32], int64 [N] and the class names of one split. ValueError: a file is
     missing, damaged or not CIFAR.
     """

@@ -1,26 +1,30 @@
 """The data set every part of the program works on."""
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 
-from ..support.messages import describe, fail
+from ..support.messages import describe, fail, printable
 
 
 @dataclass(repr=False)
 class Dataset:
     """Labelled 8-bit images in memory, on the CPU.
 
-    images: uint8 [N, C, H, W] at the model's size, C = 1 or 3. labels: int64 [N], indices into
-        `classes`.
-    names: posix paths relative to `root` ("cat/0001.jpg"), or "00000017" for arrays.
-    sizes: original (width, height) of each image, None for arrays. digests: sha256 (hex) of each
-        image file as it was read, None for
-    arrays: an export takes no other file for it. unreadable: (name, reason) of every image left
-        out.
-    skipped: names of the files in class folders that are not images.
+    Attributes:
+        images: uint8 [N, C, H, W] at the network's size; C is 1 or 3.
+        labels: int64 [N], indices into `classes`.
+        classes: the names of the classes.
+        names: posix paths relative to `root` ("cat/0001.jpg"), or "00000017" for arrays.
+        root: the folder that the images came from; None for arrays.
+        sizes: the original (width, height) of each image; None for arrays.
+        unreadable: (name, reason) of every image that was left out.
+        skipped: names of the files in class folders that are no images.
+        digests: the sha256 (hex) of each image file as it was read, so that an export takes no
+            other file for it; None for arrays.
     """
 
     images: torch.Tensor
@@ -68,19 +72,30 @@ class Dataset:
         return len(self.images)
 
     def __repr__(self) -> str:
-        root = "" if self.root is None else f", root={str(self.root)!r}"
-        return f"Dataset(images={list(self.images.shape)}, classes={len(self.classes)}{root})"
+        """One line: count, sides, classes, and where the images came from."""
+        sides = " x ".join(map(str, self.images.shape[1:]))
+        named = ", ".join(self.classes[:3]) + (", ..." if len(self.classes) > 3 else "")
+        source = "arrays" if self.root is None else printable(self.root)
+        left_out = f", {len(self.unreadable)} unreadable" if self.unreadable else ""
+        return printable(
+            f"Dataset({len(self)} images of {sides}, {len(self.classes)} classes ({named}), "
+            f"from {source}{left_out})"
+        )
 
     @property
     def fingerprint(self) -> str:
-        """sha256 (hex) over shape, pixels, labels and class names: what a poison belongs to."""
+        """The sha256 (hex) over shape, pixels, labels and class names; a poison belongs to one
+        fingerprint.
+        """
         digest = hashlib.sha256(repr((tuple(self.images.shape), self.classes)).encode())
         digest.update(self.images.contiguous().numpy())
         digest.update(self.labels.contiguous().numpy())
         return digest.hexdigest()
 
-    def select(self, index: torch.Tensor | list[int]) -> "Dataset":
-        """The data set of the rows `index` (int64 tensor or list of ints), same classes."""
+    def select(self, index: torch.Tensor | Sequence[int]) -> "Dataset":
+        """The data set of the rows `index` (an int64 tensor or a list of ints), with the same
+        classes.
+        """
         index = torch.as_tensor(index, dtype=torch.int64)
         rows = index.tolist()
         sizes, digests = (

@@ -1,11 +1,12 @@
-"""Poisoned images out: a folder of the same tree and names, with a list of checksums and a note of
-what it was made from.
+"""Writes poisoned images to a folder with the tree and names of the clean one, a list of checksums,
+and a note that says what it was made from.
 """
 
 import hashlib
 import io
 import json
 import os
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from PIL import Image
 from ..support.messages import fail
 from ..support.written import option
 from .atomic import check_writable, only_writer, sweep
+from .dataset import Dataset
 from .export_file import check_content
 from .images import UnreadableError, quiet_decoding, read_file, read_image, read_look
 from .owned import Owned
@@ -40,40 +42,41 @@ SAMPLES = 3  # images that are encoded to estimate the room on the disk
 
 
 def export_folder(
-    dataset,
-    delta,
-    out,
+    dataset: Dataset,
+    delta: torch.Tensor,
+    out: str | Path,
     *,
-    eps,
-    image_format="png",
-    allow_lossy=False,
-    rounding="nearest",
-    overwrite=False,
-    progress=None,
-):
-    """Writes every image of `dataset` plus its perturbation to `out`, same tree and names (suffix
-    replaced).
+    eps: float,
+    image_format: str = "png",
+    allow_lossy: bool = False,
+    rounding: str = "nearest",
+    overwrite: bool = False,
+    progress: Callable[[int, int], object] | None = None,
+) -> int:
+    """Writes every image of `dataset` plus its perturbation to `out`, in the same tree and under
+    the same names (with another suffix).
 
     Args:
-        delta: float [N, C, H, W] at the data set's size, [0, 1] scale; see `apply_poison` for eps
-            and rounding.
-        out: a new or empty folder, not inside the clean one. overwrite=True: an earlier export
-            there is replaced, which is what the list of checksums in it names and nobody changed;
-            other images in it are refused.
-        image_format: "png", "webp" (lossless), "tiff", "bmp"; "jpeg" needs allow_lossy=True because
-            it breaks the budget.
-        progress: function of (images done, N), called after each image.
+        delta: float [N, C, H, W] at the size of the data set, on the [0, 1] scale. `apply_poison`
+            describes eps and rounding.
+        out: a new or empty folder, not inside the clean one. With overwrite=True an earlier export
+            there is replaced: the files that its list of checksums names and that nobody has
+            changed. Other images in it are refused.
+        image_format: "png", "webp" (lossless), "tiff" or "bmp"; "jpeg" needs allow_lossy=True
+            because it breaks the budget.
+        progress: a function of (images done, N) that is called after each image.
 
     An image whose original has another size is read again at full size, and delta is enlarged
     bilinearly (a convex combination, so it stays within eps; antialiased where it shrinks). Arrays
     become out/CLASS/00000017.png. Where two names would meet, both keep their old suffix
     ("a.jpg.png"). Each file appears whole or not at all. Files are 8-bit RGB of one frame, without
-    alpha. Of the original's metadata the orientation (png, webp, jpeg) and an RGB colour profile
-    (not bmp) are kept: they say how the pixels look. Beside the class folders lie
-        miue-files.sha256, the checksum of every file, and miue-export.json; `verify` reads both.
-        Returns the number of files. Errors: ValueError, OSError (found before the first image is
-        written, but for a disk that fills up and an
-    image file that is no longer the one that was loaded).
+    alpha. Of the original's metadata, the orientation (png, webp, jpeg) and an RGB colour profile
+    (not bmp) are kept, because they say how the pixels look. Beside the class folders lie
+    miue-files.sha256, the checksum of every file, and miue-export.json; `verify` reads both.
+
+    Returns the number of files. Errors: ValueError and OSError. All are found before the first
+    image is written, except a disk that fills up and an image file that is no longer the one that
+    was loaded.
     """
     check_content(dataset, delta, eps, rounding)
     targets = check_folder(
@@ -140,15 +143,24 @@ def export_folder(
 
 
 def check_folder(
-    dataset, out, *, eps, image_format="png", allow_lossy=False, overwrite=False, beside=0
-):
-    """Everything that would stop `export_folder`, before there is a perturbation; the images' paths
-    in `out`, in the data set's order.
+    dataset: Dataset,
+    out: str | Path,
+    *,
+    eps: float,
+    image_format: str = "png",
+    allow_lossy: bool = False,
+    overwrite: bool = False,
+    beside: int = 0,
+) -> list[str]:
+    """Finds everything that would stop `export_folder`, before there is a perturbation: a wrong
+    format or budget, files that somebody else put there, names and sizes that the file system or
+    the format cannot hold, and too little room on the disk, which is estimated from a few images
+    with noise.
 
-    The format, the budget, files that somebody else put there, names and sizes that the file system
-    or the format cannot hold, and room on the disk, which a few images with noise are encoded for;
-    `beside`: bytes that other files will take of it first. Makes `out`.
-    Errors: ValueError, OSError.
+    `beside` is how many bytes other files will take of the disk first. The folder `out` is made.
+
+    Returns the paths of the images in `out`, in the order of the data set. Errors: ValueError,
+    OSError.
     """
     if image_format not in FORMATS:
         fail("export", "image_format", " or ".join(FORMATS), repr(image_format))
@@ -224,8 +236,8 @@ def _needed(dataset, eps, options):
 
 
 def _encoded(dataset, delta, row, eps, rounding, options, pixels=None):
-    """The bytes of the poisoned image file. pixels: uint8 [C, H, W], where they were made at the
-    data set's size already.
+    """Encodes one poisoned image and returns the bytes of its file. pixels: uint8 [C, H, W], where
+    the poisoned image was already made at the data set's size.
     """
     look = {}
     if dataset.root is not None:
@@ -260,8 +272,8 @@ def _enlarged(clean, delta, eps, rounding):
 
 
 def _original(dataset, row):
-    """(path, bytes) of an image file, which must be the one that was loaded: another picture would
-    get this one's perturbation.
+    """Reads (path, bytes) of an image file. It must still be the file that was loaded: another
+    picture would get this one's perturbation.
     """
     path = dataset.root / dataset.names[row]
     try:
@@ -278,7 +290,7 @@ def _original(dataset, row):
     return path, raw
 
 
-def pixels_digest(dataset):
+def pixels_digest(dataset: Dataset) -> str:
     """sha256 (hex) of the images as they were loaded, in the order of their paths in a folder: what
     a folder was made from.
     """
@@ -288,9 +300,9 @@ def pixels_digest(dataset):
     )
 
 
-def files_digest(files):
-    """sha256 (hex) of what the list says about the images: an export that was cut short, over
-    another one or not, has another.
+def files_digest(files: Owned) -> str:
+    """The sha256 (hex) of what the list says about the images. An export that was cut short, alone
+    or over another one, has a different one.
     """
     lines = [
         f"{digest}  {name}\n"
@@ -301,17 +313,18 @@ def files_digest(files):
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
-def image_digest(pixels):
-    """sha256 (hex) of uint8 pixels [H, W, C]; of nothing for None."""
-    return hashlib.sha256(b"" if pixels is None else np.ascontiguousarray(pixels)).hexdigest()
+def image_digest(pixels: np.ndarray | None) -> str:
+    """The sha256 (hex) of uint8 pixels [H, W, C], or of nothing for None."""
+    content = b"" if pixels is None else np.ascontiguousarray(pixels).data
+    return hashlib.sha256(content).hexdigest()
 
 
-def combined_digest(digests):
+def combined_digest(digests: Mapping[str, str]) -> str:
     """`pixels_digest` from {path: `image_digest`}."""
     return hashlib.sha256("".join(digests[path] for path in sorted(digests)).encode()).hexdigest()
 
 
-def other_files(dataset, out, image_format):
+def other_files(dataset: Dataset, out: str | Path, image_format: str) -> list[str]:
     """Names of the files in `out` that an earlier export wrote and one of `dataset` in this format
     would not.
     """
@@ -323,7 +336,7 @@ def other_files(dataset, out, image_format):
     ]
 
 
-def exported_files(out):
+def exported_files(out: str | Path) -> list[str]:
     """Names on the list of a folder that are an export's: its images, all of them in class folders,
     and its note.
     """
@@ -338,7 +351,7 @@ def _size(dataset):
     return dataset.images.shape[3], dataset.images.shape[2]
 
 
-def tree_paths(dataset):
+def tree_paths(dataset: Dataset) -> list[str]:
     """Where each image stands in a folder: its name, below its class for arrays. ValueError: a name
     that would leave the folder.
     """
@@ -357,6 +370,6 @@ def tree_paths(dataset):
     return paths
 
 
-def target_paths(dataset, suffix):
+def target_paths(dataset: Dataset, suffix: str) -> dict[str, str]:
     """{path: path after an export with `suffix`} in the data set's order."""
     return target_names(tree_paths(dataset), [name for name, _ in dataset.unreadable], suffix)

@@ -1,8 +1,9 @@
-"""A poison or poisoned images as one file: poison.pt, npz, pickle."""
+"""Writes a poison or poisoned images as one file: .pt, .npz or pickle."""
 
 import os
 import pickle
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,6 +11,7 @@ import torch
 from ..support.messages import describe, fail
 from ..support.written import option
 from .atomic import check_writable
+from .dataset import Dataset
 from .interop import PICKLES
 from .owned import check_owned, write_owned
 from .poison import ROUNDINGS, apply_poison, budget, check_delta, quantise
@@ -22,11 +24,19 @@ EXPORTS = {
 SUFFIXES = {"pt": (".pt",), "npz": (".npz",), "pickle": PICKLES}
 
 
-def export_pt(dataset, delta, path, *, eps=1.0, overwrite=False):
-    """Writes `delta` as one bare fp32 tensor [N, C, H, W], [0, 1] scale, order = data-set index:
-    poison.pt for other tools.
+def export_pt(
+    dataset: Dataset,
+    delta: torch.Tensor,
+    path: str | Path,
+    *,
+    eps: float = 1.0,
+    overwrite: bool = False,
+) -> None:
+    """Writes `delta` as one bare float32 tensor [N, C, H, W] on the [0, 1] scale, in the order of
+    the data set: the poison.pt of other tools.
 
-    Float on [0, 1], clamped to +-eps, not rounded: whoever applies it rounds (here to nearest).
+    The values are clamped to +-eps and not rounded; whoever applies them rounds (this package to
+    the nearest level).
     """
     check_content(dataset, delta, eps, "nearest")
     bare = (
@@ -37,12 +47,20 @@ def export_pt(dataset, delta, path, *, eps=1.0, overwrite=False):
     )
 
 
-def export_npz(dataset, delta, path, *, eps, rounding="nearest", overwrite=False):
+def export_npz(
+    dataset: Dataset,
+    delta: torch.Tensor,
+    path: str | Path,
+    *,
+    eps: float,
+    rounding: str = "nearest",
+    overwrite: bool = False,
+) -> None:
     """Writes poisoned `images` (uint8 [N, C, H, W]), `labels`, `classes` and `names` as a
     compressed .npz that `load` reads.
     """
     check_content(dataset, delta, eps, rounding)
-    content = {
+    content: dict[str, Any] = {
         "images": apply_poison(dataset.images, delta, eps, rounding=rounding).numpy(),
         "labels": dataset.labels.numpy(),
         "classes": np.array(dataset.classes, dtype=np.str_),
@@ -57,7 +75,15 @@ def export_npz(dataset, delta, path, *, eps, rounding="nearest", overwrite=False
     )
 
 
-def export_pickle(dataset, delta, path, *, eps, layout="nhwc", overwrite=False):
+def export_pickle(
+    dataset: Dataset,
+    delta: torch.Tensor,
+    path: str | Path,
+    *,
+    eps: float,
+    layout: str = "nhwc",
+    overwrite: bool = False,
+) -> None:
     """Writes the perturbation as one pickled numpy int8 array, order = data-set index: levels of
     1/255, exact.
 
@@ -76,7 +102,7 @@ def export_pickle(dataset, delta, path, *, eps, layout="nhwc", overwrite=False):
     write_owned({path: lambda file: pickle.dump(content, file, protocol=4)})
 
 
-def check_pickle(eps):
+def check_pickle(eps: float) -> None:
     """ValueError if int8 levels cannot hold this budget."""
     if budget(eps) > 127:
         fail(
@@ -90,7 +116,7 @@ def check_pickle(eps):
         )
 
 
-def check_content(dataset, delta, eps, rounding):
+def check_content(dataset: Dataset, delta: torch.Tensor, eps: float, rounding: str) -> None:
     if not isinstance(delta, torch.Tensor) or delta.shape != dataset.images.shape:
         fail("export", "delta", f"a float tensor {list(dataset.images.shape)}", describe(delta))
     check_delta(delta)
@@ -99,12 +125,12 @@ def check_content(dataset, delta, eps, rounding):
         fail("export", "rounding", " or ".join(map(repr, ROUNDINGS)), repr(rounding))
 
 
-def check_file(path, form, *, eps, overwrite=False):
-    """Everything that would stop an export of `form` (pt, npz, pickle) to this file, before there
-    is a perturbation; the path.
+def check_file(path: str | Path, form: str, *, eps: float, overwrite: bool = False) -> Path:
+    """Finds everything that would stop an export of `form` ("pt", "npz" or "pickle") to this file,
+    before there is a perturbation.
 
-    Errors: ValueError (a wrong suffix, a file that exists and may not be replaced), OSError (a
-        folder that cannot be written).
+    Returns the path. Errors: ValueError for a wrong suffix or a file that exists and may not be
+    replaced; OSError for a folder that cannot be written.
     """
     path = Path(path)
     if path.suffix not in SUFFIXES[form]:

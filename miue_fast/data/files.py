@@ -1,5 +1,5 @@
-"""Files of others: only regular ones are opened, no more is read than was allowed, and what is
-checked is what is used.
+"""Reads files that somebody else may have made: only regular files are opened, no more is read than
+was allowed, and what was checked is what is used.
 """
 
 import errno
@@ -8,6 +8,8 @@ import os
 import stat
 import zipfile
 import zlib
+from pathlib import Path
+from typing import IO, Any, BinaryIO
 
 FLAGS = os.O_RDONLY | sum(
     getattr(os, name, 0) for name in ("O_NONBLOCK", "O_NOCTTY", "O_CLOEXEC", "O_BINARY")
@@ -35,12 +37,13 @@ ARCHIVE_ERRORS = (
 )
 
 
-def open_regular(path):
-    """The file as a binary stream. OSError: it is no regular file (a pipe would wait for ever, a
-    device never ends), or cannot be read.
+def open_regular(path: str | Path) -> BinaryIO:
+    """Opens a file as a binary stream. OSError: it cannot be read, or it is no regular file (a pipe
+    would be waited for without end, and a device never ends).
 
-    Everything that is asked of the stream is asked of one opened file, whatever its name leads to a
-    moment later."""
+    All questions about the stream are answered by the one opened file, whatever its name leads to a
+    moment later.
+    """
     _refuse_special(
         os.stat(path).st_mode, path
     )  # before it is opened: opening a device can have effects
@@ -62,9 +65,9 @@ def _refuse_special(mode, path):
         )
 
 
-def read_bytes(path, most):
-    """The content of a regular file. OSError: as `open_regular`; more than `most` bytes; it grew or
-    shrank while it was read.
+def read_bytes(path: str | Path, most: int) -> bytes:
+    """The content of a regular file. OSError: as in `open_regular`; the file has more than `most`
+    bytes; it grew or shrank while it was read.
     """
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
@@ -80,11 +83,11 @@ def read_bytes(path, most):
     return content
 
 
-def parse_json(text, *, strict=True):
-    """The value of JSON text or bytes. ValueError, RecursionError: it is none.
+def parse_json(text: str | bytes | bytearray, *, strict: bool = True) -> Any:
+    """Parses JSON text or bytes. ValueError or RecursionError: it is no JSON.
 
-    strict: nor is what Python's reader takes beyond JSON: NaN, infinities, and a key that comes
-        twice, of which the last one would win.
+    With `strict`, extensions of Python's reader are refused as well: NaN, infinities, and a key
+    that comes twice, of which the last one would win.
     """
     return (
         json.loads(text, parse_constant=_no_number, object_pairs_hook=_once)
@@ -104,17 +107,18 @@ def _once(pairs):
     return content
 
 
-def room(file):
-    """The bytes of content that are believed of an archive of this size."""
+def room(file: IO[bytes]) -> int:
+    """How many bytes of content an archive of this size is allowed to have."""
     return ROOM + RATIO * os.fstat(file.fileno()).st_size
 
 
-def read_member(archive, name, most):
-    """One member of an open zipfile.ZipFile as a bytearray; its checksum is checked. ValueError:
-    more than `most` bytes of content.
+def read_member(archive: zipfile.ZipFile, name: str, most: int) -> bytearray:
+    """Reads one member of an open zipfile.ZipFile into a bytearray and checks its checksum.
+    ValueError: it has more than `most` bytes of content.
 
-    Only stored and deflated members, which is what numpy and PyTorch write: the other methods
-    cannot be unpacked piece by piece."""
+    Only stored and deflated members are read, which is what numpy and PyTorch write; the other
+    methods cannot be unpacked piece by piece.
+    """
     member = archive.getinfo(name)
     if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
         raise ValueError(

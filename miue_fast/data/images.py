@@ -1,10 +1,13 @@
-"""One image file to RGB pixels, whatever the file holds."""
+"""Decodes one image file to RGB pixels, whatever the file holds."""
 
 import contextlib
 import io
 import struct
 import warnings
 import zlib
+from collections.abc import Generator
+from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
@@ -61,9 +64,9 @@ class UnreadableError(Exception):
 
 
 @contextlib.contextmanager
-def quiet_decoding():
-    """Pillow's warnings about odd files are dropped: the files it cannot read are listed instead.
-    Not thread-safe: outside the pool.
+def quiet_decoding() -> Generator[None, None, None]:
+    """Drops Pillow's warnings about odd files, because the files that it cannot read are listed
+    instead. It is not thread-safe, so it goes around a pool of threads and not into it.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -71,7 +74,7 @@ def quiet_decoding():
         yield
 
 
-def read_file(path):
+def read_file(path: str | Path) -> bytes:
     """The bytes of an image file, so that what is checked is what is decoded. UnreadableError: it
     is no regular file, or too large.
     """
@@ -81,15 +84,21 @@ def read_file(path):
         raise UnreadableError(_reason(None, error)) from error
 
 
-def read_image(path, *, mode=None, raw=None):
-    """An RGB Pillow image: the first frame, pixels in stored order (EXIF orientation is not
-    applied), Pillow's `convert("RGB")`.
+def read_image(
+    path: str | Path, *, mode: str | None = None, raw: bytes | None = None
+) -> Image.Image:
+    """Decodes an image as torchvision's ImageFolder would give it to a trainer: an RGB Pillow image
+    of the first frame, with the pixels in stored order (the EXIF orientation is not applied).
+    Grayscale is repeated, palettes are looked up, and alpha is dropped.
 
-    That is what torchvision's ImageFolder gives a trainer: grayscale is repeated, palettes are
-    looked up, alpha is dropped. `mode` demands that the file is stored in this Pillow mode; `raw`:
-    the file's bytes, where they are there. UnreadableError: not a regular file, empty, truncated,
-    not an image, over MAX_PIXELS, small but of many pixels or passes over them (bombs), or more
-    than 8 bits per channel (would lose data)."""
+    Args:
+        mode: the Pillow mode in which the file must be stored; None takes any.
+        raw: the bytes of the file, if they have been read already.
+
+    UnreadableError: the file is not regular, empty, truncated, no image, over MAX_PIXELS, small but
+    with many pixels or many passes over them (a bomb), or has more than 8 bits per channel, which
+    would be lost.
+    """
     with _opened(path, raw) as (image, raw):
         try:
             if (bomb := _bomb(image, raw)) is not None:
@@ -121,7 +130,7 @@ def _opened(path, raw=None):
 
 
 def _bomb(image, raw):
-    """What would take the machine seconds or gigabytes, None for an image that does not."""
+    """Why decoding this image would take seconds or gigabytes, or None if it would not."""
     width, height = image.size
     pixels = width * height
     if pixels > MAX_PIXELS:
@@ -144,11 +153,11 @@ def _bomb(image, raw):
     return None
 
 
-def read_look(path, raw):
-    """How the pixels of `read_image` are meant to be shown, as options of Pillow's `save`:
-    orientation, and an RGB colour profile.
+def read_look(path: str | Path, raw: bytes) -> dict[str, Any]:
+    """How the pixels of `read_image` are meant to be shown, as options for Pillow's `save`: the
+    orientation and an RGB colour profile. raw: the bytes of the file.
 
-    raw: the bytes of the file. Pillow turns a TIFF while it reads it, so nothing is left to say.
+    Pillow turns a TIFF while it reads it, so there is no orientation left to keep.
     """
     look = {}
     with _opened(path, raw) as (image, raw):
@@ -169,8 +178,8 @@ def read_look(path, raw):
 
 
 def _deep(image):
-    """Pillow opens 16-bit RGB files as 8-bit RGB: only the tile's raw mode, or the maximum in a
-    PPM, says so.
+    """Whether a file has more than 8 bits per channel. Pillow opens 16-bit RGB files as 8-bit RGB;
+    only the raw mode of the tile, or the maximum in a PPM, shows it.
     """
     if image.mode in ("I", "F") or image.mode.startswith("I;"):
         return True
@@ -188,7 +197,7 @@ def _reason(raw, error):
     return one_line(error)
 
 
-def one_line(error):
+def one_line(error: BaseException) -> str:
     """The text of someone else's exception, at most 200 printable characters."""
     text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     return printable(" ".join(text.split())) or type(error).__name__

@@ -11,6 +11,8 @@ the file."""
 import math
 import pickle
 import pickletools
+from collections.abc import Callable, Mapping
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -66,7 +68,7 @@ FRESH = {
 SHORT_TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 
 
-def refused(what):
+def refused(what: str) -> pickle.UnpicklingError:
     return pickle.UnpicklingError(f"refused {what}")
 
 
@@ -80,7 +82,7 @@ def _is_key(value):
 
 
 class Name(str):
-    """A global of the pickle. Nothing is looked up: it stays text."""
+    """A global that the pickle names. It is never looked up and stays text."""
 
 
 class _Dtype:
@@ -100,14 +102,16 @@ class _Dtype:
 
 
 class Array:
-    """Stands for numpy.ndarray: what the pickle says about it. `numpy()` gives the array."""
+    """Stands for a numpy.ndarray and holds what the pickle says about it; `numpy()` makes the
+    array.
+    """
 
     __slots__ = ("axes", "dtype", "fortran", "raw", "shape")
 
     def __init__(self):
         self.axes = self.raw = None
 
-    def build(self, _, shape, dtype, fortran, raw):
+    def build(self, _, shape: Any, dtype: Any, fortran: Any, raw: Any) -> None:
         if type(dtype) is not _Dtype or type(raw) not in (bytes, bytearray):
             raise refused("an array without plain bytes")
         if (
@@ -121,7 +125,7 @@ class Array:
             raise refused(f"an array that declares {declared} bytes and holds {len(raw)}")
         self.shape, self.dtype, self.fortran, self.raw = shape, dtype, bool(fortran), raw
 
-    def numpy(self):
+    def numpy(self) -> np.ndarray:
         """A read-only array on the bytes of the file; no copy."""
         if self.raw is None:
             raise refused("an array without content")
@@ -130,29 +134,31 @@ class Array:
         return values if self.axes is None else values.transpose(self.axes)
 
 
-def loads(raw):
+def loads(raw: bytes) -> Any:
     """The value of a pickle (bytes, protocol 0 to 5): numbers, text, bytes, list, tuple, dict and
-    `Array`; numpy scalars as numbers.
+    `Array`. Numpy scalars become numbers.
 
-    Errors: one of ERRORS, whose text names what was refused. Takes at most 4,000,000 opcodes, of a
-        small file fewer; memory is
-    bounded by them and by a small multiple of len(raw), whatever sizes the pickle declares.
+    At most 4,000,000 opcodes are run, fewer for a small file. Memory is bounded by them and by a
+    small multiple of len(raw), whatever sizes the pickle declares. Errors: one of ERRORS, whose
+    text names what was refused.
     """
     return Machine(len(raw)).run(raw)
 
 
 class Machine:
-    """The interpreter. A subclass may know other calls and `persistent` objects, and change what
-    `build` does.
+    """The interpreter. A subclass may know other calls and `persistent` objects, and may change
+    what `build` does.
     """
 
-    def __init__(self, size, calls=None):
+    def __init__(self, size: int, calls: Mapping[str, Callable[..., Any]] | None = None) -> None:
         self.calls = CALLS if calls is None else calls
         self.stack, self.below, self.memo = [], [], {}
         self.size, self.encoded = size, 0
 
-    def run(self, raw):
-        """raw: bytes, or a binary stream, which is left behind the pickle's end."""
+    def run(self, raw: bytes | BinaryIO) -> Any:
+        """Runs the pickle and returns its value. raw: bytes, or a binary stream, which is then left
+        behind the end of the pickle.
+        """
         most = min(MAX_OPCODES, SMALL + self.size // 4)
         for count, (opcode, argument, _) in enumerate(pickletools.genops(raw)):
             if count == most:
@@ -165,7 +171,7 @@ class Machine:
             elif name == "MEMOIZE":
                 self.memo[len(self.memo)] = self.stack[-1]
             elif name in ("PUT", "BINPUT", "LONG_BINPUT"):
-                if not 0 <= argument < self.size:
+                if type(argument) is not int or not 0 <= argument < self.size:
                     raise refused("a memo index larger than the file")
                 self.memo[argument] = self.stack[-1]
             elif name in ("GET", "BINGET", "LONG_BINGET"):
@@ -186,32 +192,32 @@ class Machine:
         (result,) = self.stack
         return result
 
-    def push(self, value):
+    def push(self, value: Any) -> None:
         self.stack.append(value)
 
-    def marked(self):
-        """What was pushed since the last MARK."""
+    def marked(self) -> list[Any]:
+        """Takes and returns what was pushed since the last MARK."""
         items, self.stack = self.stack, self.below.pop()
         return items
 
-    def append(self, items):
+    def append(self, items: Any) -> None:
         if type(self.stack[-1]) is not list:
             raise refused(f"items for a {type(self.stack[-1]).__name__}")
         self.stack[-1].extend(items)
 
-    def dictionary(self):
+    def dictionary(self) -> None:
         items = self.marked()
         self.stack.append({})
         self.update(items)
 
-    def update(self, items):
+    def update(self, items: Any) -> None:
         if type(self.stack[-1]) is not dict or not all(map(_is_key, items[::2])):
             raise refused(
                 f"a dict whose keys are not integers from 0 to {MAX_KEY - 1}, text or bytes"
             )
         self.stack[-1].update(zip(items[::2], items[1::2], strict=True))
 
-    def name(self, module, name):
+    def name(self, module: Any, name: Any) -> None:
         if type(module) is not str or type(name) is not str:
             raise refused("a name that is not text")
         # numpy 2 moved its private modules
@@ -220,17 +226,17 @@ class Machine:
             raise refused(f"{module}.{name}")
         self.stack.append(Name(full))
 
-    def call(self):
+    def call(self) -> None:
         arguments, function = self.stack.pop(), self.stack.pop()
         if type(function) is not Name or function not in self.calls or type(arguments) is not tuple:
             raise refused(f"a call of {_short(function)}")
         self.stack.append(self.calls[function](self, *arguments))
 
-    def persistent(self, _):
+    def persistent(self, told: Any) -> Any:
         """The object behind a persistent id."""
         raise refused("a persistent id")
 
-    def build(self):
+    def build(self) -> None:
         state, target = self.stack.pop(), self.stack[-1]
         if type(target) not in (Array, _Dtype) or type(state) is not tuple:
             raise refused(f"a state for {_short(target)}")
@@ -238,7 +244,7 @@ class Machine:
             state = (*state[:-1], self.encode(state[-1], "latin1"))
         target.build(*state)
 
-    def encode(self, text, encoding):
+    def encode(self, text: Any, encoding: Any) -> bytes:
         """Bytes as protocols 0 to 2 write them. A memoised text could be encoded again and again:
         the sum is bounded by the file.
         """
@@ -249,21 +255,24 @@ class Machine:
             raise refused("more encoded bytes than the file has")
         return text.encode("latin1")
 
-    def array(self, raw, dtype, shape, order, axes=None):
-        """Protocol 5: order "C", "F", or "K": C and then transposed by `axes`."""
+    def array(self, raw: Any, dtype: Any, shape: Any, order: Any, axes: Any = None) -> "Array":
+        """An array of protocol 5. The order is "C", "F", or "K", which means C and then transposed
+        by `axes`.
+        """
         result = Array()
         result.build(1, shape, dtype, order == "F", raw)
         permutation = (
             type(axes) is tuple
             and all(type(axis) is int for axis in axes)
-            and sorted(axes) == list(range(len(shape)))
+            and len(axes) == len(shape)
+            and set(axes) == set(range(len(shape)))
         )
         if order not in ("C", "F") and not (order == "K" and permutation):
             raise refused("an array of unknown order")
         result.axes = axes if order == "K" else None
         return result
 
-    def scalar(self, dtype, raw):
+    def scalar(self, dtype: Any, raw: Any) -> Any:
         return self.array(raw, dtype, (), "C").numpy().item()
 
 

@@ -1,5 +1,6 @@
 """Perturbations in the pickles of other tools."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +15,9 @@ PICKLES = (".pkl", ".pickle")
 CHANNELS = (1, 3)
 
 
-def channels_first(delta):
-    """[N, H, W, C] as [N, C, H, W] where that is unambiguous: last side 1 or 3, second one not.
-    Anything else comes back as it is.
+def channels_first(delta: torch.Tensor) -> torch.Tensor:
+    """Turns [N, H, W, C] into [N, C, H, W] where that is unambiguous: the last side is 1 or 3 and
+    the second one is not. Anything else comes back unchanged.
     """
     last = (
         isinstance(delta, torch.Tensor)
@@ -27,7 +28,7 @@ def channels_first(delta):
     return delta.permute(0, 3, 1, 2) if last else delta
 
 
-def read_pickle(path, names=None):
+def read_pickle(path: str | Path, names: Sequence[str] | None = None) -> torch.Tensor:
     """The perturbations of a .pkl or .pickle file as a float tensor [N, C, H, W] on the [0, 1]
     scale.
 

@@ -1,5 +1,5 @@
-"""Which files are this package's own: a list of checksums beside them, and the rule that nothing
-else is ever replaced or removed.
+"""Remembers which files are this package's own: a list of checksums lies beside them, and nothing
+that is not on it is ever replaced or removed.
 """
 
 import contextlib
@@ -43,20 +43,20 @@ class Owned:
         self._seen = {}  # name -> (state, checksum) of files that were hashed here
 
     def names(self) -> list[str]:
-        """The names on the list, sorted; whether they still are what was written is for `owns` to
-        say.
+        """The names on the list, sorted. Whether the files are still what was written is answered
+        by `owns`.
         """
         return sorted(self._known)
 
     def checksums(self, name: str) -> list[str]:
-        """The sha256 (hex) that the list gives `name`: one, but for a file whose writing was cut
-        short.
+        """The checksums (sha256, hex) that the list has for `name`: one, or two if writing the file
+        was cut short.
         """
         return self._known.get(name, [])
 
     def owns(self, name: str) -> bool:
-        """Whether the file `name` is there, is a file of its own (no link), and is what the list
-        says.
+        """Whether the file `name` exists, is a file of its own (no link), and has a checksum from
+        the list.
         """
         path = self.folder / name
         if (
@@ -72,7 +72,7 @@ class Owned:
         return self._seen[name][1] in self._known[name]
 
     def check(self, op: str, names: Iterable[str]) -> None:
-        """ValueError if one of `names` is somebody else's: it would be replaced."""
+        """Raises ValueError if one of `names` belongs to somebody else and would be replaced."""
         for name in names:
             path = self.folder / name
             if os.path.lexists(path) and not self.owns(name):
@@ -85,8 +85,8 @@ class Owned:
                 )
 
     def check_access(self, op: str) -> None:
-        """ValueError if this process may not change the list, or a folder with files on it: for
-        before the work, as `check`.
+        """Raises ValueError if this process may not change the list, or a folder with files on it.
+        Like `check` it is meant for the time before the work.
         """
         for path in [
             self.folder / LIST,
@@ -101,7 +101,9 @@ class Owned:
                 )
 
     def adopt(self, name: str) -> None:
-        """Puts a file on the list that proved to be this package's by a checksum of its own."""
+        """Puts a file on the list that has proved by a checksum of its own that this package wrote
+        it.
+        """
         if not self.owns(name):
             with self._list() as file:
                 self._record(file, {name: sha256_of(self.folder / name)}, durable=True, adopts=True)
@@ -113,12 +115,12 @@ class Owned:
         durable: bool = True,
         tidy: bool = True,
     ) -> None:
-        """`atomic.write_files` of {name: function of one binary stream}, for new names and owned
-        files alone.
+        """Writes {name: function of one binary stream} as `atomic.write_files` does. Only new names
+        and owned files are taken.
 
-        tidy=False leaves older entries on the list, for `tidy` to remove once: writing many files,
-        or several processes in one folder.
-        Errors: ValueError (somebody else's file), OSError; then everything is as it was.
+        With tidy=False older entries stay on the list until `tidy` removes them all at once; that
+        is for writing many files, or for several processes in one folder. ValueError: a file
+        belongs to somebody else. After any error, OSError included, everything is as it was.
         """
         recorded = []
 
@@ -156,10 +158,10 @@ class Owned:
                 self.tidy()
 
     def remove(self, names: Iterable[str]) -> list[str]:
-        """Removes the owned files among `names`, and folders below this one that are then empty;
-        returns those that were not owned.
+        """Removes the owned files among `names`, and the folders below this one that are then
+        empty.
 
-        They stay, and a log line names the first.
+        Returns the names that were not owned. Their files stay, and a log line names the first.
         """
         kept = []
         for name in names:
@@ -185,7 +187,7 @@ class Owned:
         return kept
 
     def tidy(self) -> None:
-        """Writes the list anew, sorted, with one line for each file that is there; an empty one is
+        """Writes the list anew: sorted, with one line for each file that exists. An empty list is
         removed.
         """
         path = self.folder / LIST
@@ -217,8 +219,8 @@ class Owned:
 
     @contextlib.contextmanager
     def _list(self):
-        """The open list, made where there is none, held against whoever else writes it: another
-        process, or another thread of this one.
+        """Opens the list, makes it where there is none, and holds it against whoever else writes
+        it: another process, or another thread of this one.
         """
         check_system()
         path = self.folder / LIST
@@ -242,7 +244,7 @@ class Owned:
                     return
 
     def _refresh(self, file):
-        """Reads what others wrote to the list since."""
+        """Reads what others have written to the list since it was last read."""
         if _amount(file) != self._read:
             with self._lock:
                 self._known, self._read = _read(self.folder / LIST)
@@ -303,8 +305,8 @@ def write_owned(writers: dict[Path, Callable[[BinaryIO], object]], *, durable: b
 
 
 def check_owned(op: str, paths: Iterable[Path]) -> None:
-    """ValueError if one of `paths` exists and is somebody else's, or the list beside it: for before
-    the work that ends in writing it.
+    """Raises ValueError if one of `paths`, or the list beside it, exists and belongs to somebody
+    else. It is meant for the time before the work that ends in writing them.
     """
     for path in paths:
         files = Owned(path.parent)
@@ -326,14 +328,16 @@ def _line(digest, name):
 
 
 def _amount(file):
-    """Which file, how many bytes of it, and of when: lists are only added to, or replaced."""
+    """Identifies the state of a list: which file it is, how many bytes it has, and of when. Lists
+    are only added to, or replaced as a whole.
+    """
     found = os.fstat(file.fileno())
     return found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def _read(path):
-    """({name: [checksum, ...]}, `_amount` of what was read) of a list; ({}, None) without one. A
-    line that is not whole says nothing.
+    """Reads a list. Returns ({name: [checksum, ...]}, `_amount` of what was read), or ({}, None) if
+    there is none. A line that is not whole is ignored.
     """
     if not os.path.lexists(path):
         return {}, None
@@ -382,8 +386,8 @@ def _read(path):
 
 
 def _parse(line):
-    """(checksum, name), or None for what no list of ours holds: a torn line, a name that leaves the
-    folder.
+    """(checksum, name) of a line, or None for what no list of this package holds: a torn line, or a
+    name that leaves the folder.
     """
     try:
         text = line.decode()
@@ -402,7 +406,7 @@ def _parse(line):
 
 
 def _pairs(text):
-    """The text in pieces of one character, or two from a backslash on."""
+    """Splits the text into pieces of one character, or of two where a backslash comes first."""
     at = 0
     while at < len(text):
         step = 2 if text[at] == "\\" else 1

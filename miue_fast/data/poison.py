@@ -1,11 +1,13 @@
-"""The poison: its use on 8-bit images, and its files."""
+"""Applies a poison to 8-bit images, and reads and writes its files."""
 
 import hashlib
 import json
 import math
 import platform
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import safetensors
 import safetensors.torch
@@ -16,6 +18,7 @@ from ..support.messages import describe, fail, printable
 from . import inert
 from .archive import read_arrays
 from .atomic import check_writable
+from .dataset import Dataset
 from .files import ARCHIVE_ERRORS, open_regular, parse_json, read_bytes
 from .images import one_line
 from .interop import PICKLES, channels_first, read_pickle
@@ -47,13 +50,13 @@ PT_ERRORS = (*ARCHIVE_ERRORS, *inert.ERRORS)
 MAX_STORE = 1 << 40  # bytes of a poison that is read without its data set
 
 
-def budget(eps):
-    """eps on the [0, 1] scale as whole levels of 1/255, rounded down (8/255 -> 8)."""
+def budget(eps: float) -> int:
+    """Turns eps on the [0, 1] scale into pixel levels of 1/255, rounded down (8/255 gives 8)."""
     ranges.budget("poison", "eps", eps, zero=True)
     return int(eps * 255 + 1e-4)
 
 
-def check_delta(delta):
+def check_delta(delta: torch.Tensor) -> None:
     if (
         not isinstance(delta, torch.Tensor)
         or delta.dim() != 4
@@ -65,9 +68,9 @@ def check_delta(delta):
         fail("poison", "delta", "finite values in [-1, 1] ([0, 1] image scale)", found)
 
 
-def quantise(delta, eps):
-    """round(255 * delta) half to even, clamped to the budget: int16 levels of 1/255, [N, C, H, W].
-    Never more than eps.
+def quantise(delta: torch.Tensor, eps: float) -> torch.Tensor:
+    """Rounds 255 * delta half to even and clamps it to the budget: int16 pixel levels of 1/255, [N,
+    C, H, W], never more than eps.
     """
     check_delta(delta)
     levels = budget(eps)
@@ -78,7 +81,9 @@ def quantise(delta, eps):
     return result
 
 
-def apply_poison(images, delta, eps, *, rounding="nearest"):
+def apply_poison(
+    images: torch.Tensor, delta: torch.Tensor, eps: float, *, rounding: str = "nearest"
+) -> torch.Tensor:
     """Poisoned 8-bit images, uint8 [N, C, H, W], on the CPU.
 
     "nearest": y = clamp(x + q, 0, 255), q = `quantise(delta, eps)`: |y - x| <= 255 * eps holds
@@ -107,9 +112,9 @@ def apply_poison(images, delta, eps, *, rounding="nearest"):
     return result
 
 
-def random_noise(dataset, eps, seed, kind="uniform"):
-    """Class-free noise of the same budget, fp32 like the images: "uniform" in [-eps, eps], or
-    "sign": -eps or +eps per value.
+def random_noise(dataset: Dataset, eps: float, seed: int, kind: str = "uniform") -> torch.Tensor:
+    """Noise of the same budget that does not depend on the class, float32 in the shape of the
+    images: "uniform" in [-eps, eps], or "sign", which is -eps or +eps for each value.
     """
     budget(eps)
     generator = torch.Generator().manual_seed(seed)
@@ -134,16 +139,18 @@ def random_noise(dataset, eps, seed, kind="uniform"):
 # the store on disk
 
 
-def save_poison(folder, delta, dataset, options):
-    """Writes poison.safetensors (tensor `delta`) and manifest.json into `folder`, as one step: on
-    any failure the old pair stays.
+def save_poison(
+    folder: str | Path, delta: torch.Tensor, dataset: Dataset, options: Mapping[str, Any]
+) -> None:
+    """Writes poison.safetensors (the tensor `delta`) and manifest.json into `folder` as one step:
+    after any failure the old pair is still there.
+
+    Args:
+        delta: [N, C, H, W] in float32, float16, or int8 levels of eps / 127.
+        options: JSON values by name, `eps` among them.
 
     Files of these names that this package did not write, or that were changed since, are refused
-    (`Owned`).
-
-    delta: [N, C, H, W] float32, float16, or int8 levels of eps / 127. options: a dict with `eps`,
-        JSON values.
-    Errors: ValueError, OSError (one line). The same input gives the same bytes.
+    (`Owned`). The same input gives the same bytes. Errors: ValueError, OSError (one line).
     """
     if (
         not isinstance(delta, torch.Tensor)
@@ -156,8 +163,8 @@ def save_poison(folder, delta, dataset, options):
             f"float32, float16 or int8 levels {list(dataset.images.shape)}",
             describe(delta),
         )
-    budget(options.get("eps"))
-    folder = check_writable(folder)
+    ranges.budget("poison", "eps", options.get("eps"), zero=True)
+    folder = check_writable(Path(folder))
     delta = delta.detach().cpu().contiguous()
     check_delta(_values(delta, options["eps"]))
     content = safetensors.torch.save({"delta": delta})
@@ -193,8 +200,8 @@ def _version():
 
 
 def _manifest_text(manifest):
-    """JSON whose last key is the sha256 of the rest: reading demands these very bytes, so any
-    changed bit is found.
+    """The manifest as JSON whose last key is the sha256 of the rest. Reading demands exactly these
+    bytes, so any changed bit is found.
     """
     body = {key: value for key, value in manifest.items() if key != "manifest_sha256"}
     digest = hashlib.sha256(json.dumps(body, default=str, allow_nan=False).encode()).hexdigest()
@@ -204,8 +211,8 @@ def _manifest_text(manifest):
     ).encode()
 
 
-def read_manifest(path):
-    """The content of a manifest.json, as it was written. ValueError: one line."""
+def read_manifest(path: str | Path) -> dict[str, Any]:
+    """The content of a manifest.json as it was written. ValueError of one line if it is not."""
     try:
         text = read_bytes(path, MAX_MANIFEST)
         manifest = parse_json(text)
@@ -244,28 +251,35 @@ SAFETENSORS_ERRORS = (
 )
 
 
-def room_for(dataset):
-    """The bytes that a poison of these images can take at most: float64, and what is written around
-    it.
+def room_for(dataset: Dataset) -> int:
+    """The largest number of bytes that a poison of these images can take: float64, and what is
+    written around it.
     """
     return ROOM + 8 * dataset.images.numel()
 
 
-def load_poison(path, dataset=None):
-    """(delta fp32 [N, C, H, W], manifest or None).
+def load_poison(
+    path: str | Path, dataset: Dataset | None = None
+) -> tuple[torch.Tensor, dict[str, Any] | None]:
+    """Reads perturbations.
 
-    path: the folder of `save_poison` or its poison.safetensors; poison.pt / perturbation.pt (one
-        bare float tensor, read as
-    plain data: `torchfile`) or an .npz with `delta`: float on [0, 1], rounded to nearest at
-        application; .pkl / .pickle as `read_pickle`
-    takes it: integers are levels of 1/255, exact. Channels may come last where that is unambiguous
-        (last side 1 or 3, second one not).
-    Bare files may hold [classes, C, H, W], expanded by label if `dataset` is given.
-    Checked: sha256 of both files of a store (zip checksums of .pt and .npz), format, shape, range
-        and, with `dataset`, the fingerprint
-    (bare files carry none) and the size: no more is read than a poison of these images can take.
-        The result is a copy: nothing that
-    happens to the file later changes it. ValueError: one line that says which of them failed.
+    Args:
+        path: the folder of `save_poison` or its poison.safetensors; poison.pt or perturbation.pt
+            (one bare float tensor, read as plain data, see `torchfile`) or an .npz file with
+            `delta`, whose floats on the [0, 1] scale are rounded to the nearest level when they are
+            applied; or a .pkl or .pickle file as `read_pickle` takes it, whose integers are levels
+            of 1/255 and exact. Channels may come last where that is unambiguous (the last side is 1
+            or 3, the second one is not).
+        dataset: the images that the poison is for. Bare files may then hold [classes, C, H, W],
+            which is expanded by label.
+
+    The sha256 of both files of a store (of .pt and .npz the zip checksums), format, shape and range
+    are checked, and with `dataset` also the fingerprint (which bare files do not carry) and the
+    size: no more is read than a poison of these images can take. The result is a copy, which
+    nothing that happens to the file later can change.
+
+    Returns (delta, manifest): float32 [N, C, H, W], and None where there is no manifest.
+    ValueError: one line that says which check failed.
     """
     path = Path(path)
     if path.is_dir():
@@ -288,9 +302,9 @@ def load_poison(path, dataset=None):
     fail("poison", "path", FILES, str(path))
 
 
-def is_poison(path):
-    """True for a file or folder that holds perturbations, as `load_poison` reads them, and not
-    images. A damaged archive does not.
+def is_poison(path: str | Path) -> bool:
+    """Whether a file or folder holds perturbations, as `load_poison` reads them, and not images. A
+    damaged archive does not count.
     """
     path = Path(path)
     suffix = path.suffix.lower()
@@ -337,7 +351,7 @@ def _load_store(path, dataset):
 
 
 def _values(delta, eps):
-    """A stored delta in fp32; int8 levels are of eps / 127."""
+    """A stored delta as float32; int8 values are levels of eps / 127."""
     return delta.float() * (eps / 127) if delta.dtype == torch.int8 else delta.float()
 
 

@@ -1,5 +1,5 @@
-"""What would stop a folder of images from being written, found before the work whose result it is:
-names, sizes, room on the disk.
+"""Finds what would stop a folder of images from being written before the work whose result it is:
+names, sizes, and room on the disk.
 """
 
 import io
@@ -23,13 +23,13 @@ BLOCK = 4096  # bytes that a file system gives to a file at a time
 
 def check_names(out: Path, targets: Sequence[str]) -> None:
     """Makes the folders and the doubtful files of `targets` (posix paths) once, empty, in a
-    temporary folder of `out`.
+    temporary folder of `out`, because only the file system knows what it takes.
 
-    Only the file system knows what it takes. Doubtful is every name but short ones of plain letters
-    that differ from all others: what is found are names and paths that are too long, names that are
-        the same to it (case, accents), a file where a folder has to be, and
-    characters it has no place for. Errors: ValueError, which names the file; `out` is then as it
-    was."""
+    Every name is doubtful that is not short, of plain letters and different from all others. What
+    is found are names and paths that are too long, names that are the same to the file system
+    (case, accents), a file where a folder has to be, and characters that it cannot store.
+    ValueError names the file; `out` is then as it was.
+    """
     folders = sorted(
         {str(parent) for target in targets for parent in list(PurePosixPath(target).parents)[:-1]}
     )
@@ -67,8 +67,8 @@ def _try(name, make):
 
 
 def check_sizes(sizes: Iterable[tuple[int, int]], image_format: str, options: dict) -> None:
-    """ValueError if the format has no room for the widest or the highest image: its encoder is
-    asked. sizes: (width, height) in pixels.
+    """Raises ValueError if the format cannot hold the widest or the highest image, which is found
+    by asking its encoder. sizes: (width, height) in pixels.
     """
     sizes = list(sizes)
     if not sizes:
@@ -92,12 +92,12 @@ def check_sizes(sizes: Iterable[tuple[int, int]], image_format: str, options: di
 
 
 def file_bytes(size: float) -> int:
-    """What a file of `size` bytes takes of the disk."""
+    """How many bytes of the disk a file of `size` bytes takes."""
     return -(-int(size) // BLOCK) * BLOCK
 
 
 def check_room(op: str, folder: Path, needed: int, what: str) -> None:
-    """ValueError if the disk of `folder` has fewer than `needed` bytes left."""
+    """Raises ValueError if the disk of `folder` has fewer than `needed` bytes left."""
     free = shutil.disk_usage(folder).free
     if free < needed:
         fail(

@@ -1,8 +1,9 @@
-"""Data in: ImageFolder trees, CIFAR python files, npz archives, arrays."""
+"""Reads images from ImageFolder trees, CIFAR python files, npz archives and arrays."""
 
 import hashlib
 import logging
 import os
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -27,29 +28,40 @@ CHUNK = 1024  # images at a time
 
 MAX_SIZE = 4096  # pixels a side that images are resized to
 
+ArrayLike = torch.Tensor | np.ndarray
+Source = str | os.PathLike[str] | Dataset | tuple[ArrayLike, ArrayLike]  # what `load` takes
 
-def load(source, *, size=None, split=None, per_class=None):
-    """Labelled images as one `Dataset`.
+
+def load(
+    source: Source,
+    *,
+    size: int | None = None,
+    split: str | None = None,
+    per_class: int | None = None,
+) -> Dataset:
+    """Reads labelled images as one `Dataset`.
 
     Args:
-        source: an ImageFolder root (ROOT/CLASS/**/image: png jpg jpeg webp bmp tif tiff ppm gif;
-            classes and names sorted; pixels as in `images.read_image`), a folder of CIFAR-10/100
-            python files, an .npz file with `images` and `labels`, a pair (images, labels), or a
-            Dataset.
-            Arrays: [N, C, H, W] or [N, H, W, C], C = 1 or 3, uint8, or float in [0, 1], then
-                rounded to the nearest multiple of 1/255
-            (half to even; a warning says so if that changes a value). Labels: integers; the sorted
-            values become the classes.
-        size: model size in pixels: every image is resized to size x size (bilinear, antialiased).
-            None: all must agree already.
-        split: "train" or "test". CIFAR files: default "train". A folder: ROOT/split is read. Not
-            for archives and arrays.
-        per_class: keep only the first images of each class (folders: by name; else: in order).
+        source: an ImageFolder root (ROOT/CLASS/**/image of the kinds png jpg jpeg webp bmp tif tiff
+            ppm gif; classes and names are sorted; pixels as in `images.read_image`), a folder of
+            CIFAR-10 or CIFAR-100 python files, an .npz file with `images` and `labels`, a pair
+            (images, labels), or a Dataset. Arrays are [N, C, H, W] or [N, H, W, C] with C = 1 or 3,
+            in uint8, or in float on [0, 1] and then rounded to the nearest multiple of 1/255 (half
+            to even; a warning says so if that changes a value). Labels are integers, and their
+            sorted values become the classes.
+        size: the network's size in pixels. Every image is resized to size x size (bilinear,
+            antialiased). With None all images must have one size already.
+        split: "train" or "test". Of CIFAR files "train" is the default; of a folder ROOT/split is
+            read. Archives and arrays have no split.
+        per_class: keep only the first images of each class, by name in a folder and in order
+            elsewhere.
 
-    Files that cannot be used (damaged, bombs, over 8 bits per channel, links to folders or out of
-    the root) are left out and listed in `unreadable`; files in class folders that are not images
-    (Thumbs.db, notes.txt) in `skipped`, and told in one log line. Deterministic. ValueError: empty,
-    fewer than 2 classes, unequal sizes with size=None, wrong arrays."""
+    Files that cannot be used (damaged, bombs, more than 8 bits per channel, links to folders or out
+    of the root) are left out and listed in `unreadable`. Files in class folders that are no images
+    (Thumbs.db, notes.txt) are listed in `skipped` and named in one log line. The result is
+    deterministic. ValueError: no images, fewer than 2 classes, unequal sizes with size=None, wrong
+    arrays.
+    """
     check_selection(size, per_class)
     if isinstance(source, (str, os.PathLike)):
         path = Path(source)
@@ -79,22 +91,28 @@ def load(source, *, size=None, split=None, per_class=None):
     return _finish(data, size, per_class, name)
 
 
-def check_selection(size, per_class):
-    """What `load` does before it looks at its source."""
+def check_selection(size: int | None, per_class: int | None) -> None:
+    """Checks what `load` checks before it looks at its source. Errors: ValueError."""
     if size is not None:
         ranges.whole("data", "size", size, 1, MAX_SIZE)
     if per_class is not None:
         ranges.whole("data", "per_class", per_class)
 
 
-def is_tree(path):
+def is_tree(path: str | Path) -> bool:
     """Whether `load` reads this path as ROOT/CLASS/**/image."""
     return Path(path).is_dir() and cifar.find(Path(path)) is None
 
 
-def load_test(source, *, size=None, split=None, per_class=None):
-    """`load` for test images: of a folder of CIFAR python files the test part, unless `split` says
-    otherwise.
+def load_test(
+    source: Source,
+    *,
+    size: int | None = None,
+    split: str | None = None,
+    per_class: int | None = None,
+) -> Dataset:
+    """Reads test images as `load` does; of a folder of CIFAR python files the test part, unless
+    `split` says otherwise.
     """
     if (
         split is None
@@ -158,8 +176,8 @@ def _first_rows(labels, per_class):
     return order[torch.arange(len(labels)) - starts < per_class].sort().values
 
 
-def resize(image, size):
-    """uint8 [size, size, ...]: as `load` resizes an image."""
+def resize(image: Image.Image, size: int) -> np.ndarray:
+    """Resizes an image as `load` does: uint8 [size, size, ...]."""
     return np.asarray(
         image
         if image.size == (size, size)
@@ -279,9 +297,15 @@ def _texts(array, name):
     return array.tolist()
 
 
-def from_arrays(images, labels, *, classes=None, names=None):
-    """A Dataset of arrays or tensors as `load` describes them. With `classes` (list of str) labels
-    are indices into it.
+def from_arrays(
+    images: ArrayLike,
+    labels: ArrayLike,
+    *,
+    classes: Sequence[str] | None = None,
+    names: Sequence[str] | None = None,
+) -> Dataset:
+    """A Dataset of arrays or tensors, as `load` describes them. With `classes`, a list of names,
+    labels are indices into it.
     """
     images, labels = _tensor(images, "images"), _tensor(labels, "labels")
     if images.dim() != 4 or not (images.shape[1] in (1, 3) or images.shape[3] in (1, 3)):

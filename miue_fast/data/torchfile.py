@@ -1,13 +1,16 @@
-"""What torch.save wrote, read as plain data: tensors and dicts of tensors.
+"""Reads what torch.save wrote as plain data: tensors and dicts of tensors.
 
 `torch.load(weights_only=True)` runs nothing either, but a few bytes make it allocate gigabytes
 (`bytearray(10**10)`), keys that hash alike take it minutes, and no checksum is looked at. Here the
 pickle is interpreted by `inert`, and every storage is read once, at its declared size, into memory
-of its own."""
+of its own.
+"""
 
 import math
 import os
 import zipfile
+from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -51,7 +54,7 @@ class _Machine(inert.Machine):
             raise NotDenseError(FOREIGN[name])
         super().name(module, name)
 
-    def persistent(self, told):
+    def persistent(self, told: Any) -> Any:
         """("storage", type, key, place, number of values), and in files before PyTorch 1.6 a view,
         which nobody wrote.
         """
@@ -133,13 +136,13 @@ KNOWN = {
 }
 
 
-def read_torch(path, most):
-    """The tensor, or dict, list or tuple of tensors and plain values, in a file of torch.save; on
-    the CPU, wherever it was.
+def read_torch(path: str | Path, most: int) -> Any:
+    """The tensor, or the dict, list or tuple of tensors and plain values, in a file of torch.save,
+    on the CPU wherever it was.
 
-    most: bytes its tensors may take together. Errors: those of `files.ARCHIVE_ERRORS` and
-        `inert.ERRORS`; NotDenseError for tensors
-    that are sparse, without content, or larger than their memory.
+    `most` is how many bytes its tensors may take together. Errors: those of `files.ARCHIVE_ERRORS`
+    and `inert.ERRORS`; NotDenseError for tensors that are sparse, without content, or larger than
+    their memory.
     """
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size

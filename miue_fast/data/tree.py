@@ -1,9 +1,10 @@
-"""Which files of an ImageFolder tree count, and what they are called after an export."""
+"""Decides which files of an ImageFolder tree count, and what they are called after an export."""
 
 import logging
 import multiprocessing
 import os
 from collections import Counter
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from ..support.messages import printable
@@ -59,19 +60,20 @@ PICTURES = (
 MAGIC = (b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"II*\0", b"MM\0*")  # an image under another name
 
 
-def list_tree(root):
-    """(class names, image names, refused, skipped) of ROOT/CLASS/**/image, sorted; refused: (name,
-    reason).
+def list_tree(root: Path) -> tuple[list[str], list[str], list[tuple[str, str]], list[str]]:
+    """Lists ROOT/CLASS/**/image: (class names, image names, refused, skipped), all sorted;
+    `refused` has (name, reason).
 
-    Links to folders are not followed, so there are no loops; links to files must stay inside the
-    root. Skipped are the files in class folders that are no images by name and content (Thumbs.db,
-    .DS_Store, notes.txt). Hidden images are ignored, and so are other files beside the class
-    folders."""
+    Links to folders are not followed, so there are no loops, and links to files must stay inside
+    the root. Skipped are the files in class folders that are no images by name and content
+    (Thumbs.db, .DS_Store, notes.txt). Hidden images are ignored, and so are other files beside the
+    class folders.
+    """
     root = Path(root)
     real = root.resolve()
     names, refused, skipped = [], [], []
 
-    folders = [(root, "")]
+    folders: list[tuple[str | Path, str]] = [(root, "")]
     while folders:  # no recursion: a path may have 2,000 parts
         folder, prefix = folders.pop()
         try:
@@ -102,9 +104,9 @@ def list_tree(root):
     return sorted({name.split("/")[0] for name in names}), names, sorted(refused), sorted(skipped)
 
 
-def tell_skipped(skipped):
-    """One log line about the files that are not images; the worker processes of a report leave it
-    to their parent.
+def tell_skipped(skipped: Sequence[str]) -> None:
+    """Writes one log line about the files that are no images. The worker processes of a report
+    leave it to their parent.
     """
     if skipped and multiprocessing.parent_process() is None:
         shown = [printable(name, most=80) for name in skipped[:5]]
@@ -117,7 +119,7 @@ def tell_skipped(skipped):
 
 
 def _refuse(entry, real, inside):
-    """Why a directory entry is left out, None if it is not."""
+    """Why a directory entry is left out, or None if it is not."""
     try:
         entry.name.encode()
     except UnicodeEncodeError:
@@ -149,8 +151,8 @@ def _refuse(entry, real, inside):
 
 
 def _is_picture(entry):
-    """Whether a file whose name is none that is read here is a picture all the same, by its suffix
-    or its first bytes.
+    """Whether a file that is not read here, going by its name, is a picture all the same, going by
+    its suffix or its first bytes.
     """
     if entry.name.lower().endswith(PICTURES):
         return True
@@ -159,8 +161,8 @@ def _is_picture(entry):
     return head.startswith(MAGIC) or (head[:4] == b"RIFF" and head[8:] == b"WEBP")
 
 
-def first_per_class(names, per_class):
-    """The first `per_class` of the sorted names in each class; all for None."""
+def first_per_class(names: list[str], per_class: int | None) -> list[str]:
+    """The first `per_class` of the sorted names in each class, or all of them for None."""
     if per_class is None:
         return names
     seen = Counter()
@@ -172,12 +174,12 @@ def first_per_class(names, per_class):
     return kept
 
 
-def target_names(names, others, suffix):
-    """{name: name after an export}: the suffix replaced, or kept in the stem where two files would
-    meet ("a.jpg.png", "a.png.png").
+def target_names(names: Iterable[str], others: Iterable[str], suffix: str) -> dict[str, str]:
+    """Maps each name to its name after an export: the suffix is replaced, or kept in the stem where
+    two files would meet ("a.jpg.png", "a.png.png").
 
-    `others`: image names of the tree that are not exported; they count, so that the result does not
-        depend on which files are damaged.
+    `others` are names of images in the tree that are not exported. They count as well, so that the
+    result does not depend on which files are damaged.
     """
     everything = sorted({*names, *(name for name in others if name.lower().endswith(SUFFIXES))})
     kept_suffix = set()

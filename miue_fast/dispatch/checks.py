@@ -2,7 +2,7 @@
 
 import functools
 import numbers
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -210,10 +210,10 @@ def with_row_numbers(op: str, fn: Callable, *, store: int, index: int) -> Callab
     return checked
 
 
-def gradient(op: str, grad: torch.Tensor, shape: torch.Size, device: torch.device) -> None:
+def gradient(op: str, grad: torch.Tensor, shape: Sequence[int], device: torch.device) -> None:
     if (
         not isinstance(grad, torch.Tensor)
-        or grad.shape != shape
+        or grad.shape != torch.Size(shape)
         or grad.dtype not in FLOATS
         or grad.device != device
     ):

@@ -1,5 +1,5 @@
-"""Training of one victim, plain or with a defence, and its accuracy on training and clean test
-images.
+"""Training of one victim network (docs/method.md), plain or with a defence, and its accuracy on
+training and clean test images.
 """
 
 import contextlib

@@ -1,5 +1,6 @@
 """The poison step of a contrastive batch: K projected sign steps on the perturbation."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,8 +19,8 @@ def network_input(
     labels: torch.Tensor,
     index: torch.Tensor | None,
     flip: torch.Tensor | None,
-    mean: torch.Tensor | None = None,
-    std: torch.Tensor | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
     *,
     classwise: bool,
     **rest: Any,
@@ -153,7 +154,12 @@ class Descent:
             if o.classwise:
                 sums.add_((members[:, rows] @ grad.flatten(1).float()).view_as(sums))
                 return
-            rest = {"alpha": alpha, "eps": o.eps, "nonfinite": bad[1:], "backend": o.backend}
+            rest: dict[str, Any] = {
+                "alpha": alpha,
+                "eps": o.eps,
+                "nonfinite": bad[1:],
+                "backend": o.backend,
+            }
             if stem is None:
                 projected_step_(self.delta, index[rows], grad, self.images, flips(rows), **rest)
             else:  # grad belongs to the first convolution's result

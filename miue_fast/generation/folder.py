@@ -50,9 +50,10 @@ def _goes_on(folder, path, options):
     if path.exists():
         return False
     try:
-        return datasets.load_poison(folder)[1]["options"] == options.as_dict()
+        manifest = datasets.load_poison(folder)[1]
     except ValueError:  # none, or someone else's
         return False
+    return manifest is not None and manifest["options"] == options.as_dict()
 
 
 def of_another_run(folder: Path, header: dict[str, Any]) -> bool:

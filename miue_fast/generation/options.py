@@ -22,7 +22,7 @@ _ALL_OPS = tuple(
 
 @dataclass(frozen=True)
 class Options:
-    """The options of one generation. Sizes are on the [0, 1] image scale (8/255, not 8).
+    """The options of the method (docs/method.md). Sizes are on the [0, 1] image scale, as 8/255.
 
     Errors: ValueError on creation, one line each. Which options only one objective reads is said by
     that objective (`objectives/`).

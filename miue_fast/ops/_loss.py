@@ -114,12 +114,14 @@ def _transformed(op):
             ctx.unused = len(inputs) - 1
 
         @staticmethod
-        def backward(ctx, grad_loss, _):
+        def backward(ctx, *grads):
+            grad_loss, _ = grads
             features, grad = ctx.saved_tensors
             return _Once.apply(grad, grad_loss, features), *([None] * ctx.unused)
 
         @staticmethod
-        def jvp(ctx, tangent, *_):
+        def jvp(ctx, *tangents):
+            tangent, *_ = tangents
             features, grad = ctx.saved_tensors
             return (
                 _Once.apply(grad, grad.new_ones(()), features.to(grad.dtype)) * tangent

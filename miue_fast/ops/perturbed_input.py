@@ -69,7 +69,7 @@ def perturbed_input(
             127; needs `eps`), or None.
         index: int64 [B] in [0, N) (out of range: ValueError on the CPU, undefined on a GPU), or
             None for all rows.
-        flip: bool [B] or None: rows whose image is mirrored along W; delta is not (algorithm.md 2).
+        flip: bool [B] or None: rows whose image is mirrored along W; delta is not (docs/method.md).
         mean, std: C numbers each, on the [0, 1] scale, or None for no normalisation. std is applied
             as a product with float32(1/std).
         dtype: of the result: float32, float16 or bfloat16; the arithmetic is fp32, rounded once.

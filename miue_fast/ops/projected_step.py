@@ -130,7 +130,7 @@ def projected_step_(
         images: [N, C, H, W] uint8 (value / 255) or float32 on the [0, 1] scale (outside it: as in
             `projected_step`), contiguous.
         flip: bool [B] or None: rows whose image was mirrored along W. delta is not mirrored
-            (algorithm.md 2).
+            (docs/method.md).
         alpha, eps: step size and L-inf budget on the [0, 1] scale; eps > 0 for int8.
         nonfinite: int64 [1] or None: incremented by the number of NaN and Inf in grad (they count
             as sign 0, or +-1 for Inf).

@@ -1,11 +1,13 @@
-"""One picture of a poison: images, amplified perturbations, poisoned images, and the victims'
-accuracy curves.
+"""The figure of a poison: images, amplified perturbations, poisoned images, and the accuracy curves
+of the victims.
 """
 
 import contextlib
 import importlib.util
 import tempfile
+from collections.abc import Generator
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -16,14 +18,14 @@ from ..support.messages import fail, printable
 COLOURS = {"clean": "#1b7837", "poisoned": "#c51b29", "random noise": "#3b6fb6"}
 
 
-def missing():
+def missing() -> str | None:
     """Why no figure can be drawn here, or None."""
     if importlib.util.find_spec("matplotlib") is None:
         return "figure not drawn: pip install 'miue_fast[plot]'"
     return None
 
 
-def check_suffix(path):
+def check_suffix(path: Path) -> None:
     """ValueError if `path` does not end in a format that matplotlib writes."""
     from matplotlib.backend_bases import FigureCanvasBase
 
@@ -33,9 +35,9 @@ def check_suffix(path):
 
 
 @contextlib.contextmanager
-def plain_text():
-    """Text in figures stands as it is, also between two $ and whatever the user's matplotlibrc
-    says.
+def plain_text() -> Generator[None, None, None]:
+    """A context in which text in figures stands as it is, also between two $ and whatever the
+    user's matplotlibrc says.
     """
     import matplotlib
 
@@ -45,27 +47,29 @@ def plain_text():
         yield
 
 
-def label(name, most):
-    """A name for a figure: one line of at most `most` characters; matplotlib leaves out of a legend
-    what begins with an underscore.
+def label(name: str, most: int) -> str:
+    """Makes a name fit for a figure: one line of at most `most` characters. matplotlib leaves names
+    out of a legend that begin with an underscore, so these get a space in front.
     """
     return f"{' ' * name.startswith('_')}{printable(name[:most], most=None)}"[:most]
 
 
-def figure(table, clean, poisoned, path, *, columns=6):
-    """Draws a PNG (or what the suffix of `path` says) and returns its path.
+def figure(
+    table: Any, clean: data.Dataset, poisoned: torch.Tensor, path: str | Path, *, columns: int = 6
+) -> Path:
+    """Draws the figure as a PNG, or in the format that the suffix of `path` names.
 
     Args:
-        table: of `evaluate`; curves are means over the seeds, bands go from the smallest to the
-            largest.
-        clean: data.Dataset. poisoned: uint8 images [N, C, H, W] in its order (`poisoned_images`
-            gives them).
+        table: the Table of `evaluate`. Curves are means over the seeds, and bands go from the
+            smallest to the largest.
+        clean: the clean images.
+        poisoned: uint8 [N, C, H, W] in the same order (`poisoned_images` gives them).
         path: a new name, or a figure that this package wrote there (`miue-files.sha256` beside it
             says so).
-        columns: how many images, of as many classes as there are.
+        columns: how many images are shown, of as many classes as there are.
 
-    Errors: ValueError, also for a file of somebody else's; BackendError without matplotlib; OSError
-        where the file cannot be written.
+    Returns the path. Errors: ValueError, also for a file that belongs to somebody else;
+    BackendError without matplotlib; OSError where the file cannot be written.
     """
     path = Path(path)
     if reason := missing():
@@ -83,7 +87,9 @@ def figure(table, clean, poisoned, path, *, columns=6):
     chosen = one_per_class(clean.labels, columns)
     with plain_text(), tempfile.TemporaryDirectory() as folder:
         canvas = Figure(figsize=(1.25 * len(chosen) + 5.6, 4.6), dpi=150, layout="constrained")
-        left, right = canvas.subfigures(1, 2, width_ratios=(1.25 * len(chosen) + 0.7, 4.9))
+        left, right = canvas.subfigures(
+            1, 2, squeeze=False, width_ratios=(1.25 * len(chosen) + 0.7, 4.9)
+        )[0]
         _images(left, clean, poisoned, chosen)
         _curves(right, table)
         drawn = Path(folder) / f"figure{path.suffix}"
@@ -93,8 +99,10 @@ def figure(table, clean, poisoned, path, *, columns=6):
     return path
 
 
-def one_per_class(labels, columns):
-    """Positions of images: the first of every class, then the second of every class, and so on."""
+def one_per_class(labels: torch.Tensor, columns: int) -> list[int]:
+    """Positions of images: first the first one of every class, then the second one of every class,
+    and so on.
+    """
     rank = torch.zeros_like(labels)
     for label in labels.unique():
         here = labels == label
@@ -102,9 +110,9 @@ def one_per_class(labels, columns):
     return torch.argsort(rank * (labels.max() + 1) + labels, stable=True)[:columns].tolist()
 
 
-def shown(image):
-    """[C, H, W] on the [0, 1] scale as matplotlib wants it: grey images are repeated, further
-    channels left out.
+def shown(image: torch.Tensor) -> Any:
+    """An image [C, H, W] on the [0, 1] scale as matplotlib wants it: [H, W, 3]. Grey images are
+    repeated, and further channels are left out.
     """
     image = image.expand(3, -1, -1) if image.shape[0] < 3 else image[:3]
     return image.permute(1, 2, 0).numpy()

@@ -31,8 +31,8 @@ def formula(features, labels, temperature, denominator):
 
 
 def nt_xent(features, labels, temperature, denominator, want_grad):
-    """The closed form of algorithm 2.1 in row chunks: sums P (same class) and N (other classes) are
-    kept apart.
+    """The closed form of docs/method.md in row chunks: sums P (same class) and N (other classes)
+    are kept apart.
 
     P is shifted by the row's own norm (1, or 0 for a zero row). N uses the same shift, or its
     maximum with "negatives"."""

@@ -1,6 +1,8 @@
 """The configuration of a report: a JSON file, checked as a whole before anything is trained."""
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
 from .. import models
@@ -10,7 +12,7 @@ from ..dispatch import checks
 from ..evaluation.defences import defence
 from ..evaluation.defences.none import NoDefence
 from ..evaluation.victims import recipe
-from ..generation import PRESETS
+from ..generation import PRESETS, Options
 from ..generation.presets import DEFAULT, choose
 from ..support import messages, ranges
 from ..support.schema import scalar, table, text
@@ -41,15 +43,17 @@ _ANALYSIS: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Config:
-    """What is poisoned how, and who is trained on it. See docs/report.md for the file; `read` makes
-    one.
+    """What is poisoned how, and who is trained on it. docs/report.md describes the file, and `read`
+    makes an object from it.
 
-    data, test: what `data.load` takes. poisons: name -> options of `generate`, {"path": a poison or
-        poisoned folder} or {"of": another
-    poison, "ratio": the share of its images that keep it}. victims: name -> recipe. runs: blocks of
-    cells, each the product of its poisons, victims, defences and seeds. analysis: which victims'
-    features are analysed, and how.
-    paper: a table of `paper.py` whose numbers are printed beside ours, or None.
+    Attributes:
+        data, test: what `data.load` takes.
+        poisons: by name, options of `generate`, or {"path": a poison or poisoned folder}, or {"of":
+            another poison, "ratio": the share of its images that keep it}.
+        victims: recipes by name.
+        runs: blocks of cells, each the product of its poisons, victims, defences and seeds.
+        analysis: which victims' features are analysed, and how.
+        paper: the table of `paper.py` whose numbers are printed beside ours, or None.
     """
 
     name: str
@@ -65,7 +69,7 @@ class Config:
     analysis: dict = field(default_factory=dict)
     paper: str | None = None
 
-    def cells(self):
+    def cells(self) -> list[tuple[str, str, str, int]]:
         """(poison, victim, defence, seed), each once, in the order of the blocks."""
         found = {}
         for run in self.runs:
@@ -80,7 +84,8 @@ class Config:
                         )
         return list(found)
 
-    def analysed(self, victim, defended, seed):
+    def analysed(self, victim: str, defended: str, seed: int) -> bool:
+        """Whether the features of this cell's victim are to be analysed."""
         return (
             defended == NoDefence.name
             and victim in self.analysis["victims"]
@@ -88,7 +93,7 @@ class Config:
         )
 
 
-def load(path):
+def load(path: str | Path) -> dict[str, Any] | None:
     """The content of a report.json, or None if the file is something else. ValueError: a report
     that is not as it was written.
     """
@@ -108,7 +113,7 @@ def load(path):
     return content
 
 
-def read(path, **changes):
+def read(path: str | Path, **changes: str | None) -> Config:
     """The Config in a JSON file; `changes` (data, test) replace its entries. ValueError: one line
     that says what is wrong.
     """
@@ -212,7 +217,7 @@ def _only(where, given, known):
 
 
 def _place(where, path):
-    """Where images or a poison lie."""
+    """Checks the entry that says where images or a poison lie."""
     if not isinstance(path, str) or not path.strip() or "\0" in path:
         messages.fail("report", where, "text that names a file or folder", repr(path))
 
@@ -272,7 +277,7 @@ def _victim(name, options, per_class):
         )
 
 
-def split(options):
+def split(options: Mapping[str, Any]) -> tuple[dict[str, Any], Options]:
     """(arguments of generate, Options) of one poison's entry. Errors: ValueError."""
     arguments = {name: options[name] for name in _GENERATE if name in options}
     rest = {name: value for name, value in options.items() if name not in _GENERATE}

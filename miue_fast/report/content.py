@@ -1,10 +1,11 @@
-"""From the collected cells to what the report says: headings, sentences, tables and figures, in
-order; no layout.
+"""Turns the collected cells into what the report says: headings, sentences, tables and figures in
+their order, without any layout.
 """
 
 import itertools
 import math
 import statistics
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..analysis import spearman
@@ -14,10 +15,11 @@ from ..evaluation.defences.jpeg import Jpeg
 from .cells import STANDARD, Cells, duels, gaps, spread
 from .paper import ORDER, PAPER, differences
 
+Section = tuple[str, list[tuple[Any, ...]]]  # heading, parts
 TEXT, TABLE, FIGURE = "text", "table", "figure"
 
 
-def sections(report):
+def sections(report: Mapping[str, Any]) -> list[Section]:
     """[(heading, [(kind, ...)])]: ("text", str), ("table", header, rows) or ("figure", name)."""
     cells = Cells(report)
     parts = [
@@ -209,7 +211,7 @@ def _losses(cells):
     return "Where MI-UE loses", [(TEXT, text), *table]
 
 
-def ordering(values, what):
+def ordering(values: Mapping[str, Sequence[float]], what: str) -> str:
     """In words, whether the paper's order (random > em > mi-ue) holds for {poison: [one number per
     seed]}, by means and by seeds.
     """
@@ -374,7 +376,7 @@ def _depth(cells):
 
 
 def _layers(cells):
-    """Per layer of the first victim whose layers were analysed; the first seed."""
+    """The table of the layers of the first victim whose layers were analysed, first seed."""
     for victim in cells.victims:
         chosen = {
             p: next(

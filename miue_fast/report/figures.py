@@ -1,15 +1,17 @@
-"""The figures of a report, as PNG bytes; from the collected cells alone, and with images where they
-are at hand.
+"""The figures of a report as PNG bytes, drawn from the collected cells alone, and from images where
+they are at hand.
 """
 
 import base64
 import io
 import statistics
 import zlib
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
+from ..data import Dataset
 from ..evaluation.defences.jpeg import Jpeg
 from ..plots.evaluation import label, missing, one_per_class, plain_text, shown
 from .cells import STANDARD, Cells, gaps
@@ -19,9 +21,9 @@ COLOURS = ("#1b7837", "#3b6fb6", "#b8860b", "#7b3294", "#c51b29", "#008080", "#5
 NAME = 24  # characters of a poison's name
 
 
-def draw(report, sources=None):
-    """{name: PNG bytes} of what can be drawn; {} without matplotlib (`missing` says so). sources:
-    for the pictures of images.
+def draw(report: Mapping[str, Any], sources: Any = None) -> dict[str, bytes]:
+    """Draws what can be drawn: {name: PNG bytes}, which is empty without matplotlib (`missing` says
+    so). sources: the Sources of the report, for the pictures of images.
     """
     if missing():
         return {}
@@ -166,9 +168,9 @@ def _chosen(clean):
     return rows, [clean.classes[int(clean.labels[k])][:100] for k in rows]
 
 
-def thumbnails(clean, images):
-    """Perturbations of eight images of a poison as JSON holds them: levels of 1/255, every k-th
-    pixel of what is larger than 64.
+def thumbnails(clean: Dataset, images: torch.Tensor) -> dict[str, Any]:
+    """The perturbations of eight images of a poison in a form that JSON can hold: pixel levels of
+    1/255, and every k-th pixel of images larger than 64.
     """
     rows, titles = _chosen(clean)
     step = -(-max(images.shape[-2:]) // SIDE)
@@ -180,7 +182,7 @@ def thumbnails(clean, images):
 
 
 def _noise(report):
-    """Perturbations alone, each poison's largest change at full contrast."""
+    """Draws perturbations alone, with the largest change of each poison at full contrast."""
     pictures, titles = {}, []
     for entry in report["poisons"]:
         if found := entry.get("pictures"):

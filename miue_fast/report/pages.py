@@ -4,6 +4,9 @@ import base64
 import contextlib
 import html
 import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
 
 from .. import data
 from ..support.messages import printable
@@ -34,16 +37,18 @@ th{background:#f3f3f3}img{max-width:100%}figure{margin:1em 0}\
 figcaption{font-size:13px;color:#555}"""
 
 
-def render(report, folder, sources=None):
-    """Writes report.md, its figures and report.html into `folder` (which may hold them already) and
-    returns the paths written.
+def render(report: Mapping[str, Any], folder: str | Path, sources: Any = None) -> list[Path]:
+    """Writes report.md, its figures and report.html into `folder`, which may hold them already.
 
-    report: of `run`, or the content of a report.json. sources: with them the poisoned images are
-        shown too. Without matplotlib there are no
-    figures, and the report says so. Errors: ValueError, OSError.
+    Args:
+        report: the dict of `run`, or the content of a report.json.
+        sources: the Sources of `run`; with them the poisoned images are shown too.
+
+    Returns the paths that were written. Without matplotlib there are no figures, and the report
+    says so. Errors: ValueError, OSError.
     """
     check_report(report)
-    folder = data.check_writable(folder)
+    folder = data.check_writable(Path(folder))
     check_pages("report", folder)
     figures, parts = draw(report, sources), sections(report)
     wanted = [block[1] for _, blocks in parts for block in blocks if block[0] == FIGURE]
@@ -54,14 +59,16 @@ def render(report, folder, sources=None):
     return sorted(folder / name for name in files)
 
 
-def check_pages(op, folder):
-    """ValueError if a file that a report writes into `folder` is there and somebody else's."""
+def check_pages(op: str, folder: str | Path) -> None:
+    """Raises ValueError if a file that a report writes into `folder` exists and belongs to somebody
+    else.
+    """
     data.Owned(folder).check(op, sorted({NUMBERS, *PAGES}))
 
 
-def replace(folder, files, gone=()):
-    """Writes {name: bytes} into the folder of a report and removes what is `gone`: its own files
-    alone. Errors: ValueError, OSError.
+def replace(folder: Path, files: Mapping[str, bytes], gone: Iterable[str] = ()) -> None:
+    """Writes {name: bytes} into the folder of a report and removes the files in `gone`. Only its
+    own files are touched. Errors: ValueError, OSError.
     """
     own = data.Owned(folder)
     own.write(
@@ -97,8 +104,8 @@ def _markdown(report, parts, figures):
                 lines += [_row(head), "|" + "---|" * len(head), *map(_row, rows), ""]
             else:
                 lines += [f"![{CAPTIONS[rest[0]]}]({rest[0]}.png)", "", CAPTIONS[rest[0]], ""]
-    if missing():
-        lines += [missing(), ""]
+    if reason := missing():
+        lines += [reason, ""]
     return "\n".join(lines)
 
 

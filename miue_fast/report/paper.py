@@ -1,7 +1,8 @@
-"""Published numbers (Zhu et al., ICLR 2026), percent clean-test accuracy unless said otherwise, and
-what they were measured on.
+"""Published numbers (Zhu et al., ICLR 2026), in percent of clean test images unless said otherwise,
+and the setting they were measured in.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 from ..generation import OBJECTIVES, Options
@@ -46,9 +47,9 @@ ORDER = (
 )  # the paper's, of mutual information and covariance below "clean", largest first
 
 
-def differences(paper, report):
-    """In words, what was found that keeps numbers of this report from being compared one to one
-    with the paper's.
+def differences(paper: Mapping[str, Any], report: Mapping[str, Any]) -> list[str]:
+    """Says in words what keeps the numbers of this report from being compared one to one with the
+    paper's.
     """
     setting, found = report["setting"], []
     if setting["jpeg"]:

@@ -1,12 +1,16 @@
-"""The tasks of a report in this process or in several, which end when it does, however that is."""
+"""Runs the tasks of a report in this process or in several, which end when it does, however that
+is.
+"""
 
 import concurrent.futures
 import multiprocessing
 import os
 import signal
 import threading
+from collections.abc import Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.connection import wait
+from typing import Any
 
 import torch
 
@@ -14,12 +18,15 @@ from ..dispatch.registry import BackendError
 from ..support.written import shown
 from . import tasks
 
+Task = tuple[str, tuple[Any, ...]]  # name of a function of `tasks`, its arguments after the sources
 _sources = None  # of a worker process; an error, where it could not read them
 
 
-def done(work, sources, jobs):
-    """(task, None or why it failed) of each task as it ends. Errors: BackendError: a process was
-    killed.
+def done(
+    work: Sequence[Task], sources: tasks.Sources, jobs: int
+) -> Iterator[tuple[Task, str | None]]:
+    """Runs the tasks and gives (task, None or why it failed) as each one ends. BackendError: a
+    process was killed.
     """
     if jobs == 1 or len(work) < 2:
         for task in work:
@@ -78,7 +85,7 @@ def _end_with_parent():
     when that process is killed.
     """
     parent = multiprocessing.parent_process()
-    assert parent is not None  # a worker has one
+    assert parent is not None, "only workers come here"
     wait([parent.sentinel])
     os._exit(1)
 

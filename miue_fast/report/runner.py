@@ -2,6 +2,9 @@
 
 import contextlib
 import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -20,30 +23,34 @@ from . import tasks
 from .config import Config, split
 from .figures import thumbnails
 from .pages import NUMBERS, check_pages, replace
-from .pool import done
+from .pool import Task, done
 from .schema import CLEAN, FORMAT, check_part
 
 MOST_JOBS = 1024
 
 
-def run(config, folder, *, jobs=1, progress=True, make=True):
-    """Makes every poison and cell of `config` that `folder` does not have yet; (the report as one
-    dict, its Sources) for `render`.
+def run(
+    config: Config, folder: str | Path, *, jobs: int = 1, progress: bool = True, make: bool = True
+) -> tuple[dict[str, Any], tasks.Sources]:
+    """Makes every poison and cell of `config` that `folder` does not have yet.
 
-    The dict (see `collect`) is also written to folder/report.json.
+    Args:
+        jobs: how many processes work at once, each with an equal share of the threads.
+        make: False trains nothing and gives the report of what is there.
 
-    jobs: processes that work at once, with an equal share of the threads each. make=False trains
-        nothing: the report of what is there.
     A finished cell is a file in folder/cells, named after what it depends on (images, options,
-    recipe, defence, seed): a changed configuration makes only what changed. A cell that fails (its
-        loss is no number) is named in the report with the reason, and the
-    others are made all the same. After Ctrl-C (Interrupted) or a kill the same call goes on; a
-    poison goes on from its checkpoint. Everything that can be checked before the first training is.
-    Errors: ValueError, OSError, BackendError, Interrupted."""
+    recipe, defence, seed), so a changed configuration makes only what changed. A cell that fails,
+    because its loss is no number, is named in the report with the reason, and the others are made
+    all the same. After Ctrl-C (Interrupted) or a kill the same call goes on; a poison goes on from
+    its checkpoint. Everything that can be checked before the first training is checked then.
+
+    Returns (the report as one dict, its Sources) for `render`; the dict (see `collect`) is also
+    written to folder/report.json. Errors: ValueError, OSError, BackendError, Interrupted.
+    """
     if not isinstance(config, Config):
         fail("report", "config", "a Config (see report.read)", type(config).__name__)
     check_jobs(jobs)
-    folder = data.check_writable(folder)
+    folder = data.check_writable(Path(folder))
     check_pages("report", folder)
     sources = tasks.Sources(config, folder)
     _check(sources)
@@ -74,7 +81,8 @@ def run(config, folder, *, jobs=1, progress=True, make=True):
     return found, sources
 
 
-def check_jobs(jobs):
+def check_jobs(jobs: object) -> None:
+    """Raises ValueError unless `jobs` is a number of processes."""
     whole("report", "jobs", jobs, 1, MOST_JOBS)
 
 
@@ -118,7 +126,7 @@ def _in_vain(sources, task, failures):
 
 
 def _check(sources):
-    """What would stop a run after hours of work. Errors: ValueError."""
+    """Raises ValueError for what would stop a run after hours of work."""
     config, clean = sources.config, sources.clean
     classes, shape = len(clean.classes), tuple(clean.images.shape[1:])
     check_pair("report", clean, sources.test)
@@ -156,14 +164,14 @@ def _check_source_model(entry, classes, shape):
     options.chosen.check("report", options, classes)
 
 
-def collect(sources, failures=()):
-    """The finished poisons and cells of a configuration as one dict, in its order: all that
+def collect(sources: tasks.Sources, failures: Mapping[Task, str] | None = None) -> dict[str, Any]:
+    """The finished poisons and cells of a configuration as one dict, in its order: everything that
     `render` needs beside the images.
 
-    Keys: format, name, paper, setting, classes, poisons, cells, order (clean first), missing (what,
-        why). Paths are left out.
+    Its keys are format, name, paper, setting, classes, poisons, cells, order (clean first) and
+    missing (what, and why). Paths are left out.
     """
-    config, failures = sources.config, dict(failures)
+    config, failures = sources.config, failures or {}
     poisons, cells, missing = [], [], []
     for name, entry in config.poisons.items():
         whole = (
@@ -232,7 +240,9 @@ def _thin(cells):
 
 
 def _shown(config, entry):
-    """A poison's options for the page; a path is nobody else's business."""
+    """The options of a poison as the page shows them, without paths, which are nobody else's
+    business.
+    """
     return (
         entry
         if "of" in entry
@@ -243,7 +253,7 @@ def _shown(config, entry):
 
 
 def _read(path, kind, key):
-    """A finished part without its key and checksum; None if there is none. ValueError: it is not
+    """A finished part without its key and checksum, or None if there is none. ValueError: it is not
     what was written for this key.
     """
     if not path.exists():

@@ -1,11 +1,13 @@
-"""What a report.json and a finished part have to look like, whoever wrote them: checked right after
-reading, and before rendering.
+"""What a report.json and a finished part have to look like, whoever wrote them. Both are checked
+right after they are read, and before they are rendered.
 """
 
 import base64
 import binascii
 import math
 import zlib
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 
@@ -32,8 +34,8 @@ POSITIVE = number(1, 2**63, whole=True)
 SECONDS = number(0, 1e12)
 
 
-def name(where, value):
-    """Of a poison or victim: what a file, a table and a figure can take."""
+def name(where: str, value: object) -> None:
+    """The rule for the name of a poison or victim: what a file, a table and a figure can take."""
     fits = isinstance(value, str) and 0 < len(value) <= MOST_LETTERS and value[0] != "."
     if not fits or not all(letter.isalnum() or letter in "-_." for letter in value):
         op, _, place = where.partition(": ")
@@ -145,8 +147,10 @@ REPORT = {
 }
 
 
-def check_part(where, kind, found):
-    """A finished part ("poison" or "cell"), read from the file `where`. Errors: ValueError."""
+def check_part(where: str, kind: str, found: Any) -> None:
+    """Checks a finished part ("poison" or "cell") that was read from the file `where`. Errors:
+    ValueError.
+    """
     where = f"report: {where}"
     record({"kind": one_of([kind]), **(POISON if kind == "poison" else CELL)}, ("analysis",))(
         where, found
@@ -155,9 +159,9 @@ def check_part(where, kind, found):
         _agree(f"{where}: analysis", found["analysis"], None)
 
 
-def check_report(found, where="report.json"):
-    """The content of a report.json, or what `collect` gives. Errors: ValueError: one line that
-    names the first value that is wrong.
+def check_report(found: Any, where: str = "report.json") -> None:
+    """Checks the content of a report.json, or what `collect` gives. ValueError: one line that names
+    the first value that is wrong.
     """
     where = f"report: {where}"
     record(REPORT)(where, found)
@@ -205,8 +209,8 @@ def check_report(found, where="report.json"):
 
 
 def _agree(where, found, estimators):
-    """The last layer has every estimator of the report, the others the first one of it; the points
-    of the scatter have a label each.
+    """Checks that the last layer has every estimator of the report and the others have its first
+    one, and that each point of the scatter has a label.
     """
     op, _, place = where.partition(": ")
     known = [list(row["mutual_information"]) for row in found["layers"]]
@@ -231,9 +235,9 @@ def _agree(where, found, estimators):
         )
 
 
-def unpacked(picture, where="report: pictures"):
-    """Perturbations in levels of 1/255, int16 [N, C, H, W], from a part of a report that fits
-    PICTURE. Errors: ValueError.
+def unpacked(picture: Mapping[str, Any], where: str = "report: pictures") -> torch.Tensor:
+    """The perturbations in a part of a report that fits PICTURE: pixel levels of 1/255, int16 [N,
+    C, H, W]. Errors: ValueError.
 
     Never more than the declared size is unpacked, and that is bounded.
     """

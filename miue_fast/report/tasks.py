@@ -5,14 +5,17 @@ Each leaves one JSON file.
 import hashlib
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 import torch
 
 from .. import data, models
 from ..analysis import analyse_layers, layer_features, linear_separability
+from ..data import Dataset
 from ..data.files import read_bytes
 from ..data.kept import digest, pack
 from ..dispatch.environment import cpu_level
@@ -24,7 +27,7 @@ from ..evaluation.victims import recipe
 from ..generation import generate
 from ..support.messages import fail
 from ..support.version import __version__
-from .config import RECIPE, split
+from .config import RECIPE, Config, split
 from .schema import CLEAN, POINTS, check_part
 
 LEVEL = 255
@@ -34,15 +37,17 @@ FORMAT = 1  # of cells and of what they mean: another number, and everything is 
 class Sources:
     """The images of a configuration and where its files lie; every process that works has one."""
 
-    def __init__(self, config, folder):
+    def __init__(self, config: Config, folder: Path) -> None:
         self.config, self.folder = config, Path(folder)
         self.clean = data.load(config.data, size=config.size, per_class=config.per_class)
         self.test = data.load_test(config.test, size=config.size, per_class=config.test_per_class)
         self.identity = {"data": self.clean.fingerprint, "test": self.test.fingerprint}
         self._images, self._content = {}, {}
 
-    def poison_key(self, name):
-        """What a poison depends on; of a folder or file made elsewhere: the poisoned images."""
+    def poison_key(self, name: str) -> dict[str, Any]:
+        """Everything that a poison depends on; for a folder or file that was made elsewhere, the
+        poisoned images.
+        """
         entry = self.config.poisons[name]
         if "path" in entry:
             return {"data": self.identity["data"], "images": self.content(name)}
@@ -51,19 +56,20 @@ class Sources:
         arguments, options = split({**self.config.generation, **entry})
         return {"format": FORMAT, "data": self.identity["data"], **arguments, **options.as_dict()}
 
-    def content(self, name):
-        """sha256 of a poison's images."""
+    def content(self, name: str) -> str:
+        """The sha256 (hex) of the images of a poison."""
         if name not in self._content:
             self._content[name] = hashlib.sha256(
                 self.images(name)[1].contiguous().numpy()
             ).hexdigest()
         return self._content[name]
 
-    def poison_folder(self, name):
+    def poison_folder(self, name: str) -> Path:
+        """The folder of a generated poison."""
         return self.folder / "poisons" / digest(self.poison_key(name))
 
-    def has(self, name):
-        """Whether the perturbations of a poison are there: those made elsewhere, or generated and
+    def has(self, name: str) -> bool:
+        """Whether the perturbations of a poison exist: they were made elsewhere, or generated and
         not removed since.
         """
         entry = self.config.poisons[name]
@@ -73,7 +79,8 @@ class Sources:
             else (self.poison_folder(name) / data.POISON_FILES[0]).exists()
         )
 
-    def cell_key(self, poison, victim, defence, seed):
+    def cell_key(self, poison: str, victim: str, defence: str, seed: int) -> dict[str, Any]:
+        """Everything that a cell depends on."""
         key = {
             "format": FORMAT,
             **self.identity,
@@ -89,7 +96,7 @@ class Sources:
             key["analysis"]["layers"] = victim == self.config.analysis["layers"]
         return key
 
-    def recipe(self, victim, defended=NoDefence.name):
+    def recipe(self, victim: str, defended: str = NoDefence.name) -> dict[str, Any]:
         """How a victim is trained, with every default filled in."""
         options = self.config.victims[victim]
         model = options.get("model", victim)
@@ -97,13 +104,13 @@ class Sources:
         plan = recipe(model, *given, defence(defended))
         return {"victim": model, **asdict(plan), "pretrain": options.get("pretrain")}
 
-    def start_path(self, victim):
-        """Of the pretrained weights."""
+    def start_path(self, victim: str) -> Path:
+        """The file of a victim's pretrained weights."""
         name = digest({"format": FORMAT, **self.identity, "recipe": self.recipe(victim)})
         return self.folder / "pretrained" / f"{name}.safetensors"
 
-    def start(self, victim):
-        """The pretrained weights, as they were written. Errors: ValueError."""
+    def start(self, victim: str) -> dict[str, torch.Tensor]:
+        """The pretrained weights of a victim, as they were written. Errors: ValueError."""
         path = self.start_path(victim)
         try:
             content = read_bytes(path, MAX_STATE)
@@ -124,7 +131,7 @@ class Sources:
             )
         return safetensors.torch.load(content)
 
-    def other_images(self, victim):
+    def other_images(self, victim: str) -> Dataset:
         """The images of each class that follow the first `per_class` ones, as many as the victim is
         pretrained on.
         """
@@ -142,12 +149,13 @@ class Sources:
             )
         return other
 
-    def path(self, key):
+    def path(self, key: Mapping[str, Any]) -> Path:
+        """The file of the cell or poison with this key."""
         return self.folder / "cells" / f"{digest(key)}.json"
 
-    def images(self, name):
-        """(Dataset, uint8 [N, C, H, W]) of a poison: the clean images it has, and their poisoned
-        forms.
+    def images(self, name: str) -> tuple[Dataset, torch.Tensor]:
+        """The clean images that a poison has, and their poisoned forms: (Dataset, uint8 [N, C, H,
+        W]).
         """
         if name not in self._images:
             entry = self.config.poisons.get(name, {})
@@ -178,8 +186,8 @@ class Sources:
 
 
 def _finish(sources, key, part):
-    """Keeps a finished part: one that a report could not take is a failure now, not when the pages
-    are made.
+    """Keeps a finished part. A part that a report could not take fails now, not when the pages are
+    made.
     """
     path = sources.path(key)
     check_part(path.name, part["kind"], part)
@@ -187,15 +195,15 @@ def _finish(sources, key, part):
 
 
 def _keep(sources, path, content):
-    """Writes a new file of the report's folder; its checksum goes into the list there. Several
-    processes do.
+    """Writes a new file into the report's folder and puts its checksum on the list there, which
+    several processes do at the same time.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     name = path.relative_to(sources.folder).as_posix()
     data.Owned(sources.folder).write({name: lambda file: file.write(content)}, tidy=False)
 
 
-def peak_memory():
+def peak_memory() -> int:
     """Largest resident memory of this process so far, in bytes."""
     import resource  # POSIX, as all that is written
 
@@ -204,7 +212,8 @@ def peak_memory():
     )
 
 
-def circumstances():
+def circumstances() -> dict[str, Any]:
+    """What a measurement depends on besides its options: threads, versions, device."""
     return {
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
@@ -214,7 +223,7 @@ def circumstances():
     }
 
 
-def make_poison(sources, name):
+def make_poison(sources: Sources, name: str) -> None:
     """Generates one poison (or goes on where an interrupted run stopped) and measures its noise:
     budget, size, separability.
     """
@@ -256,7 +265,7 @@ def make_poison(sources, name):
     )
 
 
-def make_start(sources, victim):
+def make_start(sources: Sources, victim: str) -> None:
     """Trains a victim on clean images of the same classes that no poison holds: those after the
     first `per_class` ones, by name.
     """
@@ -283,8 +292,8 @@ def _recipe(config, victim):
     return {name: value for name, value in config.victims[victim].items() if name in RECIPE}
 
 
-def make_cell(sources, poison, victim, defence, seed):
-    """Trains one victim; where the configuration asks for it, analyses the features it has
+def make_cell(sources: Sources, poison: str, victim: str, defence: str, seed: int) -> None:
+    """Trains one victim and, where the configuration asks for it, analyses the features it has
     learnt.
     """
     started = time.perf_counter()

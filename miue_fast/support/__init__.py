@@ -1,1 +1,1 @@
-"""What every room needs and no room is about: messages, ranges, streams, the modes of a call."""
+"""What every room needs and no room is about: messages, ranges, streams, modes of a call."""

@@ -4,6 +4,7 @@ not share.
 
 import contextlib
 import threading
+from collections.abc import Generator
 
 import torch
 
@@ -17,9 +18,9 @@ _cudnn: list = []  # [how many runs want deterministic cuDNN, the caller's flags
 
 
 @contextlib.contextmanager
-def ordinary():
-    """The library's own precision and ordinary tensors: no autocast, no inference mode. As a
-    context or a decorator; this thread alone.
+def ordinary() -> Generator[None, None, None]:
+    """Switches to the library's own precision and to ordinary tensors: no autocast, no inference
+    mode. It is a context or a decorator, and concerns this thread alone.
     """
     on = [device for device in ("cpu", "cuda") if torch.is_autocast_enabled(device)]
     for device in on:
@@ -33,13 +34,11 @@ def ordinary():
 
 
 class Turn:
-    """`with turn:` in every call of an object that keeps state: a second thread is refused at once.
-    A copy has a turn of its own.
-
-    Errors: ValueError.
+    """Lets one thread at a time use an object that keeps state: `with turn:` surrounds every call,
+    and a second thread is refused at once. A copy has a turn of its own. Errors: ValueError.
     """
 
-    def __init__(self, op):
+    def __init__(self, op: str) -> None:
         self.op, self.lock = op, threading.RLock()
 
     def __reduce__(self):
@@ -59,9 +58,9 @@ class Turn:
 
 
 @contextlib.contextmanager
-def borrowed(op, model):
-    """For calls that change a model's modes or weights: no other thread gets any of its modules
-    meanwhile. Errors: ValueError.
+def borrowed(op: str, model: torch.nn.Module) -> Generator[None, None, None]:
+    """Keeps other threads away from all modules of a model while a call changes its modes or
+    weights. Errors: ValueError.
     """
     me, modules = threading.get_ident(), [id(module) for module in model.modules()]
     with _guard:
@@ -85,9 +84,9 @@ def borrowed(op, model):
 
 
 @contextlib.contextmanager
-def deterministic_cudnn():
-    """cuDNN's flags belong to the process: the first of several runs at once sets them, the last
-    one puts them back.
+def deterministic_cudnn() -> Generator[None, None, None]:
+    """Makes cuDNN deterministic meanwhile. Its flags belong to the process: the first of several
+    simultaneous runs sets them, and the last one puts them back.
     """
     cudnn = torch.backends.cudnn
     with _guard:
@@ -105,9 +104,9 @@ def deterministic_cudnn():
                 _cudnn.clear()
 
 
-def default_dtype(op):
-    """Networks are made in PyTorch's default dtype, which belongs to the process. Errors:
-    ValueError unless it is float32.
+def default_dtype(op: str) -> None:
+    """Raises ValueError unless PyTorch's default dtype, in which networks are made and which
+    belongs to the process, is float32.
     """
     if torch.get_default_dtype() != torch.float32:
         got = (

@@ -1,11 +1,13 @@
-"""Random numbers of a run from generators of its own, for code that asks for PyTorch's global ones:
-networks, torchvision.
+"""Gives a run random numbers from generators of its own, also in code that asks for PyTorch's
+global ones: networks and torchvision.
 
 The global generators belong to every thread of the process: a run that drew from them would change
-its neighbours' numbers and they its."""
+the numbers of its neighbours, and they would change its own.
+"""
 
 import contextlib
 import threading
+from collections.abc import Callable, Generator
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -16,20 +18,21 @@ _guard = threading.Lock()
 
 
 class Draws(TorchDispatchMode):
-    """`with draws:` this thread's random operations take their numbers from
-    `draws.generator(device)`, in the order in which PyTorch's own would have given them. Nothing
-    global is touched, and no other thread.
+    """Within `with draws:` the random operations of this thread take their numbers from
+    `draws.generator(device)`, in the order in which PyTorch's own generators would have given
+    them. Nothing global is touched, and no other thread.
 
     An operation that takes no generator is refused, and so is one in the backward pass within
-    `backward_of` (ValueError)."""
+    `backward_of` (ValueError).
+    """
 
-    def __init__(self, op, seed):
+    def __init__(self, op: str, seed: int) -> None:
         super().__init__()
         self.op, self.seed, self.generators, self.drew = op, seed, {}, False
 
-    def generator(self, device):
-        """This run's generator of a device, seeded at its first use as `torch.manual_seed` seeds
-        them all.
+    def generator(self, device: torch.device | str) -> torch.Generator:
+        """The run's generator of a device, seeded when it is first used, as `torch.manual_seed`
+        seeds all of them.
         """
         device = torch.device(device)
         if device.type == "cuda" and device.index is None:
@@ -38,7 +41,7 @@ class Draws(TorchDispatchMode):
             self.generators[device] = torch.Generator(device).manual_seed(self.seed)
         return self.generators[device]
 
-    def manual_seed(self, seed):
+    def manual_seed(self, seed: int) -> None:
         self.seed = seed
         for generator in self.generators.values():
             generator.manual_seed(seed)
@@ -96,7 +99,7 @@ def _dropout(x, p, train, *, generator):
 class NoDraws(TorchDispatchMode):
     """`refuse(name)` is called in place of a random operation of this thread, and raises."""
 
-    def __init__(self, refuse):
+    def __init__(self, refuse: Callable[[str], object]) -> None:
         super().__init__()
         self.refuse = refuse
 
@@ -106,9 +109,9 @@ class NoDraws(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def backward_of(draws):
-    """For the backward pass of a step that may have drawn: activation checkpointing would draw
-    again, and others.
+def backward_of(draws: Draws | None) -> contextlib.AbstractContextManager:
+    """A context for the backward pass of a step that may have drawn numbers. Activation
+    checkpointing would draw again there, and get other values, so it is refused.
     """
     if draws is None or not draws.drew:
         return contextlib.nullcontext()
@@ -120,10 +123,11 @@ def backward_of(draws):
 
 
 @contextlib.contextmanager
-def seeded_globally(draws, device):
-    """For a network that a callable makes, which may seed as it likes: PyTorch's global generators
-    start from the seed of `draws`, for one thread of this library at a time, and are put back;
-    `draws` goes on from where the CPU's ended."""
+def seeded_globally(draws: Draws, device: torch.device) -> Generator[None, None, None]:
+    """A context in which a callable makes a network and may seed as it likes. PyTorch's global
+    generators start from the seed of `draws`, for one thread of this library at a time, and are
+    put back afterwards; `draws` goes on from where the generator of the CPU ended.
+    """
     gpus = (
         range(torch.cuda.device_count())
         if device.type == "cuda" or torch.cuda.is_initialized()

@@ -18,13 +18,14 @@ def fail(op: str, argument: str, expected: object, got: object) -> NoReturn:
     raise ValueError(printable(f"{op}: {argument}: expected {expected}, got {got}", most=LONGEST))
 
 
-def printable(text, most=200):
-    """`text` as one harmless line of at most `most` characters (None: as long as it is), for
+def printable(text: object, most: int | None = 200) -> str:
+    """Makes `text` one harmless line of at most `most` characters (None: any length), for
     terminals, pages and figures.
 
     Control characters, line ends, escape sequences, invisible and direction-changing characters and
-    halves of surrogate pairs become the escapes that Python writes for them (\\n, \\x1b, \\u202e);
-    letters of every script and all spaces stay. What is longer loses its middle."""
+    halves of surrogate pairs become the escapes that Python writes for them (\\n, \\x1b, \\u202e).
+    Letters of every script and all spaces stay. A longer text loses its middle.
+    """
     text = str(text)
     if most is not None and len(text) > most:
         head = most // 2
@@ -36,15 +37,16 @@ def printable(text, most=200):
     )
 
 
-def describe(tensor):
+def describe(tensor: object) -> str:
+    """The dtype, shape and device of a tensor, or the type of anything else, for a message."""
     if not isinstance(tensor, torch.Tensor):
         return f"{type(tensor).__name__}"
     return f"{str(tensor.dtype)[6:]} {list(tensor.shape)} on {tensor.device}"
 
 
-def short(value):
-    """`value` in a message: numbers of thousands of digits and texts of thousands of characters
-    lose their middle.
+def short(value: object) -> str:
+    """Shows a value in a message; numbers of thousands of digits and texts of thousands of
+    characters lose their middle.
     """
     if (
         isinstance(value, int) and value.bit_length() > 128

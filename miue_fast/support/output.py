@@ -1,4 +1,4 @@
-"""What the commands print: a name cannot forge a second line, and a terminal that is gone never
+"""What the commands print. A name cannot forge a second line, and a terminal that is gone never
 ends the work.
 """
 
@@ -6,20 +6,20 @@ import contextlib
 import logging
 import os
 import sys
+from typing import Any
 
 from tqdm import tqdm
 
 from .messages import printable
 
 
-def say(text="", *, error=False):
-    """Prints `text` (which may have several lines) on stdout or, with `error`, on stderr, and
-    flushes. The stream's troubles raise nothing.
+def say(text: str = "", *, error: bool = False) -> None:
+    """Prints `text`, which may have several lines, on stdout or, with `error`, on stderr, and
+    flushes. Trouble with the stream raises nothing.
 
-    What the stream's encoding cannot show is written as an escape (\\xe9). A stream that is closed,
-    or whose reader or disk is gone, is
-    pointed at the null device: neither this call nor a later one nor the end of the process fails
-        because of it.
+    Characters that the encoding of the stream lacks are written as escapes (\\xe9). A stream that
+    is closed, or whose reader or disk is gone, is pointed at the null device, so that neither this
+    call nor a later one nor the end of the process fails because of it.
     """
     stream = sys.stderr if error else sys.stdout
     if stream is None or stream.closed:  # no file behind it since the start, or closed by somebody
@@ -31,9 +31,9 @@ def say(text="", *, error=False):
         _discard(stream)
 
 
-def progress_bar(*, disable: bool, **options) -> tqdm:
-    """A progress bar on stderr that ends no work: where stderr is closed there is none, and where
-    it breaks nothing more is shown.
+def progress_bar(*, disable: bool, **options: Any) -> tqdm:
+    """A progress bar on stderr that cannot end the work: where stderr is closed there is no bar,
+    and where it breaks nothing more is shown. options: those of tqdm.
     """
     stream = None if disable or sys.stderr is None or sys.stderr.closed else _Steady(sys.stderr)
     return tqdm(disable=stream is None, file=stream, dynamic_ncols=True, **options)
@@ -62,7 +62,7 @@ class _Steady:
 
 
 def _discard(stream):
-    """What waits in the stream's buffer, and all that follows, goes nowhere."""
+    """Sends what waits in the buffer of the stream, and everything that follows, to nowhere."""
     with contextlib.suppress(
         OSError, ValueError
     ):  # a stream without a descriptor keeps no process from ending
@@ -75,16 +75,16 @@ def _discard(stream):
 
 
 class OneLine(logging.Formatter):
-    """Log records as one line each, whatever names they hold; a traceback stays below it as it
-    is.
+    """Formats each log record as one line, whatever names it holds; a traceback stays below it as
+    it is.
     """
 
-    def formatMessage(self, record):
+    def formatMessage(self, record: logging.LogRecord) -> str:
         return printable(super().formatMessage(record), most=None)
 
 
-def start_log():
-    """The log of the commands, on stderr."""
+def start_log() -> None:
+    """Starts the log of the commands on stderr."""
     handler = logging.StreamHandler()
     handler.setFormatter(OneLine("miue-fast: %(message)s"))
     logging.basicConfig(handlers=[handler])

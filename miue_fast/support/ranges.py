@@ -1,9 +1,11 @@
-"""Ranges of options: each is judged before anything is read or made, and a wrong one is one line
-(`messages.fail`).
+"""Ranges of options. Each option is judged before anything is read or made, and a wrong one is
+reported in one line (`messages.fail`).
 """
 
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from .messages import fail, short
 
@@ -12,25 +14,31 @@ LARGEST = 1e30  # of weights and rates: products of two stay finite, and float32
 WIDEST = 2**24  # filters, hidden units: the weights of any network can still be counted
 
 
-def whole(op, name, value, least=1, most=MOST):
+def whole(op: str, name: str, value: object, least: int = 1, most: int = MOST) -> None:
+    """Raises ValueError unless `value` is a whole number (bool is none) from `least` to `most`."""
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         fail(op, name, f"a whole number >= {least}", short(value))
     if value > most:
         fail(op, name, f"a whole number from {least} to {most}", short(value))
 
 
-def number(op, name, value, good, expected):
-    """A number (bool is none) for which `good` holds; not a number (NaN) is never good."""
+def number(op: str, name: str, value: object, good: Callable[[Any], bool], expected: str) -> None:
+    """Raises ValueError unless `value` is a number for which `good` holds. A bool is no number
+    here, and NaN is never good.
+    """
     if not isinstance(value, int | float) or isinstance(value, bool) or not good(value):
         fail(op, name, expected, short(value))
 
 
-def positive(op, name, value):
+def positive(op: str, name: str, value: object) -> None:
+    """Raises ValueError unless `value` is a number above 0."""
     number(op, name, value, lambda v: 0 < v <= LARGEST, f"a number above 0, at most {LARGEST:g}")
 
 
-def budget(op, name, value, *, zero=False):
-    """A size on the image scale, above 0 (or 0 with `zero`)."""
+def budget(op: str, name: str, value: object, *, zero: bool = False) -> None:
+    """Raises ValueError unless `value` is a size on the [0, 1] image scale, above 0 (or 0 with
+    `zero`).
+    """
     expected = (
         f"a number {'from 0 to 1' if zero else 'in (0, 1]'} ([0, 1] image scale: 8/255, not 8)"
     )
@@ -40,14 +48,14 @@ def budget(op, name, value, *, zero=False):
 
 
 def switch(op: str, name: str, value: object) -> None:
-    """True or False."""
+    """Raises ValueError if the value is neither True nor False."""
     if not isinstance(value, bool):
         fail(op, name, "True or False", short(value))
 
 
-def reachable(op, name, path):
-    """ValueError if the system cannot even look `path` up: a link loop, a name too long, a file in
-    place of a folder above it.
+def reachable(op: str, name: str, path: str | Path) -> None:
+    """Raises ValueError if the system cannot even look `path` up: a link loop, a name that is too
+    long, a file in place of a folder above it.
     """
     try:
         os.stat(path)

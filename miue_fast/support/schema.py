@@ -1,13 +1,17 @@
-"""What a JSON file that anybody may have written has to look like: one ValueError line for the
-first value that does not fit.
+"""Rules for JSON that anybody may have written: the first value that breaks one is reported in one
+line (ValueError).
 
-A rule is a function of (where, value) that fails or returns nothing; `record` and its like make
-rules out of rules."""
+A rule is a function of (where, value) that fails or returns nothing; `record`, `array` and `table`
+make rules out of rules.
+"""
 
 import math
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
 
 from .messages import fail, printable
 
+Rule = Callable[[str, Any], None]
 LARGEST = 1e30  # of any number: sums and squares of such stay finite
 
 
@@ -22,8 +26,8 @@ def _wrong(where, expected, value):
     fail(op, place, expected, told)
 
 
-def number(low=-LARGEST, high=LARGEST, *, whole=False):
-    """A finite number from low to high; bool is none."""
+def number(low: float = -LARGEST, high: float = LARGEST, *, whole: bool = False) -> Rule:
+    """A rule for a finite number from `low` to `high`. A bool is no number."""
 
     def rule(where, value):
         kinds = int if whole else int | float
@@ -37,7 +41,9 @@ def number(low=-LARGEST, high=LARGEST, *, whole=False):
     return rule
 
 
-def text(most=10_000):
+def text(most: int = 10_000) -> Rule:
+    """A rule for text of at most `most` characters."""
+
     def rule(where, value):
         if not isinstance(value, str) or len(value) > most:
             _wrong(where, f"text of at most {most} characters", value)
@@ -45,13 +51,14 @@ def text(most=10_000):
     return rule
 
 
-def boolean(where, value):
+def boolean(where: str, value: object) -> None:
+    """The rule for true or false."""
     if not isinstance(value, bool):
         _wrong(where, "true or false", value)
 
 
-def scalar(where, value):
-    """What an option of a function can be."""
+def scalar(where: str, value: object) -> None:
+    """The rule for what an option of a function can be: a number, text, true, false or null."""
     if (isinstance(value, float) and not math.isfinite(value)) or not (
         value is None or isinstance(value, str | int | float)
     ):
@@ -62,12 +69,14 @@ def scalar(where, value):
         text()(where, value)
 
 
-def optional(rule):
-    """None, or what the rule takes."""
+def optional(rule: Rule) -> Rule:
+    """A rule for null, or what `rule` takes."""
     return lambda where, value: None if value is None else rule(where, value)
 
 
-def one_of(choices):
+def one_of(choices: Collection[str]) -> Rule:
+    """A rule for one of these texts."""
+
     def rule(where, value):
         if not isinstance(value, str) or value not in choices:
             _wrong(where, f"one of {', '.join(choices)}", value)
@@ -75,8 +84,8 @@ def one_of(choices):
     return rule
 
 
-def array(rule, least=0, most=1_000_000):
-    """A list of so many values that the rule takes."""
+def array(rule: Rule, least: int = 0, most: int = 1_000_000) -> Rule:
+    """A rule for a list of `least` to `most` values that `rule` takes."""
 
     def check(where, value):
         if not isinstance(value, list) or not least <= len(value) <= most:
@@ -91,8 +100,8 @@ def array(rule, least=0, most=1_000_000):
     return check
 
 
-def table(rule, key=None, most=10_000):
-    """An object with any keys (that the rule `key` takes) and values that the rule takes."""
+def table(rule: Rule, key: Rule | None = None, most: int = 10_000) -> Rule:
+    """A rule for an object of any keys (that `key` takes) whose values `rule` takes."""
 
     def check(where, value):
         if not isinstance(value, dict) or len(value) > most:
@@ -105,8 +114,10 @@ def table(rule, key=None, most=10_000):
     return check
 
 
-def record(rules, maybe=()):
-    """An object with these keys, those of `maybe` not necessarily; others are passed over."""
+def record(rules: Mapping[str, Rule], maybe: Collection[str] = ()) -> Rule:
+    """A rule for an object with these keys, of which those in `maybe` may be absent. Further keys
+    are ignored.
+    """
 
     def check(where, value):
         if not isinstance(value, dict):

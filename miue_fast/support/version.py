@@ -1,4 +1,4 @@
-"""The version of what is installed: the metadata of the package."""
+"""The version of the installed package, from its metadata."""
 
 from importlib.metadata import PackageNotFoundError, version
 

@@ -1,21 +1,22 @@
-"""Options by the names under which the user wrote them: `target_shift` in Python, `--target-shift`
-on the command line.
+"""Names options as the user wrote them: `target_shift` in Python, `--target-shift` on the command
+line.
 
-Messages are made where the fault is found, which knows Python's names only; `_checks.fail` and
-`option` ask here for the others."""
+Messages are made where a fault is found, and that code knows only the names of Python;
+`messages.fail` and `option` ask here for the others.
+"""
 
 import contextlib
+from collections.abc import Generator, Mapping
 from contextvars import ContextVar
 
-_names = ContextVar(
-    "names", default=None
-)  # {Python's name, or "op.name" for one op alone: name to show}
+# {Python's name, or "op.name" for one op alone: name to show}
+_names: ContextVar[Mapping[str, str] | None] = ContextVar("names", default=None)
 
 
 @contextlib.contextmanager
-def written_as(names):
-    """Meanwhile messages show these names; those of an outer block hold for what is not in
-    `names`.
+def written_as(names: Mapping[str, str]) -> Generator[None, None, None]:
+    """A context in which messages show these names. Names of an outer block still hold for what is
+    not in `names`.
     """
     token = _names.set({**(_names.get() or {}), **names})
     try:
@@ -24,7 +25,7 @@ def written_as(names):
         _names.reset(token)
 
 
-def shown(op, argument):
+def shown(op: str, argument: str) -> str:
     """The argument of `op`, or several joined by " and ", as the user wrote it."""
     names = _names.get() or {}
     return " and ".join(
@@ -32,9 +33,9 @@ def shown(op, argument):
     )
 
 
-def option(name, value):
-    """What sets an option: overwrite=True in Python, --overwrite on the command line; size=N there
-    is --size N.
+def option(name: str, value: object) -> str:
+    """How the user sets an option: overwrite=True in Python and --overwrite on the command line,
+    size=N and --size N.
     """
     flag = (_names.get() or {}).get(name)
     if flag is None or not flag.startswith("--"):

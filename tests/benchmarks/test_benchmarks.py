@@ -390,12 +390,25 @@ def test_readme_section(tmp_path, monkeypatch, capsys):
     assert tables.load(tmp_path / "cpu.json") == record
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
     monkeypatch.setattr(tables, "ROOT", tmp_path)
-    (tmp_path / "README.md").write_text(f"before\n{readme.BEGIN}\nold\n{readme.END}\nafter\n")
+    cell = {"victim": "small_resnet", "defence": "none", "poison": "clean", "test": 0.45}
+    monkeypatch.setattr(readme, "TRAINED_ON", {"clean": "clean images"})
+    monkeypatch.setattr(readme, "DEFENCES", {"none": "no defence"})
+    monkeypatch.setattr(readme, "SPEED", (workload.name,))
+    cells = {"cells": [cell, cell | {"test": 0.47}, cell | {"poison": "em", "test": 0.1}]}
+    (tmp_path / "report_cifar10_jpeg.json").write_text(json.dumps(cells))
+    (tmp_path / "docs").mkdir()
+    for page, sections in readme.PAGES.items():
+        old = "".join(f"<!-- {name}:begin -->\nold\n<!-- {name}:end -->\n" for name in sections)
+        (tmp_path / page).write_text(f"before\n{old}after\n")
     assert readme.main(["--check"]) == 1
     assert readme.main(["--readme"]) == 0 and readme.main(["--check"]) == 0
-    text = (tmp_path / "README.md").read_text()
-    assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
-    assert "250x" in text and "cuda (no GPU)" in text
+    text = {page: (tmp_path / page).read_text() for page in readme.PAGES}
+    for content in text.values():
+        assert content.startswith("before\n") and content.endswith("\nafter\n")
+        assert "old" not in content
+    assert "250x" in text["docs/benchmarks.md"] and "cuda (no GPU)" in text["docs/benchmarks.md"]
+    assert "| clean images | 46.0 ± 1.4 |" in text["README.md"]
+    assert f"| {workload.name} | 250 ms | - | 1 ms | 250x and - |" in text["README.md"]
     (tmp_path / "README.md").write_text("no markers")
     with pytest.raises(ValueError, match="markers"):
         readme.main(["--check"])

@@ -3,7 +3,9 @@ nobody else's files are touched.
 """
 
 import json
+import re
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -268,3 +270,21 @@ def test_victims_that_cannot_be_named_are_not_kept(pair, tmp_path):
             match=r"^evaluate: keep: expected None for a victim of your own or from given weights",
         ):
             evaluate(clean, clean.images.float() * 0, test, keep=tmp_path, **{**QUICK, **options})
+
+
+def test_the_readme_shows_the_last_lines_of_a_demo(tmp_path, capsys):
+    """They are the same but for the numbers, the path, and what the README leaves out as `...`."""
+    page = (Path(__file__).parents[2] / "README.md").read_text()
+    shown = re.search(r"ends with\n```\n(.*?)```", page, re.S).group(1).splitlines()
+    run(tmp_path)
+    said = capsys.readouterr().out.splitlines()
+    told = json.loads(said.pop())
+    shown_json = shown.pop()
+    assert json.loads(shown_json.replace(" ...,", ""))["passed"] is True
+    assert list(json.loads(shown_json.replace(" ...,", "")))[:-1] == list(told)[:3]
+
+    def masked(line):
+        return re.sub(r"\s*\d+\.\d", " N", line.replace(str(tmp_path), "demo-output"))
+
+    lines = [line for line in said[said.index(shown[0]) :] if not line.startswith("FAILED")]
+    assert [masked(line) for line in lines] == [masked(line) for line in shown]

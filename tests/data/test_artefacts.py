@@ -176,7 +176,7 @@ def test_missing_or_foreign_manifest(store, clean):
 
 
 def test_every_damage_is_found(store, clean):
-    """R7: 1,000 bit flips and 200 truncations over both files of the store."""
+    """1,000 bit flips and 200 truncations over both files of the store."""
     random = np.random.default_rng(0)
     whole = {
         name: content for name, content in files_of(store).items() if name in data.POISON_FILES
@@ -270,7 +270,7 @@ def writers(clean, folder):
 
 @pytest.mark.parametrize("which", ["store", "pt", "npz", "checkpoint-like"])
 def test_full_disk_at_every_write(tmp_path, clean, monkeypatch, which):
-    """R6: the k-th write (or fsync) fails for every k: a one-line OSError, the old files intact, no
+    """The k-th write (or fsync) fails for every k: a one-line OSError, the old files intact, no
     temporary file.
     """
     write = writers(clean, tmp_path)[which]

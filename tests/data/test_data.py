@@ -3,6 +3,7 @@ hold.
 """
 
 import pickle
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -570,3 +571,21 @@ def test_dataset_checks_itself():
     ):
         with pytest.raises(ValueError, match="data: "):
             data.Dataset(*bad[:2], ["a", "b"], bad[2])
+
+
+def test_a_dataset_is_shown_in_one_line():
+    drawn = data.shapes(20, seed=1, classes=10)
+    shown = repr(drawn)
+    assert shown == (
+        f"Dataset(20 images of 3 x 32 x 32, 10 classes ({', '.join(drawn.classes[:3])}, ...), "
+        "from arrays)"
+    )
+    images, labels = torch.zeros(2, 3, 4, 4, dtype=torch.uint8), torch.tensor([0, 1])
+    odd = data.from_arrays(images, labels, classes=["a\nb", "c" * 500])
+    assert "\n" not in repr(odd) and len(repr(odd)) <= 200
+    left_out = data.Dataset(
+        images, labels, ["a", "b"], ["a/1.png", "b/1.png"], Path("photos"), unreadable=[("x", "y")]
+    )
+    assert repr(left_out) == (
+        "Dataset(2 images of 3 x 4 x 4, 2 classes (a, b), from photos, 1 unreadable)"
+    )

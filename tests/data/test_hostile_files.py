@@ -1,4 +1,4 @@
-"""R8: files made to do harm. Nothing crashes, no code runs, nothing is written elsewhere, and each
+"""Files made to do harm. Nothing crashes, no code runs, nothing is written elsewhere, and each
 one is listed.
 """
 

@@ -92,7 +92,7 @@ def test_schedules():
 
 
 def loop_by_hand(images, labels, epochs, steps, batch, train_batch, seed, alpha_0, lr, zeta, eps):
-    """algorithm.md 2 in plain PyTorch; only the random orders and flips are the library's."""
+    """docs/method.md in plain PyTorch; only the random orders and flips are the library's."""
     torch.manual_seed(batches.derive(seed, 0, "network"))
     model = Plain(4)
     sgd = torch.optim.SGD(model.parameters(), lr, 0.9, weight_decay=1e-4)

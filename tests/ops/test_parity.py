@@ -46,7 +46,7 @@ def test_the_input_is_never_the_images_themselves(op, impl, device):
 
 
 def by_loops(features, labels, temperature, denominator, normalize_dim):
-    """The two losses of algorithm.md 2, pair by pair in Python numbers."""
+    """The two losses of docs/method.md, pair by pair in Python numbers."""
     rows, y, count = features.tolist(), labels.tolist(), len(features)
     norm = [max(sum(v * v for v in row) ** 0.5, 1e-8) for row in rows]
     similarity = distance = 0.0

@@ -124,7 +124,7 @@ def build(checkout, tmp_path):
         return (
             result,
             sorted(p.name for p in (tmp_path / "build").rglob("*.so")),
-            list((tmp_path / "build").rglob("_registry.py")),
+            list((tmp_path / "build").rglob("dispatch/registry.py")),
         )
 
     return run

@@ -22,7 +22,7 @@ def test_wheel_holds_every_module_and_nothing_else(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
     wanted = python_files("miue_fast", "miue_fast") | python_files("kernels", "miue_fast/kernels")
     assert "miue_fast/kernels/triton/__init__.py" in wanted
-    assert {n for n in names if ".dist-info/" not in n} == wanted
+    assert {n for n in names if ".dist-info/" not in n} == wanted | {"miue_fast/py.typed"}
     assert {n.split("/")[0] for n in names} == {
         "miue_fast",
         f"miue_fast-{PROJECT['version']}.dist-info",
@@ -55,3 +55,10 @@ def test_sdist_builds_everything(sdist):
     assert {"setup.py", "pyproject.toml", "LICENSE", "README.md", "MANIFEST.in"} <= names
     assert python_files("miue_fast", "miue_fast") | python_files("kernels", "kernels") <= names
     assert not [n for n in names if n.endswith((".so", ".pyc"))]
+
+
+def test_citation_is_of_this_version_and_ci_runs_what_make_runs():
+    citation = (ROOT / "CITATION.cff").read_text()
+    assert f"\nversion: {PROJECT['version']}\n" in citation
+    assert "make lint test" in (ROOT / ".github/workflows/ci.yml").read_text()
+    assert "entry: make lint\n" in (ROOT / ".pre-commit-config.yaml").read_text()
