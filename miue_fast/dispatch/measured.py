@@ -4,6 +4,7 @@ benchmarks/device.py.
 
 import functools
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -15,13 +16,14 @@ NEAR = 4  # a loss was measured for batches within this factor
 WIDTH = 512  # and for rows of at most so many features
 
 
-def key(op, weight, size, stride):
-    """Of a convolution."""
+def key(op: str, weight: torch.Tensor, size: Sequence[int], stride: Sequence[int]) -> str:
+    """The table's name for a convolution of images of `size` [B, C, H, W]."""
     (k, c, r, _), (_, _, h, w) = weight.shape, size
     return f"{op} {c}->{k} {r}x{r}/{stride[0]} @{h}x{w} {str(weight.dtype)[6:]}"
 
 
-def loss_key(op, batch, dtype):
+def loss_key(op: str, batch: int, dtype: torch.dtype) -> str:
+    """The table's name for a loss of this many rows."""
     return f"{op} {batch} {str(dtype)[6:]}"
 
 
@@ -37,7 +39,7 @@ def _table():
 
 @functools.cache
 def _batches(name, op, dtype):
-    """[(batch, backend)] of a loss."""
+    """The entries of a loss on this GPU: [(batch, backend)]."""
     parts = [
         (*where.split(" "), backend)
         for where, backend in _table().get(name, {}).items()
@@ -50,22 +52,22 @@ def _batches(name, op, dtype):
     ]
 
 
-def forget():
-    """The table is another one."""
+def forget() -> None:
+    """Reads the table again at the next question, for whoever has changed its file."""
     for cached in (_table, _batches):
         cached.cache_clear()
 
 
-def faster(op, weight, size, stride):
-    """ "triton", "cuda" (cuDNN and an epilogue kernel) or "wgmma" where this GPU's table has the
-    layer, else "cuda".
+def faster(op: str, weight: torch.Tensor, size: Sequence[int], stride: Sequence[int]) -> str:
+    """The backend that was measured to be fastest for this layer on this GPU: "triton", "cuda"
+    (cuDNN and an epilogue kernel) or "wgmma"; "cuda" where the table does not have the layer.
     """
     return _table().get(_name(weight.device), {}).get(key(op, weight, size, stride), "cuda")
 
 
-def faster_loss(op, features):
-    """ "triton" or "cuda" as measured for the nearest batch where this GPU's table has one that is
-    near, else "triton".
+def faster_loss(op: str, features: torch.Tensor) -> str:
+    """The backend, "triton" or "cuda", that was measured to be faster for the nearest batch;
+    "triton" where the table has no batch that is near.
     """
     rows, width = features.shape
     measured = _batches(_name(features.device), op, features.dtype)
