@@ -162,12 +162,11 @@ def define(
 
     dtype_of, chosen, written = op.dtype_of, op._chosen, op.mutates
 
-    def kernel(*args):
-        device = args[0].device.type
+    def kernel(device, *args):
         if torch.is_autocast_enabled(device):
             # What an implementation takes from PyTorch keeps the operands' own precision.
             with torch.autocast(device, enabled=False):
-                return kernel(*args)
+                return kernel(device, *args)
         *args, backend = args
         if check:
             check(*args)
@@ -176,15 +175,15 @@ def define(
         dtype = dtype_of(*args)
         impl = chosen.get((backend, device, dtype)) or op.choose(backend, device, dtype)
         result = impl.fn(*args)
-        # Otherwise autograd would use what it has saved of them as if nothing had happened.
-        for position in written:
-            if args[position] is not None and not args[position].is_inference():
-                increment_version(args[position])
+        if written:
+            # Otherwise autograd would use what it has saved of them as if nothing had happened.
+            changed = [args[position] for position in written if args[position] is not None]
+            increment_version([tensor for tensor in changed if not tensor.is_inference()])
         return result
 
     LIB.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     for key in ("CPU", "CUDA"):
-        LIB.impl(name, kernel, key)
+        LIB.impl(name, functools.partial(kernel, key.lower()), key)
     torch.library.register_fake(f"miue_fast::{name}", fake, lib=LIB)
     OPS[name] = op
     return op

@@ -45,17 +45,16 @@ def out_size(
 
 
 def _pair(op, name, value, least):
-    if type(value) is int and value >= least:
-        return [value, value]
-    value = list(value) if isinstance(value, (list, tuple)) else [value, value]
+    pair = list(value) if isinstance(value, (list, tuple)) else [value, value]
     if (
-        len(value) != 2
-        or type(value[0]) is not int
-        or type(value[1]) is not int
-        or min(value) < least
+        len(pair) != 2
+        or type(pair[0]) is not int
+        or type(pair[1]) is not int
+        or pair[0] < least
+        or pair[1] < least
     ):
-        messages.fail(op, name, f"a whole number >= {least}, or two", value)
-    return value
+        messages.fail(op, name, f"a whole number >= {least}, or two", pair)
+    return pair
 
 
 def geometry(

@@ -711,8 +711,8 @@ def test_fp8_of_a_dead_network_is_zero_and_of_nan_is_nan():
 def test_fp8_on_a_cpu_says_once_that_it_is_emulated(caplog):
     for name in ("conv_forward", "conv_input_grad"):
         OPS[name]._chosen.clear()
-    net = frozen_small(fp8=True)
     with caplog.at_level(logging.WARNING, "miue_fast"):
+        net = frozen_small(fp8=True)
         for _ in range(2):
             net.input_grad(torch.zeros_like(net.forward(IMAGE)))
     said = [r.getMessage() for r in caplog.records if "float8_e4m3fn" in r.getMessage()]
