@@ -366,7 +366,7 @@ def fastest(rows):
 
 
 def table(rows):
-    """{key of miue_fast/_measured.py: one of OURS}: who needs less time for all layers of that
+    """{key of dispatch/measured.py: one of OURS}: who needs less time for all layers of that
     shape together at B = 512.
     """
     found = {}

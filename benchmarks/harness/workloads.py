@@ -322,7 +322,7 @@ def gpu_loss(quick=False):
 
 
 def loss_table(rows):
-    """{key of miue_fast/_measured.py: "triton" or "cuda"} of the loss ops that `auto` chooses for:
+    """{key of dispatch/measured.py: "triton" or "cuda"} of the loss ops that `auto` chooses for:
     who needs less time.
     """
     found = {}
