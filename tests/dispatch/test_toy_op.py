@@ -45,6 +45,20 @@ def outcomes(files, toy="right"):
     return found
 
 
+def test_the_page_shows_this_file():
+    """The snippets of docs/adding-an-op.md are parts of tests/toy_op.py; the paths that it names
+    are there.
+    """
+    page = (TESTS.parent / "docs" / "adding-an-op.md").read_text()
+    snippets = re.findall(r"```python\n(.*?)```", page, re.S)
+    text = (TESTS / "toy_op.py").read_text()
+    assert len(snippets) == 3 and all(snippet in text for snippet in snippets)
+    paths = re.findall(r"`((?:miue_fast|kernels|csrc|tests|benchmarks)/[\w/.<>]+)`", page)
+    assert len(paths) >= 12
+    for path in paths:
+        assert (TESTS.parent / path.replace("<op>", "class_covariance")).exists(), path
+
+
 def test_the_contract_is_tested():
     found = outcomes(GENERIC)
     assert set(found) == {"PASSED"}, found
