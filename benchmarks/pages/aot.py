@@ -1,10 +1,11 @@
 """Writes docs/triton-aot.md and docs/cuda-aot.md: what the compilers make of every kernel, for
 Hopper and Ampere, without a GPU.
 
-python -m benchmarks.pages.aot            # every Triton kernel and configuration; some minutes, by
-tests/_aot.py, as the test of the same python -m benchmarks.pages.aot --cuda     # the kernels of
-the built _cuda module; seconds python -m benchmarks.pages.aot --check    # nothing is written, exit
-code 1 where the page differs"""
+python -m benchmarks.pages.aot            # every Triton kernel and configuration: some minutes
+python -m benchmarks.pages.aot --cuda     # the kernels of the built _cuda module: seconds
+python -m benchmarks.pages.aot --check    # nothing is written, exit code 1 where the page differs
+
+The Triton kernels are compiled by tests/_aot.py, which the test of the same name uses too."""
 
 import argparse
 import os

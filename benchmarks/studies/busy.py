@@ -1,8 +1,9 @@
 """The command line beside one busy process per core: wall time against the idle machine, with
 passive and other waiting.
 
-python -m benchmarks.studies.busy --out benchmarks/results/busy.json     # eight minutes, on a
-machine that does nothing else
+python -m benchmarks.studies.busy --out benchmarks/results/busy.json
+
+It takes eight minutes, on a machine that does nothing else.
 
 Each run is `miue-fast generate` on drawn shapes with two threads, as a user starts it; other ways
 of waiting are asked for in its environment. Idle and busy runs take turns. Spinning beside busy

@@ -2,11 +2,11 @@
 class, victims judged on the next 200.
 
 python -m benchmarks.studies.cifar10_settings CIFAR --out benchmarks/results/cifar10_settings.json
-# hours on a CPU python -m benchmarks.studies.cifar10_settings CIFAR --only batch8 --seeds 7 11
-# one of the settings below
+python -m benchmarks.studies.cifar10_settings CIFAR --only batch8 --seeds 7 11
 
-CIFAR has train/CLASS/*.jpg. The test images are not looked at. Source: small_resnet of width 16.
-One victim (small_resnet with crops and flips) per poison.
+The first takes hours on a CPU; the second is one of the settings below. CIFAR has
+train/CLASS/*.jpg. The test images are not looked at. Source: small_resnet of width 16. One victim
+(small_resnet with crops and flips) per poison.
 """
 
 import argparse

@@ -1,10 +1,13 @@
 """What e4m3 convolutions do to a poison, emulated on a CPU: flipped signs of the input gradient in
 each epoch, and the victims' accuracy.
 
-python -m benchmarks.studies.fp8_study --out benchmarks/results/fp8_study.json     # about ten
-minutes of one thread python -m benchmarks.studies.fp8_study --notes          # put that file's
-tables into docs/performance-notes.md python -m benchmarks.studies.fp8_study --data CIFAR     #
-CIFAR/train/CLASS/* and CIFAR/test/CLASS/* instead of drawn shapes
+python -m benchmarks.studies.fp8_study --out benchmarks/results/fp8_study.json
+python -m benchmarks.studies.fp8_study --notes
+python -m benchmarks.studies.fp8_study --data CIFAR
+
+The first takes about ten minutes of one thread; the second puts the tables of that file into
+docs/performance-notes.md; the third takes CIFAR/train/CLASS/* and CIFAR/test/CLASS/* instead of
+drawn shapes.
 
 Each seed generates three poisons from the same images: in float32, in bfloat16, and in bfloat16
 with e4m3 convolutions (fp8). During the float32 run, before each poison step, the gradient of one

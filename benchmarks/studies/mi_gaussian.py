@@ -1,7 +1,8 @@
 """The four estimators of sliced mutual information on Gaussians whose mutual information is known.
 
-python -m benchmarks.studies.mi_gaussian --out benchmarks/results/mi_gaussian.json     # about two
-minutes of one thread
+python -m benchmarks.studies.mi_gaussian --out benchmarks/results/mi_gaussian.json
+
+It takes about two minutes of one thread.
 
 x is normal in D dimensions and y = rho x + sqrt(1 - rho^2) noise, so every slice has the
 correlation rho. In dimension 1 there is one direction only, so a cell takes many samples of one

@@ -1,5 +1,8 @@
 """What the three loss ops share: fake outputs, the autograd rule and the float64 oracle."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 
 from ..dispatch import checks, native
@@ -7,9 +10,11 @@ from ..dispatch.measured import faster_loss
 from ..dispatch.registry import LIB
 
 
-def fake(features, labels, *args):
-    """(loss, grad) as the kernels return them: float32 (float64 for float64); grad is empty when
-    the op's `want_grad` is False.
+def fake(
+    features: torch.Tensor, labels: torch.Tensor | None, *args: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The shapes of (loss, grad) as the kernels return them: float32 (float64 for float64); grad is
+    empty when the op's `want_grad`, the last argument but `backend`, is False.
     """
     want_grad = args[-2] if isinstance(args[-2], bool) else True
     wide = torch.float64 if features.dtype == torch.float64 else torch.float32
@@ -19,18 +24,19 @@ def fake(features, labels, *args):
     )
 
 
-def route(op):
-    """For `define`: "cuda" where this GPU's table says that it is faster, else the first that
-    can.
+def route(op: str) -> Callable[..., str]:
+    """The `route` of a loss for `define`: "cuda" where the measured table says that it is faster on
+    this GPU, else "auto", the first backend that can serve the call.
     """
     return lambda features, *args: (
         "cuda" if faster_loss(op, features) == "cuda" and not native.cuda_missing() else "auto"
     )
 
 
-def truth(formula, drop):
-    """Loss and autograd gradient of `formula` in float64; the op's last `drop` arguments are not
-    the formula's.
+def truth(formula: Callable[..., torch.Tensor], drop: int) -> Callable[..., Any]:
+    """The float64 oracle of a loss: the value of `formula` and its gradient by autograd.
+
+    drop: 1 if the op's last argument is `want_grad`, which the formula does not take, else 0.
     """
 
     def oracle(features, labels, *args):
@@ -46,7 +52,7 @@ def truth(formula, drop):
     return oracle
 
 
-def differentiable_in_features(name):
+def differentiable_in_features(name: str) -> Callable[..., torch.Tensor]:
     """The op returns its gradient beside its value; backward only scales it. Second derivatives are
     refused.
 
@@ -115,16 +121,14 @@ def _transformed(op):
 
         @staticmethod
         def backward(ctx, *grads):
-            grad_loss, _ = grads
             features, grad = ctx.saved_tensors
-            return _Once.apply(grad, grad_loss, features), *([None] * ctx.unused)
+            return _Once.apply(grad, grads[0], features), *([None] * ctx.unused)
 
         @staticmethod
         def jvp(ctx, *tangents):
-            tangent, *_ = tangents
             features, grad = ctx.saved_tensors
             return (
-                _Once.apply(grad, grad.new_ones(()), features.to(grad.dtype)) * tangent
+                _Once.apply(grad, grad.new_ones(()), features.to(grad.dtype)) * tangents[0]
             ).sum(), None
 
         @staticmethod

@@ -49,12 +49,19 @@ define(
 )
 
 
-def class_covariance(features, labels, num_classes=None, *, backend="auto"):
+def class_covariance(
+    features: torch.Tensor,
+    labels: torch.Tensor,
+    num_classes: int | None = None,
+    *,
+    backend: str = "auto",
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Count, mean and covariance of the features of every class.
 
     C_k = 1/n_k sum_{i: y_i = k} (f_i - m_k) (f_i - m_k)^T with the class mean m_k, in two passes:
-    sums of squares less squared means cancel where classes have collapsed, which is where MI-UE
-    ends. Means are summed in float64, products in float32 (float64 for float64).
+    the difference of the sum of squares and the squared mean cancels where classes have collapsed,
+    which is where MI-UE ends. Means are summed in float64, products in float32 (float64 for
+    float64).
 
     Args:
         features: [B, D] float32, float16, bfloat16 (float64 on the CPU), any strides.
@@ -63,12 +70,12 @@ def class_covariance(features, labels, num_classes=None, *, backend="auto"):
         backend: "auto", "triton", "cuda", "cpu" or "reference".
 
     Returns: counts int64 [K], means [K, D] and covariances [K, D, D], float32 (float64 for
-        float64). An empty class has 0 everywhere; NaN
-    features give NaN in their class. Triton and CUDA C++ give inf where a class's sum of products
-    is beyond float32 (values above about 1e19); the others do so only where the covariance is. A
-    covariance is symmetric to the bit, and 0 where all rows of a class are equal.
-    Memory: K * D^2 values of result; on the CPU O(B * D) besides. Deterministic: the same bits on
-        one machine for any thread count.
+        float64). An empty class has 0 everywhere; NaN features give NaN in their class. Triton and
+        CUDA C++ give inf where a class's sum of products is beyond float32 (values above about
+        1e19); the others do so only where the covariance is. A covariance is symmetric to the bit,
+        and 0 where all rows of a class are equal.
+    Memory: the result has K * D^2 values; the CPU needs O(B * D) more. Deterministic: the same bits
+        on one machine for any thread count.
     Not differentiable: features that require a gradient are refused. On a GPU the check of the
         labels waits for the device.
     Errors: ValueError (shape, dtype, device, values of the labels), BackendError (the backend

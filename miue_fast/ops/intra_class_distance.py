@@ -1,5 +1,7 @@
 """The within-class distance term of MI-UE ("l2sim" in existing scripts)."""
 
+import torch
+
 from ..dispatch import checks, native, triton
 from ..dispatch.registry import DOUBLES, FLOATS, Impl, define
 from ..reference.intra_class_distance import formula
@@ -25,7 +27,13 @@ define(
 _scalar = _loss.differentiable_in_features("intra_class_distance")
 
 
-def intra_class_distance(features, labels, *, normalize_dim=True, backend="auto"):
+def intra_class_distance(
+    features: torch.Tensor,
+    labels: torch.Tensor,
+    *,
+    normalize_dim: bool = True,
+    backend: str = "auto",
+) -> torch.Tensor:
     """Within-class distance of a batch, differentiable in `features`.
 
     mean_i log(1 + s * sum_{j: y_j = y_i} ||f_i - f_j||_2), s = 1/D with `normalize_dim`, else 1
@@ -50,6 +58,6 @@ def intra_class_distance(features, labels, *, normalize_dim=True, backend="auto"
     return _scalar(features, labels, bool(normalize_dim), backend)
 
 
-def l2sim(features, labels):
-    """`intra_class_distance(features, labels)` under the name existing MI-UE scripts call."""
+def l2sim(features: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """`intra_class_distance(features, labels)` under the name that existing MI-UE scripts call."""
     return intra_class_distance(features, labels)

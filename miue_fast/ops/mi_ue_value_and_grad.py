@@ -31,28 +31,28 @@ define(
 
 
 def mi_ue_value_and_grad(
-    features,
-    labels,
-    temperature=0.1,
-    zeta=0.1,
+    features: torch.Tensor,
+    labels: torch.Tensor,
+    temperature: float = 0.1,
+    zeta: float = 0.1,
     *,
-    denominator="all",
-    normalize_dim=True,
-    backend="auto",
-):
+    denominator: str = "all",
+    normalize_dim: bool = True,
+    backend: str = "auto",
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Loss nt_xent + zeta * intra_class_distance of a batch and its gradient, without autograd.
 
     Args:
-        features: [B, D] float32, float16, bfloat16 (float64 on the CPU). What a Hopper rounds of
-            large batches: as in `nt_xent`.
+        features: [B, D] float32, float16, bfloat16 (float64 on the CPU). A Hopper rounds large
+            batches as in `nt_xent`.
         labels: [B], any integer dtype, any values.
         temperature, denominator: as in `nt_xent`. normalize_dim: as in `intra_class_distance`.
         zeta: weight of the distance term; at 0 the term is not computed.
         backend: "auto", "triton", "cuda", "cpu" or "reference".
 
     Returns: (loss, grad): a scalar and d loss / d features [B, D], both float32 (float64 for
-        float64): scale it before you round it to
-    float16, or the smallest values are lost.
+        float64). Scale the gradient before you round it to float16, or its smallest values are
+        lost.
     Deterministic on one machine and thread count. Errors: ValueError, BackendError as in `nt_xent`.
     """
     op, limit = "mi_ue_value_and_grad", torch.finfo(torch.float64).max

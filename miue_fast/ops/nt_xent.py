@@ -1,5 +1,7 @@
 """NT-Xent with several positives: mean_i -log(P_i / A_i) over cosine similarities."""
 
+import torch
+
 from ..dispatch import checks, native, triton
 from ..dispatch.registry import DOUBLES, FLOATS, Impl, define
 from ..reference.nt_xent import formula
@@ -27,7 +29,15 @@ define(
 _scalar = _loss.differentiable_in_features("nt_xent")
 
 
-def nt_xent(features, labels, temperature=None, *, denominator="all", backend="auto", t=None):
+def nt_xent(
+    features: torch.Tensor,
+    labels: torch.Tensor,
+    temperature: float | None = None,
+    *,
+    denominator: str = "all",
+    backend: str = "auto",
+    t: float | None = None,
+) -> torch.Tensor:
     """NT-Xent loss of a batch, differentiable in `features`.
 
     mean_i log(A_i / P_i), P_i = sum_{j: y_j = y_i} exp(cos(f_i, f_j) / t), A_i = the same sum over
@@ -37,20 +47,21 @@ def nt_xent(features, labels, temperature=None, *, denominator="all", backend="a
     Args:
         features: [B, D] float32, float16, bfloat16 (float64 on the CPU). Norms are clamped at 1e-8
             (the gradient of a row below that is projected like any other row's, which the clamped
-            formula would not do), and may be as large as the dtype's numbers (of rows whose norm is
-            none, the loss is right or, in CUDA C++, NaN). Gradients are float32 (float64 for
-            float64) until they have been multiplied by the loss's own: with loss scaling those of
-            float16 features do not underflow. On a Hopper the pairs' weights are rounded to float16
-            (2^-11 each), and a cosine is one sum of tensor cores (at most 2^-18 of it is lost), for
-            half-precision rows of at most 512 columns: Triton above 2,048 rows, CUDA C++ above 512.
+            formula would not do), and may be as large as the dtype's numbers. Where a row's norm is
+            too large for the dtype, the loss is right or, in CUDA C++, NaN. Gradients are float32
+            (float64 for float64) until they have been multiplied by the gradient of the loss, so
+            that those of float16 features do not underflow with loss scaling. On a Hopper the
+            pairs' weights are rounded to float16 (2^-11 each), and a cosine is one sum of tensor
+            cores (at most 2^-18 of it is lost), for half-precision rows of at most 512 columns:
+            Triton above 2,048 rows, CUDA C++ above 512.
         labels: [B], any integer dtype, any values.
         temperature: a number from 1e-3 to 10, 0.1 if it is not given. `t` is another name for it;
-            both at once are refused. Tensors are: the loss is not differentiable in it.
+            both at once are refused, and so are tensors: the loss is not differentiable in it.
         backend: "auto", "triton", "cuda", "cpu" or "reference".
 
     Derivatives: once, backward (autograd, torch.func.grad, vjp, jacrev) or in forward mode (jvp,
         jacfwd); a second one raises RuntimeError.
-    vmap over batches calls the op for one after the other.
+        vmap calls the op for one batch after the other.
     Returns: a scalar, float32 (float64 for float64). An empty batch gives NaN, NaN features give
         NaN.
     Memory: O(B * D) and at most 32 MB. Deterministic: the same input gives the same bits on one

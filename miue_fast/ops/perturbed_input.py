@@ -2,6 +2,8 @@
 in one pass.
 """
 
+from collections.abc import Iterable
+
 import torch
 
 from ..dispatch import checks, native, triton
@@ -48,18 +50,18 @@ def _constants(op, values):
 
 
 def perturbed_input(
-    images,
-    delta=None,
-    index=None,
-    flip=None,
-    mean=None,
-    std=None,
+    images: torch.Tensor,
+    delta: torch.Tensor | None = None,
+    index: torch.Tensor | None = None,
+    flip: torch.Tensor | None = None,
+    mean: Iterable[float] | None = None,
+    std: Iterable[float] | None = None,
     *,
-    eps=None,
-    dtype=torch.float32,
-    channels_last=True,
-    backend="auto",
-):
+    eps: float | None = None,
+    dtype: torch.dtype = torch.float32,
+    channels_last: bool = True,
+    backend: str = "auto",
+) -> torch.Tensor:
     """(flip(images[index]) + delta[index] - mean) / std as a new network input [B, C, H, W].
 
     Args:
@@ -69,15 +71,15 @@ def perturbed_input(
             127; needs `eps`), or None.
         index: int64 [B] in [0, N) (out of range: ValueError on the CPU, undefined on a GPU), or
             None for all rows.
-        flip: bool [B] or None: rows whose image is mirrored along W; delta is not (docs/method.md).
+        flip: bool [B] or None: rows whose image is mirrored along W; delta is not mirrored.
         mean, std: C numbers each, on the [0, 1] scale, or None for no normalisation. std is applied
             as a product with float32(1/std).
         dtype: of the result: float32, float16 or bfloat16; the arithmetic is fp32, rounded once.
         channels_last: the result's memory format.
 
     Not differentiable: its gradient with respect to delta is the network's input gradient (times
-        1/std), see `projected_step_`; tensors
-    that require a gradient are refused while gradients are enabled.
+        1/std), see `projected_step_`. Tensors that require a gradient are refused while gradients
+        are enabled.
     Bitwise the same on every backend. Errors: ValueError, BackendError.
     """
     op = "perturbed_input"

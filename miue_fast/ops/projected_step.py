@@ -51,9 +51,18 @@ define(
 )
 
 
-def check_step(op, delta, index, images, flip, alpha, eps, nonfinite):
-    """Everything but the gradient; returns the flip mask, contiguous, and both numbers as
-    floats.
+def check_step(
+    op: str,
+    delta: torch.Tensor,
+    index: torch.Tensor | None,
+    images: torch.Tensor,
+    flip: torch.Tensor | None,
+    alpha: float,
+    eps: float,
+    nonfinite: torch.Tensor | None,
+) -> tuple[torch.Tensor | None, float, float]:
+    """Checks the arguments of a step on a store, all but the gradient. Returns the flip mask,
+    contiguous, and alpha and eps as floats. ValueError names the argument that is wrong.
     """
     checks.images(op, images)
     checks.same_store(op, delta, images)
@@ -78,7 +87,15 @@ def check_step(op, delta, index, images, flip, alpha, eps, nonfinite):
     return flip, alpha, eps
 
 
-def projected_step(delta, grad, image, alpha, eps, *, backend="auto"):
+def projected_step(
+    delta: torch.Tensor,
+    grad: torch.Tensor,
+    image: torch.Tensor,
+    alpha: float,
+    eps: float,
+    *,
+    backend: str = "auto",
+) -> torch.Tensor:
     """One projected sign-gradient step: clamp(clamp(image + clamp(delta - alpha * sign(grad), -eps,
     eps), 0, 1) - image, -eps, eps).
 
@@ -114,8 +131,17 @@ def projected_step(delta, grad, image, alpha, eps, *, backend="auto"):
 
 
 def projected_step_(
-    delta, index, grad, images, flip=None, *, alpha, eps, nonfinite=None, backend="auto"
-):
+    delta: torch.Tensor,
+    index: torch.Tensor | None,
+    grad: torch.Tensor,
+    images: torch.Tensor,
+    flip: torch.Tensor | None = None,
+    *,
+    alpha: float,
+    eps: float,
+    nonfinite: torch.Tensor | None = None,
+    backend: str = "auto",
+) -> None:
     """The projected sign step in place on rows `index` of the poison store; each row is read and
     written once.
 
@@ -129,8 +155,7 @@ def projected_step_(
             the network's input.
         images: [N, C, H, W] uint8 (value / 255) or float32 on the [0, 1] scale (outside it: as in
             `projected_step`), contiguous.
-        flip: bool [B] or None: rows whose image was mirrored along W. delta is not mirrored
-            (docs/method.md).
+        flip: bool [B] or None: rows whose image was mirrored along W. delta is not mirrored.
         alpha, eps: step size and L-inf budget on the [0, 1] scale; eps > 0 for int8.
         nonfinite: int64 [1] or None: incremented by the number of NaN and Inf in grad (they count
             as sign 0, or +-1 for Inf).

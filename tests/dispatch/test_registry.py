@@ -18,7 +18,7 @@ ALL = pytest.mark.parametrize("op", OPS.values(), ids=OPS)
 
 
 def test_the_ops():
-    assert len(OPS) == 12 and {op.kind for op in OPS.values()} == set(KINDS)
+    assert {op.kind for op in OPS.values()} == set(KINDS)
     assert all(callable(getattr(miue_fast.ops, name)) for name in OPS)
 
 
@@ -31,9 +31,7 @@ def test_an_op_has_one_of_the_kinds():
 @ALL
 def test_implementations(op):
     names = [impl.backend for impl in op.impls]
-    everywhere = [b for b in BACKENDS if b not in ("auto", "wgmma")]
-    assert [b for b in names if b != "wgmma"] == everywhere and op.reference.backend == "reference"
-    assert ("wgmma" in names) == (op.name in ("conv_forward", "conv_input_grad"))
+    assert names == [b for b in BACKENDS if b in names] and names[-1] == "reference"
     assert op.reference.missing() is None
     for impl in op.impls:
         assert impl.dtypes <= op.reference.dtypes and impl.devices <= op.reference.devices

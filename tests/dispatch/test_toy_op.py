@@ -14,8 +14,16 @@ import pytest
 
 pytest.importorskip("triton")
 TESTS = Path(__file__).resolve().parents[1]
-GENERIC = [
-    f"tests/ops/test_{name}.py" for name in ("parity", "opcheck", "fuzz", "repeatable", "compile")
+PARITY, FUZZ = "tests/ops/test_parity.py", "tests/ops/test_fuzz.py"
+OTHERS = [
+    f"tests/{name}.py"
+    for name in (
+        "dispatch/test_registry",
+        "ops/test_opcheck",
+        "ops/test_repeatable",
+        "ops/test_compile",
+        "ops/test_transforms",
+    )
 ]
 
 
@@ -45,8 +53,22 @@ def outcomes(files, toy="right"):
     return found
 
 
+def test_the_page_shows_this_file():
+    """The snippets of docs/adding-an-op.md are parts of tests/toy_op.py; the paths that it names
+    are there.
+    """
+    page = (TESTS.parent / "docs" / "adding-an-op.md").read_text()
+    snippets = re.findall(r"```python\n(.*?)```", page, re.S)
+    text = (TESTS / "toy_op.py").read_text()
+    assert len(snippets) == 3 and all(snippet in text for snippet in snippets)
+    paths = re.findall(r"`((?:miue_fast|kernels|csrc|tests|benchmarks)/[\w/.<>]+)`", page)
+    assert len(paths) >= 12
+    for path in paths:
+        assert (TESTS.parent / path.replace("<op>", "class_covariance")).exists(), path
+
+
 def test_the_contract_is_tested():
-    found = outcomes(GENERIC)
+    found = outcomes([PARITY, FUZZ, *OTHERS])
     assert set(found) == {"PASSED"}, found
     assert sorted(found["PASSED"]) == [
         "test_compile.py::test_compiled_equals_eager[shrunk-reference-cpu]",
@@ -55,16 +77,27 @@ def test_the_contract_is_tested():
         "test_opcheck.py::test_opcheck[shrunk-reference-cpu]",
         "test_opcheck.py::test_opcheck[shrunk-triton-cpu]",
         *(
-            f"test_{name}.py::test_{name}[shrunk-{backend}-cpu-{dtype}]"
-            for name in ("parity", "repeatable")
+            f"test_parity.py::test_parity[shrunk-{backend}-cpu-{dtype}]"
             for backend in ("reference", "triton")
             for dtype in ("float16", "float32")
         ),
+        "test_registry.py::test_a_backend_asked_for_is_the_one_that_runs[shrunk-reference-cpu]",
+        "test_registry.py::test_a_backend_asked_for_is_the_one_that_runs[shrunk-triton-cpu]",
+        "test_registry.py::test_implementations[shrunk]",
+        "test_registry.py::test_samples_cover_the_input[shrunk]",
+        "test_registry.py::test_schema[shrunk]",
+        *(
+            f"test_repeatable.py::test_repeatable[shrunk-{backend}-cpu-{dtype}]"
+            for backend in ("reference", "triton")
+            for dtype in ("float16", "float32")
+        ),
+        "test_transforms.py::test_autocast_changes_nothing[shrunk-reference-cpu]",
+        "test_transforms.py::test_autocast_changes_nothing[shrunk-triton-cpu]",
     ]
 
 
 def test_a_wrong_kernel_fails():
-    found = outcomes(GENERIC[:1] + GENERIC[2:3], toy="wrong")
+    found = outcomes([PARITY, FUZZ], toy="wrong")
     assert sorted(found["FAILED"]) == [
         "test_fuzz.py::test_fuzz[shrunk-cpu]",
         "test_parity.py::test_parity[shrunk-triton-cpu-float16]",
