@@ -21,7 +21,7 @@ if native._built != architectures.ARCHITECTURES:
 ROOT = Path(__file__).parents[2]
 NOWHERE = torch.device(
     "meta"
-)  # neither cpu nor cuda: _native hands the call to _cuda on the default stream
+)  # neither cpu nor cuda: `native` hands the call to _cuda on the default stream
 CALLS = {
     "nt_xent": (0, 0, 4, 0, 4, 4, 0.1, False, 0, 0, 0),
     "intra_class_distance": (0, 0, 4, 0, 4, 4, True, 1.0, 0, 0, 0, 0, 0),
