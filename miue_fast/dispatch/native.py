@@ -462,17 +462,37 @@ def packed_conv(
     number, threads = _FAMILIES[family], torch.get_num_threads()
     size = _cpu.packed_conv_workspace(number, batch, rows, columns, channels, results, threads)
     workspace = torch.empty(size, dtype=torch.uint8)
+    epilogue = [
+        0 if tensor is None else tensor.data_ptr() for tensor in (bias, residual, mask, keep)
+    ]
     _cpu.packed_conv(
         number,
         x.data_ptr(),
         packed.data_ptr(),
-        _ptr(bias),
-        _ptr(residual),
+        *epilogue[:2],
         relu,
-        _ptr(mask),
-        _ptr(keep),
+        *epilogue[2:],
         y.data_ptr(),
         [batch, height, width, channels, rows, columns, results],
         workspace.data_ptr(),
         threads,
     )
+
+
+def conv_weight_grad(x: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
+    """The gradient [K, C, 3, 3] (channels-last) of the weights of a 3x3 convolution with stride 1
+    and padding 1, from channels-last float32 x [B, C, H, W] and grad [B, K, H, W] on the CPU.
+    """
+    (batch, channels, height, width), results = x.shape, grad.shape[1]
+    out = torch.empty((results, channels, 3, 3), memory_format=torch.channels_last)
+    size = _cpu.conv_weight_grad_workspace(channels, results)
+    workspace = torch.empty(size, dtype=torch.uint8)
+    _cpu.conv_weight_grad(
+        x.data_ptr(),
+        grad.data_ptr(),
+        out.data_ptr(),
+        [batch, height, width, channels, results],
+        workspace.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return out

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .. import models
+from ..frozen.training import packed_training
 from ..ops import perturbed_input
 from ..support import ranges
 from ..support.calls import borrowed
@@ -208,7 +209,7 @@ def train(
     network = network.to(device)
     optimizer = recipe.new_optimizer(network)
     change = functools.partial(made.batch, num_classes=num_classes)
-    with borrowed("evaluate", network):
+    with borrowed("evaluate", network), packed_training("auto", device):
         for epoch in range(recipe.epochs):
             optimizer.param_groups[0]["lr"] = recipe.learning_rate(epoch)
             run.train_curve.append(

@@ -92,12 +92,11 @@ class PackedConv:
         native.pack_weights(self.family, self.back, weight, *sides, self.weights)
         self.level = native.cpu_level()
 
-    def _check_level(self):
-        if self.level != native.cpu_level():
-            raise RuntimeError(
-                f"packed convolution: expected weights packed for {native.cpu_level()}, "
-                f"got {self.level}; call refold()"
-            )
+    def _refuse(self):
+        raise RuntimeError(
+            f"packed convolution: expected weights packed for {native.cpu_level()}, "
+            f"got {self.level}; call refold()"
+        )
 
     def forward(
         self,
@@ -117,7 +116,8 @@ class PackedConv:
 
         Errors: RuntimeError where the weights were packed for another instruction level.
         """
-        self._check_level()
+        if self.level != native.cpu_level():
+            self._refuse()
         step, (rows, columns) = stride[0], x.shape[2:]
         size = len(x), len(weight), -(-rows // step), -(-columns // step)
         y = torch.empty(size, memory_format=NHWC)
@@ -143,7 +143,8 @@ class PackedConv:
 
         Errors: as in `forward`.
         """
-        self._check_level()
+        if self.level != native.cpu_level():
+            self._refuse()
         y = torch.empty(tuple(size), memory_format=NHWC)
         native.packed_conv(self.family, grad, self.weights, None, addend, False, None, mask, y)
         return y

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..dispatch.registry import OPS, BackendError
+from ..frozen.training import packed_training
 from ..support.calls import Turn, borrowed, ordinary
 from ..support.draws import Draws, backward_of
 from ..support.written import shown
@@ -49,6 +50,7 @@ class Trainer:
         self.network, self.images, self.labels = network, images, labels
         self.delta, self.options = delta, options
         device = images.device
+        self.convolutions = packed_training(options.backend, device)
         self.captures = images.is_cuda and options.fused and self._has_kernel()
         self.graph, self.ran = None, False
         lr = torch.full((), options.lr, device=device) if self.captures else options.lr
@@ -76,7 +78,13 @@ class Trainer:
 
         `tick(images done)` is called after each batch. Waits for the device once, at the end.
         """
-        with self.turn, borrowed("generate", self.network), ordinary(), torch.enable_grad():
+        with (
+            self.turn,
+            borrowed("generate", self.network),
+            ordinary(),
+            torch.enable_grad(),
+            self.convolutions,
+        ):
             return self._epoch(number, tick)
 
     def _epoch(self, number, tick):

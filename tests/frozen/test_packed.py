@@ -71,12 +71,18 @@ class Case:
         else:
             self.truth = F.conv2d(self.x.double(), self.weight.double(), **conv)
         pair = (stride, stride), (taps // 2, taps // 2), (1, 1)
-        self.family = family_of(self.weight, *pair, 1, back, small)
-        self.packed = PackedConv(self.family, back)
+        self.family = "three2" if small else family_of(self.weight, *pair, 1, back)
+        self.packed, self.conv = PackedConv(self.family, back), (*map(list, pair), 1)
         self.packed.refold(self.weight)
 
-    def __call__(self, **options):
-        return self.packed(self.x, self.size, **options)
+    def __call__(self, bias=None, residual=None, relu=False, want_mask=False, keep=None, rows=None):
+        """(result, bits): of the images `rows` alone where they are given."""
+        x = self.x if rows is None else self.x[rows]
+        if self.back:
+            size = (len(x), *self.size[1:])
+            return self.packed.input_grad(x, self.weight, residual, keep, size, *self.conv), None
+        y, mask = self.packed.forward(x, self.weight, bias, residual, *self.conv, relu, want_mask)
+        return y, mask if want_mask else None
 
     def like(self):
         return drawn(self.generator, *self.size)
@@ -105,7 +111,7 @@ def test_float64_and_bits(level, kind, back, size, threads):
         assert torch.equal(case()[0], plain), f"other bits with {count} threads"
     for start, stop in itertools.pairwise(sorted({0, len(plain) // 3, len(plain)})):
         if start < stop:  # images do not depend on the others of the call
-            part, _ = case.packed(case.x[start:stop], (stop - start, *case.size[1:]))
+            part, _ = case(rows=slice(start, stop))
             assert torch.equal(part, plain[start:stop]), "other bits in a smaller batch"
 
 
@@ -167,7 +173,10 @@ def test_what_no_family_computes():
     weight = torch.randn(8, 8, 3, 3)
     one, same = (1, 1), (1, 1)
     assert family_of(weight, one, same, one, 1, False) == "three4"
-    assert family_of(weight, one, same, one, 1, True, small=True) == "three2"
+    wide = torch.empty(1, 1, 3, 3).expand(1024, 512, 3, 3)
+    assert family_of(wide, one, same, one, 1, True) == "three2"
+    wider = torch.empty(1, 1, 3, 3).expand(2048, 1024, 3, 3)
+    assert family_of(wider, one, same, one, 1, True) is None
     assert family_of(weight, (2, 2), same, one, 1, True) == "strided_back"
     for changed in (
         (weight, (2, 1), same, one, 1),

@@ -1,0 +1,140 @@
+"""Training on the CPU with this library's convolutions, without a change to the network: inside
+`packed_training`, float32 convolutions that `packed.worth` names run on packed weights, their
+weight gradients too. Everything else is PyTorch's.
+"""
+
+import contextlib
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
+from torch.overrides import TorchFunctionMode
+
+from ..dispatch import native
+from ..dispatch.library import convolve, convolve_back
+from .packed import NHWC, PackedConv, family_of, worth
+
+_WEIGHT_ONLY = [False, True, False]  # of the gradients for the input, the weight and the bias
+
+
+def packed_training(backend: str, device: torch.device) -> contextlib.AbstractContextManager:
+    """A context in which this thread's `torch.nn.functional.conv2d` takes packed weights where that
+    is faster. On a GPU, without the C++ kernels, or with another backend than "auto" and "cpu", it
+    changes nothing.
+
+    The results are deterministic: the same bits for any number of threads on one instruction level.
+    They differ from PyTorch's by roundings. A gradient can be taken once: the derivative of a
+    gradient raises RuntimeError.
+    """
+    if backend not in ("auto", "cpu") or device.type != "cpu" or native.cpu_missing():
+        return contextlib.nullcontext()
+    return _Packed()
+
+
+class _Weights:
+    """The packed forms of one parameter, each made anew where the parameter has changed since."""
+
+    def __init__(self, weight: torch.Tensor, families: tuple[str | None, str | None]) -> None:
+        self.of = weakref.ref(weight)
+        self.packed = [
+            None if family is None else PackedConv(family, back)
+            for back, family in zip((False, True), families)
+        ]
+        self.versions = [-1, -1]
+
+    def direction(self, back: bool, weight: torch.Tensor) -> PackedConv | None:
+        packed = self.packed[back]
+        if packed is not None:
+            now = weight._version
+            if self.versions[back] != now or packed.level != native.cpu_level():
+                packed.refold(weight.detach())
+                self.versions[back] = now
+        return packed
+
+
+class _Packed(TorchFunctionMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weights: dict[int, _Weights] = {}
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is F.conv2d and (found := self._convolution(*args, **(kwargs or {}))) is not None:
+            return found
+        return func(*args, **(kwargs or {}))
+
+    def _convolution(
+        self, input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1
+    ) -> torch.Tensor | None:
+        """None where PyTorch's is taken."""
+        if input.dim() != 4 or input.dtype != torch.float32 or isinstance(padding, str):
+            return None
+        if not input.numel() or torch.is_autocast_enabled("cpu"):
+            return None
+        conv = tuple(
+            tuple(v) if isinstance(v, Sequence) else (v, v) for v in (stride, padding, dilation)
+        )
+        kept = self.weights.get(id(weight))
+        if kept is None or kept.of() is not weight:
+            kept = self.weights[id(weight)] = _Weights(weight, _families(weight, *conv, groups))
+        if not any(kept.packed) or input.shape[1] != weight.shape[1]:
+            return None
+        return _Convolution.apply(input, weight, bias, conv, kept)
+
+
+def _families(weight, stride, padding, dilation, groups):
+    """Those of the convolution and of its input gradient; None where the library is faster."""
+    found = []
+    for back in (False, True):
+        family, level = (
+            family_of(weight, stride, padding, dilation, groups, back),
+            native.cpu_level(),
+        )
+        sides = weight.shape[:2] if back else (weight.shape[1], weight.shape[0])
+        found.append(family if family and worth(family, back, *sides, level) else None)
+    return tuple(found)
+
+
+class _Convolution(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, conv, kept):
+        x = x.contiguous(memory_format=NHWC)
+        ctx.save_for_backward(x, weight)
+        stride, padding, dilation = conv
+        ctx.conv, ctx.kept, ctx.biased = (*conv, 1), kept, bias is not None
+        packed = kept.direction(False, weight)
+        if packed is None:
+            y = convolve(x, weight, stride, padding, dilation, 1)
+            return y if bias is None else y.add_(bias[:, None, None])
+        return packed.forward(x, weight, bias, None, *ctx.conv, False, False)[0]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *grads):
+        (x, weight), grad = ctx.saved_tensors, grads[0].contiguous(memory_format=NHWC)
+        grad_x = grad_weight = grad_bias = None
+        if ctx.needs_input_grad[0]:
+            packed = ctx.kept.direction(True, weight)
+            if packed is None:
+                grad_x = convolve_back(grad, weight, x.shape, *ctx.conv)
+            else:
+                grad_x = packed.input_grad(grad, weight, None, None, x.shape, *ctx.conv)
+        if ctx.needs_input_grad[1]:
+            grad_weight = _weight_grad(x, weight, grad, ctx.conv)
+        if ctx.biased and ctx.needs_input_grad[2]:
+            grad_bias = grad.sum((0, 2, 3))
+        return grad_x, grad_weight, grad_bias, None, None
+
+
+def _weight_grad(x, weight, grad, conv):
+    """Winograd's weight gradient from 32 channels on, at stride 1; else the library's."""
+    stride, padding, dilation, groups = conv
+    if stride == (1, 1) and weight.shape[2:] == (3, 3) and min(weight.shape[:2]) >= 32:
+        return native.conv_weight_grad(x, grad)
+    return torch.ops.aten.convolution_backward(
+        grad, x, weight, None, stride, padding, dilation, False, [0, 0], groups, _WEIGHT_ONLY
+    )[1]

@@ -1,0 +1,140 @@
+"""Training on packed weights: float64's gradients, the same bits for any number of threads, and
+PyTorch's own convolution for everything else.
+"""
+
+import contextlib
+import copy
+from unittest import mock
+
+import pytest
+import torch
+from torch import nn
+
+from miue_fast.dispatch import native
+from miue_fast.frozen import packed, training
+from miue_fast.frozen.training import packed_training
+
+CPU = torch.device("cpu")
+pytestmark = pytest.mark.skipif(
+    native.cpu_level() not in ("avx2", "avx512"), reason="needs an instruction level that packs"
+)
+
+
+def drawn(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def gradients(layer, x, context):
+    """The result of a layer, and the gradients of its input and parameters."""
+    layer, x = copy.deepcopy(layer), x.clone().requires_grad_()
+    with context:
+        y = layer(x)
+    y.backward(torch.cos(torch.arange(y.numel(), dtype=y.dtype)).view_as(y))
+    return [y.detach(), x.grad, *(p.grad for p in layer.parameters())]
+
+
+@pytest.mark.parametrize(
+    "channels, count, kernel, stride, side, bias",
+    [
+        (32, 48, 3, 1, 9, True),
+        (3, 64, 3, 1, 13, False),
+        (16, 16, 3, 1, 7, False),
+        (256, 256, 3, 2, 5, True),
+        (256, 32, 1, 2, 6, False),
+        (32, 256, 1, 1, 4, True),
+    ],
+)
+@pytest.mark.parametrize("memory", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_gradients(channels, count, kernel, stride, side, bias, memory):
+    layer = nn.Conv2d(channels, count, kernel, stride, kernel // 2, bias=bias)
+    layer, x = layer.to(memory_format=memory), drawn(3, channels, side, side + 2)
+    truth = gradients(layer.double(), x.double(), contextlib.nullcontext())
+    layer = layer.float()
+    plain = gradients(layer, x, contextlib.nullcontext())
+    with mock.patch.object(native, "packed_conv", wraps=native.packed_conv) as calls:
+        got = gradients(layer, x, packed_training("auto", CPU))
+    assert calls.called, "nothing ran on packed weights"
+    for name, ours, theirs, right in zip(("y", "x", "weight", "bias"), got, plain, truth):
+        assert ours.shape == theirs.shape and ours.dtype == torch.float32, name
+        error, scale = (ours.double() - right).abs().max(), right.abs().max()
+        assert error <= 2 * (theirs.double() - right).abs().max() + 2e-5 * scale, name
+
+
+def test_the_bits_do_not_depend_on_the_number_of_threads():
+    layer, x = nn.Conv2d(32, 48, 3, padding=1), drawn(5, 32, 9, 9)
+    before, found = torch.get_num_threads(), []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        found.append(gradients(layer, x, packed_training("auto", CPU)))
+    torch.set_num_threads(before)
+    for one, two, three in zip(
+        *(gradient[:3] for gradient in found)
+    ):  # the bias's is PyTorch's sum
+        assert torch.equal(one, two) and torch.equal(one, three)
+
+
+def test_weights_that_changed_are_packed_anew():
+    layer, x, context = (
+        nn.Conv2d(32, 32, 3, padding=1),
+        drawn(2, 32, 8, 8),
+        packed_training("auto", CPU),
+    )
+    with context:
+        first = layer(x)
+        with torch.no_grad():
+            layer.weight.mul_(2)
+            layer.bias.zero_()
+        second = layer(x)
+    assert not torch.equal(first, second)
+    assert torch.allclose(second, layer(x), atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.Conv2d(32, 32, 3, padding=1, groups=2),
+        nn.Conv2d(32, 32, 3, padding=2, dilation=2),
+        nn.Conv2d(32, 32, 3, padding="same"),
+        nn.Conv2d(32, 32, 5, padding=2),
+        nn.Conv2d(32, 32, 3, padding=1, padding_mode="reflect"),
+        nn.Conv2d(32, 8, 3, padding=1),
+        nn.Conv2d(32, 32, 3, padding=1).double(),
+    ],
+    ids=str,
+)
+def test_what_is_left_to_pytorch_keeps_its_bits(layer):
+    x = drawn(2, 32, 9, 9).to(layer.weight.dtype)
+    with (
+        mock.patch.object(native, "packed_conv", side_effect=AssertionError),
+        packed_training("auto", CPU),
+    ):
+        inside = layer(x)
+    assert torch.equal(inside, layer(x))
+
+
+@pytest.mark.parametrize("backend, device", [("reference", CPU), ("auto", torch.device("cuda"))])
+def test_where_it_changes_nothing(backend, device):
+    assert isinstance(packed_training(backend, device), contextlib.nullcontext)
+
+
+def test_without_the_kernels(monkeypatch):
+    monkeypatch.setattr(native, "cpu_missing", lambda: "not built")
+    assert isinstance(packed_training("auto", CPU), contextlib.nullcontext)
+
+
+def test_a_second_derivative_is_refused():
+    x = drawn(2, 32, 8, 8).requires_grad_()
+    with packed_training("auto", CPU):
+        y = nn.Conv2d(32, 32, 3, padding=1)(x)
+    (grad,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
+def test_nothing_is_kept_of_a_parameter_that_is_gone():
+    context, x = packed_training("auto", CPU), drawn(1, 32, 8, 8)
+    with context:
+        for _ in range(3):
+            nn.Conv2d(32, 32, 3, padding=1)(x)
+    assert len(context.weights) <= 3 and packed.worth("three4", False, 32, 32, native.cpu_level())
+    assert isinstance(context, training._Packed)
