@@ -66,7 +66,7 @@ def worth(family: str, back: bool, channels: int, results: int, level: str | Non
         return min(channels, results) >= 16 or (back and channels >= 32)
     if family in ("strided", "strided_back"):
         return channels >= 256 or (level == "avx2" and channels >= 64)
-    return family == "one_back" or (family == "one" and back) or channels >= 256
+    return back or (family == "one_strided" and channels >= 256)
 
 
 @dataclass(eq=False)
