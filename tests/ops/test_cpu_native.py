@@ -448,7 +448,7 @@ def test_levels_are_named_in_the_message():
 
 @pytest.mark.parametrize("level", ["generic", "mmx"])
 def test_the_environment_chooses_the_level(level):
-    code = "from miue_fast import _native; print(native.cpu_level())"
+    code = "from miue_fast.dispatch import native; print(native.cpu_level())"
     done = subprocess.run(
         [sys.executable, "-c", code],
         env={**os.environ, "MIUE_CPU_LEVEL": level},
