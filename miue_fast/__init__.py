@@ -5,12 +5,12 @@ docs/usage.md has the rest.
 """
 
 from . import _waiting  # noqa: F401, I001  (before torch)
+from .support.version import __version__  # isort: skip  (says what is not installed)
 from . import analysis, data, evaluation, generation, models
 from .dispatch.registry import BackendError
 from .evaluation import evaluate
 from .frozen import freeze
 from .generation import Options, generate, perturb
-from .support.version import __version__
 from .ops import (
     class_covariance,
     intra_class_distance,

@@ -21,7 +21,7 @@ assert miue_fast
 WRONG = os.environ.get("MIUE_TOY") == "wrong"
 
 
-# What reference/shrunk.py would hold.
+# What reference/<op>.py would hold.
 def reference(x, threshold):
     """x, moved towards 0 by the threshold, and 0 where it does not reach that far; NaN stays."""
     wide = x.float()
@@ -29,7 +29,7 @@ def reference(x, threshold):
     return torch.where(wide.abs() <= threshold, 0, moved).to(x.dtype).contiguous()
 
 
-# What kernels/triton/shrunk.py would hold.
+# What kernels/triton/<op>.py would hold.
 @triton.jit
 def _kernel(x, out, count, threshold, WRONG: tl.constexpr, BLOCK: tl.constexpr):
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -49,7 +49,7 @@ def kernel(x, threshold):
     return out
 
 
-# What ops/shrunk.py would hold.
+# What ops/<op>.py would hold.
 define(
     "shrunk(Tensor x, float threshold, str backend) -> Tensor",
     kind="pointwise",
@@ -64,7 +64,7 @@ def shrunk(x, threshold, *, backend="auto"):
     return torch.ops.miue_fast.shrunk(x, threshold, backend)
 
 
-# What tests/samples/shrunk.py would hold.
+# What tests/samples/<op>.py would hold.
 def make(device, dtype):
     gen = torch.Generator().manual_seed(7)
     for shape in [(0,), (1,), (7,), (256,), (257,), (3, 5, 1), (4, 30), (2, 3, 32, 32)]:

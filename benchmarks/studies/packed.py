@@ -15,6 +15,7 @@ import statistics
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -83,13 +84,10 @@ def rows(images, rounds):
             packed.refold(weight)
             if back:
                 args = (y, weight, x, mask, list(x.shape), *conv)
-                forms = [
-                    lambda a=args: native.conv_input_grad(*a),
-                    lambda a=args: packed.input_grad(*a),
-                ]
+                forms = partial(native.conv_input_grad, *args), partial(packed.input_grad, *args)
             else:
                 args = (x, weight, bias, y, *conv, True, True)
-                forms = [lambda a=args: native.conv_forward(*a), lambda a=args: packed.forward(*a)]
+                forms = partial(native.conv_forward, *args), partial(packed.forward, *args)
             (library, ours), ratio = timed(forms, rounds)
             sides = (count, channels) if back else (channels, count)
             yield {

@@ -1,4 +1,4 @@
-// Kernels of the packed convolutions: input transform, products, output transform with its epilogue (convolution.cpp divides the
+// Kernels of the packed convolutions: input transform, products, output transform with its epilogue (packed_conv.cpp divides the
 // work). A convolution is a family F of one-dimensional transforms, applied to columns and then to rows of a tile:
 //   IN inputs at a distance of IS tiles from the next ones, the first of them OFF before the tile's place; AL products; OUT results.
 // Winograd's transforms need fewer products than results times taps (S. Winograd 1980; A. Lavin and S. Gray 2016). Points and

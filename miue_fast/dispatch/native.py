@@ -484,7 +484,8 @@ def conv_weight_grad(x: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
     and padding 1, from channels-last float32 x [B, C, H, W] and grad [B, K, H, W] on the CPU.
     """
     (batch, channels, height, width), results = x.shape, grad.shape[1]
-    out = torch.empty((results, channels, 3, 3), memory_format=torch.channels_last)
+    shape = results, channels, 3, 3
+    out = torch.empty(shape, dtype=torch.float32, memory_format=torch.channels_last)
     size = _cpu.conv_weight_grad_workspace(channels, results)
     workspace = torch.empty(size, dtype=torch.uint8)
     _cpu.conv_weight_grad(

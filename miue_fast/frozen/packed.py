@@ -66,7 +66,7 @@ def worth(family: str, back: bool, channels: int, results: int, level: str | Non
         return min(channels, results) >= 16 or (back and channels >= 32)
     if family in ("strided", "strided_back"):
         return channels >= 256 or (level == "avx2" and channels >= 64)
-    return back or (family == "one_strided" and channels >= 256)
+    return family == "one_back" or (channels >= 256 and not back)
 
 
 @dataclass(eq=False)
@@ -88,7 +88,7 @@ class PackedConv:
         sides = (count, channels) if self.back else (channels, count)
         size = native.packed_weights_size(self.family, *sides)
         if self.level is None or self.weights.numel() != size:
-            self.weights = torch.empty(size)
+            self.weights = torch.empty(size, dtype=torch.float32)
         native.pack_weights(self.family, self.back, weight, *sides, self.weights)
         self.level = native.cpu_level()
 
@@ -120,7 +120,7 @@ class PackedConv:
             self._refuse()
         step, (rows, columns) = stride[0], x.shape[2:]
         size = len(x), len(weight), -(-rows // step), -(-columns // step)
-        y = torch.empty(size, memory_format=NHWC)
+        y = torch.empty(size, dtype=torch.float32, memory_format=NHWC)
         mask = torch.empty(mask_bytes(y.numel()) if want_mask else 0, dtype=torch.uint8)
         kept = mask if want_mask else None
         native.packed_conv(self.family, x, self.weights, bias, residual, relu, kept, None, y)
@@ -145,6 +145,6 @@ class PackedConv:
         """
         if self.level != native.cpu_level():
             self._refuse()
-        y = torch.empty(tuple(size), memory_format=NHWC)
+        y = torch.empty(tuple(size), dtype=torch.float32, memory_format=NHWC)
         native.packed_conv(self.family, grad, self.weights, None, addend, False, None, mask, y)
         return y

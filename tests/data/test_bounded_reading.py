@@ -388,7 +388,7 @@ from pathlib import Path
 from miue_fast import data
 from miue_fast.data import files
 from miue_fast.evaluation.start import read_state
-from miue_fast.generate import checkpoint
+from miue_fast.generation import checkpoint
 READ = {"poison": data.load_poison, "data": data.load, "small": lambda p: data.load(p, size=8),
         "cifar": lambda p: data.load(p, split="test"),
         "init": read_state, "checkpoint": checkpoint.load, "epoch": checkpoint.saved_epoch, \

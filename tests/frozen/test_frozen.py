@@ -18,6 +18,7 @@ from miue_fast.frozen.convolution import Conv
 from miue_fast.frozen.plan import plan
 from miue_fast.frozen.trace import NotLowered
 from miue_fast.generation import Options
+from miue_fast.models.resnet import ResNet
 from miue_fast.ops import projected_step_
 from miue_fast.ops.geometry import quantised
 
@@ -422,7 +423,7 @@ def test_random_networks(model, count, size, chunk):
 # ---- what falls back
 
 
-class Sigmoid(models.ResNet):
+class Sigmoid(ResNet):
     def forward(self, x):
         return super().forward(torch.sigmoid(x))
 

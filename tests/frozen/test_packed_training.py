@@ -41,6 +41,7 @@ def gradients(layer, x, context):
         (16, 16, 3, 1, 7, False),
         (256, 256, 3, 2, 5, True),
         (256, 32, 1, 2, 6, False),
+        (256, 32, 1, 1, 4, True),
     ],
 )
 @pytest.mark.parametrize("memory", [torch.contiguous_format, torch.channels_last], ids=str)

@@ -7,9 +7,10 @@ import torch
 from torch import nn
 from torch.fx import wrap
 
-from miue_fast import freeze, models
+from miue_fast import freeze
 from miue_fast.frozen.plan import plan
 from miue_fast.frozen.trace import NotLowered
+from miue_fast.models.resnet import ResNet
 
 IMAGES = torch.rand(6, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 
@@ -75,7 +76,7 @@ def test_a_function_that_wants_to_be_whole_is_named():
         plan(Wrapping().eval(), "avgpool")
 
 
-class Calling(models.ResNet):
+class Calling(ResNet):
     def __call__(self, x):
         return super().__call__(1 - x)
 

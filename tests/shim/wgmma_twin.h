@@ -1,4 +1,4 @@
-// Host twins of csrc/cuda/wgmma.cuh from the tables of the PTX ISA: descriptors are decoded from
+// Host twins of csrc/cuda/hopper/wgmma.cuh from the tables of the PTX ISA: descriptors are decoded from
 // their bits, every thread computes its own part of D out of the block's dynamic shared memory. The
 // products are as inexact as those of mma_twin.h. Copies and products happen as late as they may: a
 // copy leaves NaN behind until it is waited for, a product is made in wgmma_wait.
