@@ -27,5 +27,6 @@ import pytest
 sys.exit(pytest.main(["-x", "-p", "no:cacheprovider", *sys.argv[1:]]))
 EOF
 cd "$root"
+[ $# -gt 0 ] || set -- tests/ops/test_cpu_native.py tests/frozen/test_packed.py
 export ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1
-LD_PRELOAD="$($cxx -print-file-name=libasan.so) $($cxx -print-file-name=libubsan.so)" "$python" "$scratch/run.py" "${@:-tests/ops/test_cpu_native.py}"
+LD_PRELOAD="$($cxx -print-file-name=libasan.so) $($cxx -print-file-name=libubsan.so)" "$python" "$scratch/run.py" "$@"
