@@ -64,9 +64,9 @@ TARGETS = (
     Target("speed", "projected_step 512x3x32x32", 8, "eager"),
     Target("speed", "perturbed_input 512x3x32x32 channels-last", 4, "eager"),
     Target("overhead", "every op, tiny inputs", 15e-6),
-    Target("speed", "PGD step ResNet-18 B=512", 2.5, "eager"),
-    Target("speed", "PGD step ResNet-18 B=512", 1.1, "strong"),
-    Target("smaller", "network ResNet-18 B=512", 8, "eager"),
+    Target("speed", "PGD step ResNet-18 B=512", 8, "eager"),
+    Target("speed", "PGD step ResNet-18 B=512", 2.8, "strong"),
+    Target("smaller", "network ResNet-18 B=512", 5, "eager"),
 )
 
 

@@ -137,6 +137,13 @@ class FrozenNet(Frozen):
         self.epilogue = grad_epilogue.resolve(self.backend, self.device.type, self.dtype)
 
     @property
+    def packed_bytes(self) -> int:
+        """The memory of the packed weights, which are made at the first images of a size."""
+        convolutions = [layer for layer in self.plan.layers if isinstance(layer, Conv)]
+        packed = [each for layer in convolutions for each in layer.packed.values()]
+        return sum(each.weights.nbytes for each in packed)
+
+    @property
     def step_stem(self) -> Conv | None:
         """The first layer, if its input gradient and the projected step are one call after `run`;
         None where the gradient comes first, from packed weights.
