@@ -255,11 +255,11 @@ def check_convolution_step(op, args, impls):
     sure = true.abs() > allowed
     step = OPS["projected_step_"]
 
-    def moved(slope):
+    def moved(image_grad):
         return run(
             step,
             step.reference.fn,
-            (delta, index, slope.float(), images, flip, alpha, eps, nonfinite),
+            (delta, index, image_grad.float(), images, flip, alpha, eps, nonfinite),
         )
 
     wanted, ways = (

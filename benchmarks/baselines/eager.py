@@ -103,8 +103,8 @@ def conv_forward(x, weight, bias, residual, stride, padding, dilation, groups, r
 
 
 def conv_input_grad(grad, weight, addend, mask, size, stride, padding, dilation, groups):
-    slope = torch.nn.grad.conv2d_input(size, weight, grad, stride, padding, dilation, groups)
-    return slope if mask is None else torch.where(unpack(mask, size), slope, 0)
+    image_grad = torch.nn.grad.conv2d_input(size, weight, grad, stride, padding, dilation, groups)
+    return image_grad if mask is None else torch.where(unpack(mask, size), image_grad, 0)
 
 
 def conv_input_grad_step_(
@@ -122,10 +122,10 @@ def conv_input_grad_step_(
     eps,
     nonfinite,
 ):
-    slope = conv_input_grad(
+    image_grad = conv_input_grad(
         grad, weight, None, None, [len(grad), *images.shape[1:]], stride, padding, dilation, groups
     )
-    projected_step_(delta, index, slope, images, flip, alpha, eps, nonfinite)
+    projected_step_(delta, index, image_grad, images, flip, alpha, eps, nonfinite)
 
 
 def projected_step(delta, grad, image, alpha, eps):

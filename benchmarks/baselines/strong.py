@@ -212,8 +212,8 @@ def _mi_ue(similarity, distance):
         loss, grad = similarity(features, labels, temperature)
         if zeta == 0:
             return loss, grad
-        value, slope = distance(features, labels, normalize_dim)
-        return loss + zeta * value, grad.add_(slope, alpha=zeta)
+        value, distance_grad = distance(features, labels, normalize_dim)
+        return loss + zeta * value, grad.add_(distance_grad, alpha=zeta)
 
     return call
 
@@ -266,7 +266,7 @@ def _forward(x, weight, bias, residual, stride, padding, dilation, groups, relu,
 def _input_grad(grad, weight, addend, mask, size, stride, padding, dilation, groups):
     x = torch.empty(size, dtype=grad.dtype, device=grad.device, memory_format=torch.channels_last)
     back = torch.ops.aten.convolution_backward
-    slope = back(
+    image_grad = back(
         grad,
         x,
         weight,
@@ -279,7 +279,7 @@ def _input_grad(grad, weight, addend, mask, size, stride, padding, dilation, gro
         groups,
         [True, False, False],
     )[0]
-    return slope if mask is None else slope.masked_fill_(~unpack(mask, size), 0)
+    return image_grad if mask is None else image_grad.masked_fill_(~unpack(mask, size), 0)
 
 
 def _input_grad_step(
@@ -297,10 +297,10 @@ def _input_grad_step(
     eps,
     nonfinite,
 ):
-    slope = _input_grad(
+    image_grad = _input_grad(
         grad, weight, None, None, [len(grad), *images.shape[1:]], stride, padding, dilation, groups
     )
-    _step_in_store(delta, index, slope, images, flip, alpha, eps, nonfinite)
+    _step_in_store(delta, index, image_grad, images, flip, alpha, eps, nonfinite)
 
 
 @functools.cache

@@ -162,7 +162,7 @@ def _prepare(name, role, c, index, reference, allowed, mine, calls, limit):
                 )
                 / BATCH
             )
-            features, slope = path.network(x, d)
+            features, image_grad = path.network(x, d)
             network["extra_bytes"] = measure.cuda_extra_bytes(lambda: path.network(x, d))
             inner = {network["workload"]: partial(path.network, x, d)}
             if role == "library":
@@ -170,7 +170,7 @@ def _prepare(name, role, c, index, reference, allowed, mine, calls, limit):
             else:
                 inner[loss["workload"]] = partial(path.value_and_grad, features, c.labels)
                 inner[update["workload"]] = partial(
-                    path.move, c, index, torch.zeros_like(c.delta), slope
+                    path.move, c, index, torch.zeros_like(c.delta), image_grad
                 )
             for workload, work in inner.items():
                 work()

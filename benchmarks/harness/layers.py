@@ -243,10 +243,10 @@ def function(implementation, name):
         nonfinite,
     ):
         size = [len(grad), *images.shape[1:]]
-        slope = kernel["conv_input_grad"](
+        image_grad = kernel["conv_input_grad"](
             grad, weight, None, None, size, stride, padding, dilation, groups
         )
-        kernel["projected_step_"](delta, index, slope, images, flip, alpha, eps, nonfinite)
+        kernel["projected_step_"](delta, index, image_grad, images, flip, alpha, eps, nonfinite)
 
     return two_steps
 

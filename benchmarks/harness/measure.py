@@ -117,12 +117,12 @@ def comparable(op, args, outputs):
         return outputs[0], unpack(outputs[1], outputs[0]) ^ (outputs[0] <= 0)
     if op.name == "conv_input_grad_step_":
         delta, index, grad, weight, images, _, *conv = args[:10]
-        slope, rest = (
+        back, rest = (
             OPS["conv_input_grad"].reference.fn,
             (None, None, [len(grad), *images.shape[1:]], *conv),
         )
         plain, exact = (
-            slope(*pair, *rest).double() for pair in ((grad, weight), in_double((grad, weight)))
+            back(*pair, *rest).double() for pair in ((grad, weight), in_double((grad, weight)))
         )
         allowed = (
             2 * (plain - exact).abs().max() + 4 * torch.finfo(grad.dtype).eps * exact.abs().max()

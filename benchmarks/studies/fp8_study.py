@@ -68,7 +68,7 @@ def gradient(run, epoch, dtype="float32", fp8=False):
     features = net.forward(
         perturbed_input(run.images, run.delta, index, flips, eps=o.eps, channels_last=False)
     )
-    _, d_features = mi_ue_value_and_grad(
+    _, grad = mi_ue_value_and_grad(
         features,
         run.labels[index],
         o.temperature,
@@ -76,7 +76,7 @@ def gradient(run, epoch, dtype="float32", fp8=False):
         denominator=o.denominator,
         normalize_dim=o.normalize_dim,
     )
-    return net.input_grad(d_features).float()
+    return net.input_grad(grad).float()
 
 
 def compared(run, epoch):

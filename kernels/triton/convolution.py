@@ -673,9 +673,11 @@ def conv_input_grad_step_(
 ):
     size = [len(grad), *images.shape[1:]]
     _check("conv_input_grad_step_", weight, size, stride, padding, dilation, groups)
-    if size[1] > STEM:  # not an image: the slope goes through memory
-        slope = conv_input_grad(grad, weight, None, None, size, stride, padding, dilation, groups)
-        projected_step_(delta, index, slope, images, flip, alpha, eps, nonfinite)
+    if size[1] > STEM:  # not an image: the image_grad goes through memory
+        image_grad = conv_input_grad(
+            grad, weight, None, None, size, stride, padding, dilation, groups
+        )
+        projected_step_(delta, index, image_grad, images, flip, alpha, eps, nonfinite)
     elif grad.numel():
         level, inverse_level = (eps / 127, 127 / eps) if delta.dtype == torch.int8 else (1.0, 1.0)
         flip = None if flip is None else flip.view(torch.uint8)

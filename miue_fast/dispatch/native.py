@@ -409,10 +409,10 @@ def conv_input_grad_step_(
     nonfinite,
 ):
     row_numbers("conv_input_grad_step_", index, len(delta))
-    slope = convolve_back(
+    image_grad = convolve_back(
         grad, weight, [len(grad), *images.shape[1:]], stride, padding, dilation, groups
     )
-    projected_step_(delta, index, slope, images, flip, alpha, eps, nonfinite)
+    projected_step_(delta, index, image_grad, images, flip, alpha, eps, nonfinite)
 
 
 # csrc/ops.h, ConvFamily

@@ -34,7 +34,7 @@ def freeze(
     channels=None,
 ):
     """The frozen network of an eval-mode model: `forward(images) -> features`,
-    `input_grad(d_features) -> d_images`, `refold()`.
+    `input_grad(grad) -> image_grad`, `refold()`.
 
     Args:
         model: nn.Module on one device, in eval mode; images [B, C, H, W] on the [0, 1] scale, it

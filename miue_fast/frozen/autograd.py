@@ -85,11 +85,7 @@ class AutogradNet(Frozen):
         return features[0] if len(features) == 1 else torch.cat(features)
 
     def back(
-        self,
-        d_features: torch.Tensor,
-        take: Callable[[slice, torch.Tensor], None],
-        *,
-        stem: bool = False,
+        self, grad: torch.Tensor, take: Callable[[slice, torch.Tensor], None], *, stem: bool = False
     ) -> None:
         rows, load, graph = slice(0, self.count), self.load, self.graph
         self.forget()
@@ -99,7 +95,7 @@ class AutogradNet(Frozen):
             push(part, x, self._features(x, True))
 
         def push(part, x, features):
-            take(part, torch.autograd.grad(features, x, d_features[part].to(features.dtype))[0])
+            take(part, torch.autograd.grad(features, x, grad[part].to(features.dtype))[0])
 
         if graph and self.chunk.attempt(rows, lambda part, graph=graph: push(part, *graph)):
             return

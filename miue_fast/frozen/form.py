@@ -77,11 +77,7 @@ class Frozen:
         raise NotImplementedError
 
     def back(
-        self,
-        d_features: torch.Tensor,
-        take: Callable[[slice, torch.Tensor], None],
-        *,
-        stem: bool = False,
+        self, grad: torch.Tensor, take: Callable[[slice, torch.Tensor], None], *, stem: bool = False
     ) -> None:
         """Calls take(rows, gradient of the network input) for each launch of the last `run`."""
         raise NotImplementedError
@@ -111,7 +107,7 @@ class Frozen:
             self.thread = threading.get_ident()
             return features
 
-    def input_grad(self, d_features: torch.Tensor) -> torch.Tensor:
+    def input_grad(self, grad: torch.Tensor) -> torch.Tensor:
         """d loss / d images [B, C, H, W] (compute dtype) for the images of the last `forward`,
         which this thread called; one call per forward. Errors: ValueError."""
         wanted = torch.is_grad_enabled()
@@ -119,7 +115,7 @@ class Frozen:
             if self.count is None:
                 fail(
                     "input_grad",
-                    "d_features",
+                    "grad",
                     "a forward before each input_grad",
                     "none since the last one",
                 )
@@ -130,29 +126,29 @@ class Frozen:
                     "the one that called forward last",
                     "another; give each thread an object of its own",
                 )
-            tensor = isinstance(d_features, torch.Tensor)
+            tensor = isinstance(grad, torch.Tensor)
             if (
                 not tensor
-                or d_features.dim() != 2
-                or len(d_features) != self.count
-                or d_features.device != self.device
+                or grad.dim() != 2
+                or len(grad) != self.count
+                or grad.device != self.device
             ):
-                got = list(d_features.shape) if tensor else describe(d_features)
+                got = list(grad.shape) if tensor else describe(grad)
                 fail(
                     "input_grad",
-                    "d_features",
+                    "grad",
                     f"[{self.count}, D] on {self.device}, like the features",
                     got,
                 )
-            if d_features.requires_grad and wanted:
+            if grad.requires_grad and wanted:
                 fail(
                     "input_grad",
-                    "d_features",
+                    "grad",
                     "no gradient required (detach them)",
                     "a tensor that requires one",
                 )
             out: list[torch.Tensor] = []
-            self.back(d_features.detach(), lambda rows, grad: out.append(grad))
+            self.back(grad.detach(), lambda rows, grad: out.append(grad))
             return torch.cat(out) if len(out) != 1 else out[0]
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:

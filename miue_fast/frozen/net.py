@@ -20,7 +20,7 @@ from .trace import changed_calls, hooks_of_all_modules
 
 
 class FrozenNet(Frozen):
-    """`forward(images) -> features` and `input_grad(d_features) -> d_images` of a frozen eval-mode
+    """`forward(images) -> features` and `input_grad(grad) -> image_grad` of a frozen eval-mode
     network. It is made by `freeze`.
 
     Attributes:
@@ -170,11 +170,7 @@ class FrozenNet(Frozen):
 
     @torch.no_grad()
     def back(
-        self,
-        d_features: torch.Tensor,
-        take: Callable[[slice, torch.Tensor], None],
-        *,
-        stem: bool = False,
+        self, grad: torch.Tensor, take: Callable[[slice, torch.Tensor], None], *, stem: bool = False
     ) -> None:
         """Calls take(rows, gradient) for each chunk of the last `run`: the gradient of the images,
         or with `stem` that of the first convolution's result.
@@ -187,12 +183,11 @@ class FrozenNet(Frozen):
         def anew(part):
             tape = Tape()
             self._forward(load(part), tape)
-            take(part, self._backward(d_features[part], tape, stem))
+            take(part, self._backward(grad[part], tape, stem))
 
         for rows, tape in tapes:
             if not self.chunk.attempt(
-                rows,
-                lambda part, tape=tape: take(part, self._backward(d_features[part], tape, stem)),
+                rows, lambda part, tape=tape: take(part, self._backward(grad[part], tape, stem))
             ):
                 self.chunk.each(rows, anew)
 

@@ -85,5 +85,5 @@ def conv_input_grad_step_(
     nonfinite,
 ):
     size = [len(grad), *images.shape[1:]]
-    slope = conv_input_grad(grad, weight, None, None, size, stride, padding, dilation, groups)
-    projected_step_(delta, index, slope, images, flip, alpha, eps, nonfinite)
+    image_grad = conv_input_grad(grad, weight, None, None, size, stride, padding, dilation, groups)
+    projected_step_(delta, index, image_grad, images, flip, alpha, eps, nonfinite)

@@ -154,8 +154,8 @@ def test_calls_may_be_made_in_different_modes(make, mode):
         net.refold()
         features = net.forward(images.clone())
     with MODES[mode]():
-        slope = net.input_grad(torch.ones_like(features))
-    assert torch.equal(features, wanted[0]) and torch.equal(slope, wanted[1])
+        image_grad = net.input_grad(torch.ones_like(features))
+    assert torch.equal(features, wanted[0]) and torch.equal(image_grad, wanted[1])
 
 
 @pytest.mark.parametrize("name", sorted(OPS))
@@ -347,7 +347,7 @@ def test_images_that_require_a_gradient_are_refused(fused):
     with torch.no_grad():
         features = net.forward(wanted)
     assert torch.equal(features, net.forward(IMAGES)) and not features.requires_grad
-    with pytest.raises(ValueError, match="d_features: expected no gradient required"):
+    with pytest.raises(ValueError, match="grad: expected no gradient required"):
         net.input_grad(F.relu(features.clone().requires_grad_()))
     with torch.no_grad():
         assert net.input_grad(features.clone().requires_grad_()).shape == IMAGES.shape

@@ -38,7 +38,7 @@ def lively(model, seed=0):
 
 
 def by_autograd(model, feature, images, seed=1):
-    """(features, d_features, d_images) in float64 through PyTorch's own modules."""
+    """(features, grad, image_grad) in float64 through PyTorch's own modules."""
     seen = []
     layer = dict(model.named_modules())[feature]
     handle = layer.register_forward_hook(lambda m, i, o: seen.append(o))
@@ -61,20 +61,20 @@ def check(model, feature, images, chunk=None):
         )
         assert net.fused and not plain.fused
         got, usual = net.forward(images.to(dtype)), plain.forward(images.to(dtype))
-        slope, usual_slope = net.input_grad(d.to(dtype)), plain.input_grad(d.to(dtype))
+        image_grad, usual_grad = net.input_grad(d.to(dtype)), plain.input_grad(d.to(dtype))
         assert (
-            slope.shape == images.shape
+            image_grad.shape == images.shape
             and got.shape == f.shape
-            and got.dtype == slope.dtype == dtype
+            and got.dtype == image_grad.dtype == dtype
         )
         # a fold changes the order of roundings: as many again as autograd's own error, and those of
         # the folded weights
-        for a, b, truth in ((got, usual, f), (slope, usual_slope, g)):
+        for a, b, truth in ((got, usual, f), (image_grad, usual_grad, g)):
             limit = 4 * (b.double() - truth).abs().max() + 64 * eps * truth.abs().max()
             if dtype == torch.float64 or truth is f:
                 assert (a.double() - truth).abs().max() <= limit
         # a value within rounding of zero may pass one ReLU and not the other: few do
-        assert (slope.sign() == g.sign()).double().mean() >= 0.999
+        assert (image_grad.sign() == g.sign()).double().mean() >= 0.999
     return net
 
 
@@ -415,8 +415,8 @@ def test_random_networks(model, count, size, chunk):
     net = freeze(model, "end", dtype=torch.float64, chunk=chunk)
     assert net.fused
     got = net.forward(images)
-    slope = net.input_grad(d)
-    for a, truth in ((got, f), (slope, g)):
+    image_grad = net.input_grad(d)
+    for a, truth in ((got, f), (image_grad, g)):
         assert (a - truth).abs().max() <= 2.0**-52 * 4096 * truth.abs().max() * len(net.plan.layers)
 
 
@@ -674,9 +674,9 @@ def test_fp8_is_near_bfloat16(name):
     got, want = net.forward(images).float(), plain.forward(images).float()
     assert 0 < (got - want).norm() <= E4M3.eps * len(convolutions) ** 0.5 * want.norm()
     d = torch.randn(want.shape, generator=torch.Generator().manual_seed(1)).bfloat16()
-    slope, want = net.input_grad(d), plain.input_grad(d).float()
-    assert slope.dtype == torch.bfloat16 and slope.isfinite().all()
-    assert 0 < (slope.float() - want).norm() < want.norm()
+    image_grad, want = net.input_grad(d), plain.input_grad(d).float()
+    assert image_grad.dtype == torch.bfloat16 and image_grad.isfinite().all()
+    assert 0 < (image_grad.float() - want).norm() < want.norm()
 
 
 def test_fp8_without_relu_is_within_its_rounding():
@@ -751,9 +751,9 @@ def test_the_stem_epilogue_is_the_two_step_form(normalize):
     images = (images_of(16) * 255).to(torch.uint8)
     net = freeze(model, chunk=4)
     f = net.forward(images / 255)
-    slope = net.input_grad(torch.ones_like(f))
+    image_grad = net.input_grad(torch.ones_like(f))
     two, one = torch.zeros(2, *images.shape)
-    projected_step_(two, None, slope, images, alpha=0.01, eps=0.03)
+    projected_step_(two, None, image_grad, images, alpha=0.01, eps=0.03)
     from miue_fast.ops import conv_input_grad_step_
 
     def take(rows, grad):
@@ -878,7 +878,7 @@ BAD = {
     ),
     "gradient": (
         lambda: (n := frozen_small(), n.forward(IMAGE), n.input_grad(torch.zeros(3, 32))),
-        "d_features: expected [2, D] on cpu",
+        "grad: expected [2, D] on cpu",
     ),
 }
 

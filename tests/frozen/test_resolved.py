@@ -111,7 +111,7 @@ def test_nothing_is_chosen_after_the_first_batch_of_a_size(monkeypatch):
     net = small_resnet()
     wanted = net.forward(IMAGES)
     other = net.forward(IMAGES[:, :, :12, :12])
-    slope = net.input_grad(torch.ones_like(other))
+    image_grad = net.input_grad(torch.ones_like(other))
 
     def refuse(*args, **kwargs):
         raise AssertionError("chosen again")
@@ -120,7 +120,9 @@ def test_nothing_is_chosen_after_the_first_batch_of_a_size(monkeypatch):
     monkeypatch.setattr(Op, "_choose", refuse)
     assert torch.equal(net.forward(IMAGES), wanted)
     again = net.forward(IMAGES[:, :, :12, :12])
-    assert torch.equal(again, other) and torch.equal(net.input_grad(torch.ones_like(other)), slope)
+    assert torch.equal(again, other) and torch.equal(
+        net.input_grad(torch.ones_like(other)), image_grad
+    )
     with pytest.raises(AssertionError, match="chosen again"):
         net.refold()
     with pytest.raises(AssertionError, match="chosen again"):

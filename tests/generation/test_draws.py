@@ -80,8 +80,8 @@ def test_dropout_of_a_gpu_has_no_generator_and_is_made_of_what_has():
     with Draws("test", 3):
         y, kept = torch.ops.aten.native_dropout(x, 0.25, True)
     assert 0.6 < kept.float().mean() < 0.9 and torch.equal(y, torch.where(kept, x * (1 / 0.75), 0))
-    (slope,) = torch.autograd.grad(y.sum(), x)
-    assert torch.equal(slope, kept * (1 / 0.75))
+    (image_grad,) = torch.autograd.grad(y.sum(), x)
+    assert torch.equal(image_grad, kept * (1 / 0.75))
     with Draws("test", 3):
         assert not torch.ops.aten.native_dropout(x, 1.0, True)[0].any() and torch.equal(
             torch.ops.aten.native_dropout(x, 0.5, False)[0], x

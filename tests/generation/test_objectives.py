@@ -39,9 +39,9 @@ def test_value_and_gradient(objective, shift, width):
     loss = F.cross_entropy(logits.double(), targets(objective, labels, shift))
     (grad,) = torch.autograd.grad(loss, logits)
     options = Options(objective=objective, target_shift=shift)
-    got, slope = OBJECTIVES[objective].value_and_grad(logits.detach(), labels, CLASSES, options)
+    got, found = OBJECTIVES[objective].value_and_grad(logits.detach(), labels, CLASSES, options)
     torch.testing.assert_close(got.double(), loss.detach(), rtol=1e-6, atol=1e-7)
-    torch.testing.assert_close(slope, grad, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(found, grad, rtol=1e-5, atol=1e-7)
 
 
 def by_hand(model, images, labels, delta, flip, objective, shift, steps, classwise):

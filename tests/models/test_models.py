@@ -224,10 +224,10 @@ def test_every_network_gives_logits_and_features_that_freeze_can_differentiate(
     assert torch.equal(model.fc(seen[0]), logits)  # the features are what the classifier reads
     frozen = freeze(model, models.NETWORKS[name].feature)
     assert isinstance(frozen, AutogradNet if name == "vit" else FrozenNet)
-    slope = torch.randn(seen[0].shape)
-    (wanted,) = torch.autograd.grad(seen[0], x, slope)
+    grad = torch.randn(seen[0].shape)
+    (wanted,) = torch.autograd.grad(seen[0], x, grad)
     assert (frozen.forward(x.detach()) - seen[0]).abs().max() <= 1e-4 * seen[0].abs().max()
-    assert (frozen.input_grad(slope) - wanted).abs().max() <= 1e-4 * wanted.abs().max()
+    assert (frozen.input_grad(grad) - wanted).abs().max() <= 1e-4 * wanted.abs().max()
 
 
 def test_vit_attends_by_its_formula():

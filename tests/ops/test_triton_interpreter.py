@@ -404,7 +404,9 @@ else:
         )
         grad = make(*out)
         grad[0, 0, 0, 0] = torch.nan
-        slope = triton_impl("conv_input_grad").fn(grad, weight, None, None, list(x.shape), *conv)
+        image_grad = triton_impl("conv_input_grad").fn(
+            grad, weight, None, None, list(x.shape), *conv
+        )
         for delta, selection in (
             (torch.zeros(store, dtype=torch.int8), (index, flip)),
             (make(*x.shape).contiguous() / 64, (None, None)),
@@ -413,7 +415,9 @@ else:
             rest = (0.3 / 255, 8 / 255, torch.zeros(1, dtype=torch.int64))
             args = (delta, selection[0], grad, weight, rows, selection[1], *conv, *rest)
             two_steps = run(
-                step, step.reference.fn, (delta, selection[0], slope, rows, selection[1], *rest)
+                step,
+                step.reference.fn,
+                (delta, selection[0], image_grad, rows, selection[1], *rest),
             )
             assert_same_bits(run(op, triton_impl(op.name).fn, args), two_steps)
             args = (delta, selection[0], make(*out), weight, rows, selection[1], *conv, *rest)

@@ -88,7 +88,7 @@ def test_the_lines_of_usage_run(photos):
         "images": batch.images,
         "labels": batch.labels,
         "features": torch.rand(8, 4),
-        "d_features": torch.rand(8, 32),
+        "grad": torch.rand(8, 32),
     }
     exec(
         code.replace(
