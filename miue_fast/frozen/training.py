@@ -35,7 +35,9 @@ def packed_training(backend: str, device: torch.device) -> contextlib.AbstractCo
 
 
 class _Weights:
-    """The packed forms of one parameter, each made anew where the parameter has changed since."""
+    """The packed forms of one parameter. Each is made anew whenever it is used: what changes a
+    parameter through `.data` leaves no trace.
+    """
 
     def __init__(self, weight: torch.Tensor, families: tuple[str | None, str | None]) -> None:
         self.of = weakref.ref(weight)
@@ -43,15 +45,11 @@ class _Weights:
             None if family is None else PackedConv(family, back)
             for back, family in zip((False, True), families)
         ]
-        self.versions = [-1, -1]
 
     def direction(self, back: bool, weight: torch.Tensor) -> PackedConv | None:
         packed = self.packed[back]
         if packed is not None:
-            now = weight._version
-            if self.versions[back] != now or packed.level != native.cpu_level():
-                packed.refold(weight.detach())
-                self.versions[back] = now
+            packed.refold(weight.detach())
         return packed
 
 

@@ -68,6 +68,8 @@ def _discard(stream):
     ):  # a stream without a descriptor keeps no process from ending
         descriptor = stream.fileno()
         null = os.open(os.devnull, os.O_WRONLY)
+        if null == descriptor:  # it was closed, and the null device has taken its place
+            return
         try:
             os.dup2(null, descriptor)
         finally:

@@ -93,11 +93,13 @@ def test_a_full_disk():
     assert (found.returncode, found.stderr) == (0, "done\n")
 
 
-def test_a_stdout_that_was_never_open_or_is_closed():
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_stdout_that_was_never_open_or_is_closed(unbuffered):
+    env = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
     for found in (
-        child("assert sys.stdout is None\nsay('x')", preexec_fn=lambda: os.close(1)),
-        child("sys.stdout.close()\nsay('x')"),
-        child("os.close(1)\nsay('x')\nsay('y')", stdout=subprocess.PIPE),
+        child("assert sys.stdout is None\nsay('x')", preexec_fn=lambda: os.close(1), env=env),
+        child("sys.stdout.close()\nsay('x')", env=env),
+        child("os.close(1)\nsay('x')\nsay('y')", stdout=subprocess.PIPE, env=env),
     ):
         assert (found.returncode, found.stderr) == (0, "done\n")
 

@@ -69,7 +69,7 @@ else:
     from miue_fast.kernels.triton import convolution, intra_class_distance, nt_xent
     from miue_fast.kernels.triton._common import log, log1p
 
-    from miue_fast.ops.convolution import quantised
+    from miue_fast.ops.geometry import quantised
 
     @triton.jit
     def both_logarithms(x, plain, plus_one, BLOCK: tl.constexpr):
