@@ -66,7 +66,7 @@ TARGETS = (
     Target("overhead", "every op, tiny inputs", 15e-6),
     Target("speed", "PGD step ResNet-18 B=512", 8, "eager"),
     Target("speed", "PGD step ResNet-18 B=512", 2.8, "strong"),
-    Target("smaller", "network ResNet-18 B=512", 5, "eager"),
+    Target("smaller", "network ResNet-18 B=512", 8, "eager"),
 )
 
 

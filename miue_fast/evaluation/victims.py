@@ -209,7 +209,7 @@ def train(
     network = network.to(device)
     optimizer = recipe.new_optimizer(network)
     change = functools.partial(made.batch, num_classes=num_classes)
-    with borrowed("evaluate", network), packed_training("auto", device):
+    with borrowed("evaluate", network), packed_training(network, "auto", device):
         for epoch in range(recipe.epochs):
             optimizer.param_groups[0]["lr"] = recipe.learning_rate(epoch)
             run.train_curve.append(

@@ -14,7 +14,7 @@ from ..dispatch.registry import OPS
 from ..ops.convolution import resolve
 from ..ops.geometry import geometry, quantised
 from .base import NHWC, Gradients, Layer, Tape, gather, keep, scale_and_shift, spread, wide
-from .packed import PackedConv, family_of, worth
+from .packed import PackedConv, chosen
 
 
 class Calls(NamedTuple):
@@ -115,10 +115,8 @@ class Conv(Layer):
         """This direction on packed weights, where that is the faster way."""
         if self.backend not in ("auto", "cpu") or self.fp8:
             return None
-        family, level = family_of(self.weight, *self.conv, back), native.cpu_level()
-        count, channels = self.weight.shape[:2]
-        sides = (count, channels) if back else (channels, count)
-        if family is None or not worth(family, back, *sides, level):
+        family, level = chosen(self.weight, *self.conv, back), native.cpu_level()
+        if family is None:
             self.packed.pop(back, None)
             return None
         packed = self.packed.get(back)

@@ -70,6 +70,22 @@ def worth(family: str, back: bool, channels: int, results: int, level: str | Non
     return family == "one_back" or (channels >= 256 and not back)
 
 
+def chosen(
+    weight: torch.Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    back: bool,
+) -> str | None:
+    """The family that `auto` takes for this convolution, or with `back` for its input gradient, at
+    the instruction level in use; None where the library is faster. Arguments as in `family_of`.
+    """
+    family = family_of(weight, stride, padding, dilation, groups, back)
+    sides = weight.shape[:2] if back else (weight.shape[1], weight.shape[0])
+    return family if family and worth(family, back, *sides, native.cpu_level()) else None
+
+
 @dataclass(eq=False)
 class PackedConv:
     """One direction of a frozen convolution, float32 on the CPU.

@@ -4,59 +4,54 @@ weight gradients too. Everything else is PyTorch's.
 """
 
 import contextlib
-import weakref
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.overrides import TorchFunctionMode
+from torch.utils.weak import WeakIdKeyDictionary
 
 from ..dispatch import native
 from ..dispatch.library import convolve, convolve_back
-from .packed import NHWC, PackedConv, family_of, worth
+from .packed import NHWC, PackedConv, chosen
 
+WIDE = 128  # channels on both sides of a network's widest convolutions
 _WEIGHT_ONLY = [False, True, False]  # of the gradients for the input, the weight and the bias
 
 
-def packed_training(backend: str, device: torch.device) -> contextlib.AbstractContextManager:
+def packed_training(
+    network: nn.Module, backend: str, device: torch.device
+) -> contextlib.AbstractContextManager:
     """A context in which this thread's `torch.nn.functional.conv2d` takes packed weights where that
-    is faster. On a GPU, without the C++ kernels, or with another backend than "auto" and "cpu", it
-    changes nothing.
+    is faster, for the training of `network`. It changes nothing on a GPU, without the C++ kernels,
+    with another backend than "auto" and "cpu", or for a network without convolutions of WIDE
+    channels: there packing after each step costs more than it gains.
 
     The results are deterministic: the same bits for any number of threads on one instruction level.
     They differ from PyTorch's by roundings. A gradient can be taken once: the derivative of a
     gradient raises RuntimeError.
     """
-    if backend not in ("auto", "cpu") or device.type != "cpu" or native.cpu_missing():
+    wide = any(
+        isinstance(module, nn.Conv2d) and min(module.weight.shape[:2]) >= WIDE
+        for module in network.modules()
+    )
+    if not wide or backend not in ("auto", "cpu") or device.type != "cpu" or native.cpu_missing():
         return contextlib.nullcontext()
     return _Packed()
 
 
-class _Weights:
-    """The packed forms of one parameter. Each is made anew whenever it is used: what changes a
-    parameter through `.data` leaves no trace.
+class _Packed(TorchFunctionMode):
+    """weights: parameter -> its packed forms (of the convolution, of its input gradient), whose
+    memory is taken again; a form is packed at every use, because what changes a parameter through
+    `.data` leaves no trace.
     """
 
-    def __init__(self, weight: torch.Tensor, families: tuple[str | None, str | None]) -> None:
-        self.of = weakref.ref(weight)
-        self.packed = [
-            None if family is None else PackedConv(family, back)
-            for back, family in zip((False, True), families)
-        ]
-
-    def direction(self, back: bool, weight: torch.Tensor) -> PackedConv | None:
-        packed = self.packed[back]
-        if packed is not None:
-            packed.refold(weight.detach())
-        return packed
-
-
-class _Packed(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
-        self.weights: dict[int, _Weights] = {}
+        self.weights: Any = WeakIdKeyDictionary()
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
@@ -76,38 +71,29 @@ class _Packed(TorchFunctionMode):
         conv = tuple(
             tuple(v) if isinstance(v, Sequence) else (v, v) for v in (stride, padding, dilation)
         )
-        kept = self.weights.get(id(weight))
-        if kept is None or kept.of() is not weight:
-            kept = self.weights[id(weight)] = _Weights(weight, _families(weight, *conv, groups))
-        if not any(kept.packed) or input.shape[1] != weight.shape[1]:
+        families = [chosen(weight, *conv, groups, back) for back in (False, True)]
+        if not any(families) or input.shape[1] != weight.shape[1]:
             return None
-        return _Convolution.apply(input, weight, bias, conv, kept)
-
-
-def _families(weight, stride, padding, dilation, groups):
-    """Those of the convolution and of its input gradient; None where the library is faster."""
-    found = []
-    for back in (False, True):
-        family, level = (
-            family_of(weight, stride, padding, dilation, groups, back),
-            native.cpu_level(),
-        )
-        sides = weight.shape[:2] if back else (weight.shape[1], weight.shape[0])
-        found.append(family if family and worth(family, back, *sides, level) else None)
-    return tuple(found)
+        forms = self.weights.get(weight)
+        if forms is None or [form and form.family for form in forms] != families:
+            forms = self.weights[weight] = [
+                family and PackedConv(family, back) for back, family in zip((False, True), families)
+            ]
+        return _Convolution.apply(input, weight, bias, conv, forms)
 
 
 class _Convolution(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, conv, kept):
+    def forward(ctx, x, weight, bias, conv, forms):
         x = x.contiguous(memory_format=NHWC)
         ctx.save_for_backward(x, weight)
         stride, padding, dilation = conv
-        ctx.conv, ctx.kept, ctx.biased = (*conv, 1), kept, bias is not None
-        packed = kept.direction(False, weight)
+        ctx.conv, ctx.back, ctx.biased = (*conv, 1), forms[1], bias is not None
+        packed = forms[0]
         if packed is None:
             y = convolve(x, weight, stride, padding, dilation, 1)
             return y if bias is None else y.add_(bias[:, None, None])
+        packed.refold(weight)
         return packed.forward(x, weight, bias, None, *ctx.conv, False, False)[0]
 
     @staticmethod
@@ -116,11 +102,11 @@ class _Convolution(torch.autograd.Function):
         (x, weight), grad = ctx.saved_tensors, grads[0].contiguous(memory_format=NHWC)
         grad_x = grad_weight = grad_bias = None
         if ctx.needs_input_grad[0]:
-            packed = ctx.kept.direction(True, weight)
-            if packed is None:
+            if ctx.back is None:
                 grad_x = convolve_back(grad, weight, x.shape, *ctx.conv)
             else:
-                grad_x = packed.input_grad(grad, weight, None, None, x.shape, *ctx.conv)
+                ctx.back.refold(weight)
+                grad_x = ctx.back.input_grad(grad, weight, None, None, x.shape, *ctx.conv)
         if ctx.needs_input_grad[1]:
             grad_weight = _weight_grad(x, weight, grad, ctx.conv)
         if ctx.biased and ctx.needs_input_grad[2]:

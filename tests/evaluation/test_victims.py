@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from miue_fast import data, models
 from miue_fast.cli import commands
 from miue_fast.evaluation import _torchvision, defence, evaluate, pretrain, run_cell, start, victims
-from miue_fast.frozen.training import packed_training
 from miue_fast.plots.evaluation import figure
 
 EPS = 8 / 255
@@ -102,7 +101,7 @@ def test_without_a_defence_the_weights_are_those_of_plain_training_to_the_bit(se
         curve=True,
     )
     assert torch.equal(torch.get_rng_state(), before)
-    with torch.random.fork_rng(), packed_training("auto", torch.device("cpu")):
+    with torch.random.fork_rng():
         wanted = plain_training(
             train.images, train.labels, 4, seed=5, epochs=3, lr=0.1, batch=32, pad=1
         )

@@ -150,6 +150,25 @@ def test_gradient_epilogue(level, kind, size):
         assert none is None and torch.equal(got, wanted)
 
 
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_weight_gradient(level, size, threads):
+    batch, channels, count, height, width = size
+    generator = torch.Generator().manual_seed(3)
+    x, grad = (drawn(generator, batch, each, height, width) for each in (channels, count))
+    shape = count, channels, 3, 3
+    truth = torch.nn.grad.conv2d_weight(x.double(), shape, grad.double(), padding=1)
+    found = []
+    for number in (1, 2, 3):
+        threads(number)
+        found.append(native.conv_weight_grad(x, grad))
+    assert found[0].shape == shape and found[0].is_contiguous(memory_format=NHWC)
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+    # What a weight sums up, in magnitude, is the condition of its gradient.
+    terms = torch.nn.grad.conv2d_weight(x.double().abs(), shape, grad.double().abs(), padding=1)
+    error = (found[0].double() - truth).abs()
+    assert (error <= 32 * torch.finfo(torch.float32).eps * terms.max()).all()
+
+
 def test_weights_of_another_level_are_refused(level):
     case = Case(3, 1, False, False, (1, 8, 8, 4, 4))
     other = "avx2" if level == "generic" else "generic"

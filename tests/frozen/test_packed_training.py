@@ -4,20 +4,25 @@ PyTorch's own convolution for everything else.
 
 import contextlib
 import copy
+import gc
 from unittest import mock
 
 import pytest
 import torch
 from torch import nn
 
+from miue_fast import models
 from miue_fast.dispatch import native
-from miue_fast.frozen import packed, training
+from miue_fast.frozen import training
 from miue_fast.frozen.training import packed_training
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.skipif(
     native.cpu_level() not in ("avx2", "avx512"), reason="needs an instruction level that packs"
 )
+
+
+WIDE = nn.Conv2d(training.WIDE, training.WIDE, 1)  # a network that is worth packing
 
 
 def drawn(*shape, seed=0):
@@ -52,7 +57,7 @@ def test_gradients(channels, count, kernel, stride, side, bias, memory):
     layer = layer.float()
     plain = gradients(layer, x, contextlib.nullcontext())
     with mock.patch.object(native, "packed_conv", wraps=native.packed_conv) as calls:
-        got = gradients(layer, x, packed_training("auto", CPU))
+        got = gradients(layer, x, packed_training(WIDE, "auto", CPU))
     assert calls.called, "nothing ran on packed weights"
     for name, ours, theirs, right in zip(("y", "x", "weight", "bias"), got, plain, truth):
         assert ours.shape == theirs.shape and ours.dtype == torch.float32, name
@@ -65,7 +70,7 @@ def test_the_bits_do_not_depend_on_the_number_of_threads():
     before, found = torch.get_num_threads(), []
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
-        found.append(gradients(layer, x, packed_training("auto", CPU)))
+        found.append(gradients(layer, x, packed_training(WIDE, "auto", CPU)))
     torch.set_num_threads(before)
     for one, two, three in zip(
         *(gradient[:3] for gradient in found)
@@ -77,7 +82,7 @@ def test_weights_that_changed_are_packed_anew():
     layer, x, context = (
         nn.Conv2d(32, 32, 3, padding=1),
         drawn(2, 32, 8, 8),
-        packed_training("auto", CPU),
+        packed_training(WIDE, "auto", CPU),
     )
     with context:
         first = layer(x)
@@ -105,7 +110,7 @@ def test_what_is_left_to_pytorch_keeps_its_bits(layer):
     x = drawn(2, 32, 9, 9).to(layer.weight.dtype)
     with (
         mock.patch.object(native, "packed_conv", side_effect=AssertionError),
-        packed_training("auto", CPU),
+        packed_training(WIDE, "auto", CPU),
     ):
         inside = layer(x)
     assert torch.equal(inside, layer(x))
@@ -113,17 +118,17 @@ def test_what_is_left_to_pytorch_keeps_its_bits(layer):
 
 @pytest.mark.parametrize("backend, device", [("reference", CPU), ("auto", torch.device("cuda"))])
 def test_where_it_changes_nothing(backend, device):
-    assert isinstance(packed_training(backend, device), contextlib.nullcontext)
+    assert isinstance(packed_training(WIDE, backend, device), contextlib.nullcontext)
 
 
 def test_without_the_kernels(monkeypatch):
     monkeypatch.setattr(native, "cpu_missing", lambda: "not built")
-    assert isinstance(packed_training("auto", CPU), contextlib.nullcontext)
+    assert isinstance(packed_training(WIDE, "auto", CPU), contextlib.nullcontext)
 
 
 def test_a_second_derivative_is_refused():
     x = drawn(2, 32, 8, 8).requires_grad_()
-    with packed_training("auto", CPU):
+    with packed_training(WIDE, "auto", CPU):
         y = nn.Conv2d(32, 32, 3, padding=1)(x)
     (grad,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
@@ -131,9 +136,18 @@ def test_a_second_derivative_is_refused():
 
 
 def test_nothing_is_kept_of_a_parameter_that_is_gone():
-    context, x = packed_training("auto", CPU), drawn(1, 32, 8, 8)
+    context, x, layer = packed_training(WIDE, "auto", CPU), drawn(1, 32, 8, 8), nn.Conv2d(32, 32, 3)
+    layer.padding = (1, 1)
     with context:
-        for _ in range(3):
-            nn.Conv2d(32, 32, 3, padding=1)(x)
-    assert len(context.weights) <= 3 and packed.worth("three4", False, 32, 32, native.cpu_level())
-    assert isinstance(context, training._Packed)
+        layer(x)
+    assert len(context.weights) == 1
+    del layer
+    gc.collect()
+    assert not context.weights
+
+
+def test_a_narrow_network_is_left_to_pytorch():
+    narrow = models.build("small_resnet", 4, width=16)
+    assert isinstance(packed_training(narrow, "auto", CPU), contextlib.nullcontext)
+    wide = models.build("resnet18", 4)
+    assert not isinstance(packed_training(wide, "auto", CPU), contextlib.nullcontext)
