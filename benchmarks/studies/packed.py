@@ -4,11 +4,14 @@ epilogue pass: the table from which `packed.worth` is a rule.
 python -m benchmarks.studies.packed --out benchmarks/results/packed.json
 python -m benchmarks.studies.packed --notes     # put it into docs/performance-notes.md
 
-One thread and processor time, interleaved rounds, medians; about two minutes. The library runs at
+One thread and processor time, interleaved rounds, medians; about two minutes. Then ResNet-18: signs
+of its image gradient, refolding, and the model step. The library runs at
 the instruction level of the row, too (ONEDNN_MAX_CPU_ISA in a process of its own).
 """
 
 import argparse
+import contextlib
+import copy
 import json
 import os
 import statistics
@@ -17,12 +20,17 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import torch
+import torch.nn.functional as F
 
 from benchmarks.harness import machine, tables
+from miue_fast import freeze, models
 from miue_fast.dispatch import native
+from miue_fast.frozen import convolution
 from miue_fast.frozen.packed import PackedConv, family_of, worth
+from miue_fast.frozen.training import packed_training
 
 NOTES, RESULT = tables.ROOT / "docs" / "performance-notes.md", tables.RESULTS / "packed.json"
 BEGIN, END = "<!-- packed:begin -->\n", "<!-- packed:end -->"
@@ -103,6 +111,79 @@ def rows(images, rounds):
             }
 
 
+def weight_rows(images, rounds):
+    """The weight gradient of the 3x3 layers at stride 1, at the level in use."""
+    for channels, count, side, taps, stride in LAYERS:
+        if taps != 3 or stride != 1 or min(channels, count) < 16:
+            continue
+        weight, x = drawn(count, channels, 3, 3), drawn(images, channels, side, side)
+        grad, back = drawn(images, count, side, side), torch.ops.aten.convolution_backward
+        conv = [1, 1], [1, 1], [1, 1], False, [0, 0], 1, [False, True, False]
+        forms = (
+            partial(back, grad, x, weight, None, *conv),
+            partial(native.conv_weight_grad, x, grad),
+        )
+        (library, ours), ratio = timed(forms, rounds)
+        yield {
+            "level": native.cpu_level(),
+            "layer": f"{channels} -> {count} @{side}, 3x3/1",
+            "direction": "weight gradient",
+            "family": "three4",
+            "library_s": library,
+            "packed_s": ours,
+            "times": ratio,
+            "taken": min(channels, count) >= 32,
+            "weights_bytes": 0,
+        }
+
+
+def network(images, rounds):
+    """ResNet-18 with untrained weights: signs of the image gradient against float64, the cost of a
+    refold, and the model step against eager PyTorch in channels-last memory (two threads).
+    """
+    torch.manual_seed(0)
+    model = models.build("resnet18", 10).eval()
+    x, d = torch.rand(images, 3, 32, 32), torch.randn(images, 512) / images
+    exact = freeze(copy.deepcopy(model).double(), dtype=torch.float64)
+    exact.forward(x)
+    truth, found = exact.input_grad(d.double()), {}
+    for name in ("packed", "library"):
+        with contextlib.ExitStack() as held:
+            if name == "library":
+                held.enter_context(mock.patch.object(convolution, "chosen", lambda *args: None))
+            net = freeze(model)
+            net.forward(x)
+            flipped = net.input_grad(d).sign() != truth.sign()
+            start = time.process_time()
+            net.refold()
+            found[name] = {
+                "flipped": float(flipped.double().mean()),
+                "of_magnitude": float((truth.abs() * flipped).sum() / truth.abs().sum()),
+                "refold_cpu_s": time.process_time() - start,
+                "packed_bytes": net.packed_bytes,
+            }
+    labels, times = torch.arange(2 * images) % 10, []
+    x = torch.rand(2 * images, 3, 32, 32).contiguous(memory_format=NHWC)
+    network = models.in_format(model, NHWC).train()
+    optimizer = torch.optim.SGD(network.parameters(), 1e-3, momentum=0.9)
+    contexts = contextlib.nullcontext(), packed_training(network, "auto", torch.device("cpu"))
+    for _ in range(rounds + 1):
+        each = []
+        for context in contexts:
+            start = time.perf_counter()
+            with context:
+                loss = F.cross_entropy(network(x), labels)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            each.append(time.perf_counter() - start)
+        times.append(each)
+    library, ours = (statistics.median(column) for column in zip(*times[1:]))
+    ratio = statistics.median(a / b for a, b in times[1:])
+    step = {"batch": 2 * images, "library_s": library, "packed_s": ours, "times": ratio}
+    return found | {"model_step": step}
+
+
 def markdown(record):
     head = ("layer, 64 images", "direction", *(f"{level}: library, packed" for level in ISA))
     found = {}
@@ -111,9 +192,20 @@ def markdown(record):
         shown = times + tables.ratio(row["times"]) + (" *" if row["taken"] else "")
         found.setdefault((row["layer"], row["direction"]), {})[row["level"]] = shown
     lines = [(*key, *(levels.get(level, "") for level in ISA)) for key, levels in found.items()]
+    told, step = record["network"], record["network"]["model_step"]
+    signs = "; ".join(
+        f"{name} {100 * told[name]['flipped']:.4f} % of the signs with "
+        f"{told[name]['of_magnitude']:.1e} of the magnitude, refold "
+        f"{tables.seconds(told[name]['refold_cpu_s'])} of processor time"
+        for name in ("packed", "library")
+    )
     return (
         f"{tables.environment_line(record['environment'])}. One thread; * where `auto` takes the "
-        f"packed form.\n\n{tables.table(head, lines)}\n"
+        f"packed form.\n\n{tables.table(head, lines)}\n\n"
+        f"ResNet-18, image gradient against float64's: {signs}. "
+        f"Packed weights: {tables.size(told['packed']['packed_bytes'])}. Model step, batch "
+        f"{step['batch']}, two threads: {tables.seconds(step['library_s'])} in eager channels-last "
+        f"PyTorch, {tables.seconds(step['packed_s'])} packed, {tables.ratio(step['times'])}.\n"
     )
 
 
@@ -138,7 +230,8 @@ def main(argv=None):
     torch.set_num_threads(1)
     if args.level:
         native.set_cpu_level(args.level)
-        print(json.dumps(list(rows(2 if args.quick else 64, 5 if args.quick else 7))))
+        images, rounds = (2, 5) if args.quick else (64, 7)
+        print(json.dumps([*rows(images, rounds), *weight_rows(images, rounds)]))
         return 0
     environment, found = machine.environment(), []
     for level, isa in ISA.items():
@@ -161,6 +254,8 @@ def main(argv=None):
         "environment": environment,
         "rows": found,
     }
+    torch.set_num_threads(2)
+    record["network"] = network(2 if args.quick else 64, 5)
     print(markdown(record))
     if args.out:
         tables.save(record, args.out)

@@ -18,7 +18,7 @@ from benchmarks import bench
 from benchmarks.baselines import other, strong
 from benchmarks.harness import machine, measure, pgd_step, tables, workloads
 from benchmarks.pages import readme
-from benchmarks.studies import fp8_study
+from benchmarks.studies import fp8_study, packed
 from miue_fast.dispatch.registry import OPS
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
@@ -83,6 +83,19 @@ def check_study(record):
         word in json.dumps(record)
         for word in ("/home", "/root", "/work", "/tmp", os.uname().nodename)
     ), "a path or host name"
+
+
+def test_committed_packed_study():
+    record = tables.load(packed.RESULT)
+    page = packed.NOTES.read_text()
+    assert packed.with_table(page, record) == page, (
+        "run `python -m benchmarks.studies.packed --notes`"
+    )
+    assert not record["quick"] and {row["level"] for row in record["rows"]} == set(packed.ISA)
+    for name in ("packed", "library"):  # what the engine was asked for
+        assert record["network"][name]["flipped"] <= 1e-3
+        assert record["network"][name]["of_magnitude"] <= 1e-5
+    assert not any(word in json.dumps(record) for word in ("/home", "/root", "/work", "/tmp"))
 
 
 def test_committed_fp8_study():
