@@ -12,7 +12,7 @@ from pathlib import Path
 PROGRAMS = ("miue_fast", "miue_fast.__main__")
 
 
-def own_process(words, argv):
+def own_process(words: list[str], argv: list[str]) -> bool:
     """Whether the interpreter that was started with `words` (sys.orig_argv) and now has `argv` runs
     `miue-fast`, or `-m` and a program.
     """

@@ -135,7 +135,7 @@ struct TileKernels {
                      const float* in, const float* weights, float* out, Ahead&);
     // Result channels [first, first + count) of one panel, to[c][column]; `step` values between products.
     void (*pack)(const PackJob&, int64_t first, int64_t count, float* to, int64_t step);
-    // The weight gradient at stride 1, see tiles.h.
+    // The weight gradient at stride 1, see weight_grad.h.
     void (*grad_in)(const TileJob&, int64_t first, int64_t count, float* to);
     void (*outer_products)(const TileJob&, int64_t count, const float* in, const float* grad,
                            float* sums, bool add, Ahead&);

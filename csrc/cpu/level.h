@@ -15,7 +15,11 @@ namespace MIUE_LEVEL {
 #include "covariance.h"
 //
 #include "epilogue.h"
+#include "transforms.h"
+//
 #include "tiles.h"
+//
+#include "weight_grad.h"
 
 template <class T>
 constexpr LossKernels<T> loss_table() {

@@ -278,28 +278,23 @@ void conv_weight_grad_cpu(const ConvWeightGradArgs& args, int threads) {
     job.tiles_h = tiles_h, job.tiles_w = tiles_w, job.group = d.width, job.depth = d.depth,
     job.in_step = d.in_step, job.out_step = d.grad_step;
     const int64_t blocks = (tiles + d.BLOCK - 1) / d.BLOCK;
-    std::vector<Queue> inputs, products;
     for (int64_t block = 0; block < blocks; block++) {
-        inputs.emplace_back((at_most(tiles - block * d.BLOCK, d.BLOCK) + 7) / 8);
-        products.emplace_back(d.PRODUCTS);
-    }
-    parallel(at_most(threads, d.PRODUCTS), [&](int) {
-        for (int64_t block = 0; block < blocks; block++) {
-            const int64_t first = block * d.BLOCK, count = at_most(tiles - first, d.BLOCK);
-            inputs[size_t(block)].drain([&](int64_t i) {
+        const int64_t first = block * d.BLOCK, count = at_most(tiles - first, d.BLOCK);
+        Queue inputs((count + 7) / 8), products(d.PRODUCTS);
+        parallel(at_most(threads, d.PRODUCTS), [&](int) {
+            inputs.drain([&](int64_t i) {
                 const int64_t from = 8 * i, n = at_most(count - from, 8);
                 three4.in(job, first + from, n, in + from * d.depth);
                 d.kernels.grad_in(job, first + from, n, grad + from * d.width);
             });
             wait_for_all();
-            products[size_t(block)].drain([&](int64_t x) {
+            products.drain([&](int64_t x) {
                 Ahead nothing;
                 d.kernels.outer_products(job, count, in + x * d.in_step, grad + x * d.grad_step,
                                          sums + x * d.sum_step, block > 0, nothing);
             });
-            wait_for_all();
-        }
-    });
+        });
+    }
     double transform[9][3];
     const auto rows = filter_rows(ConvFamily::three4);
     for (size_t x = 0; x < rows.size(); x++)

@@ -27,7 +27,6 @@ inline void wait_for_all() {
 class Queue {
   public:
     explicit Queue(int64_t count) : count_(count) {}
-    Queue(Queue&& other) noexcept : count_(other.count_) {}  // before any work
     template <class Work>
     void drain(const Work& work) {
         for (int64_t i; (i = next_.fetch_add(1, std::memory_order_relaxed)) < count_;) work(i);

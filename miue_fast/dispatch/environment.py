@@ -14,7 +14,7 @@ MODULES = ("numpy", "triton", "safetensors", "PIL", "tqdm", "matplotlib")
 cpu_level, build_flags = native.cpu_level, native.build_flags
 
 
-def versions():
+def versions() -> dict[str, str | None]:
     """{name: version} of everything whose version can matter; None where it is not installed."""
     found = {
         "miue_fast": __version__,

@@ -5,6 +5,7 @@ TRITON_INTERPRET=1.
 import importlib
 import importlib.util
 import os
+from collections.abc import Callable
 
 import torch
 
@@ -13,7 +14,7 @@ DEVICES = frozenset({"cpu" if INTERPRET else "cuda"})
 FOUND = importlib.util.find_spec("triton") is not None
 
 
-def missing():
+def missing() -> str | None:
     if not FOUND:
         return "triton is not installed"
     return (
@@ -23,7 +24,7 @@ def missing():
     )
 
 
-def lazy(op, module=None):
+def lazy(op: str, module: str | None = None) -> Callable:
     """The launcher `op` of kernels/triton/<module>.py, imported at its first call."""
     launcher = None
 

@@ -137,7 +137,7 @@ def _cell(values):
     return f"{got['mean']:.1f} +- {got['std']:.1f} ({got['min']:.1f} to {got['max']:.1f})"
 
 
-def environment():
+def environment() -> dict[str, Any]:
     """Versions and machine of a measurement, without paths or names of people and hosts."""
     device = (
         torch.cuda.get_device_name()

@@ -22,17 +22,17 @@ _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 @ordinary()
 def freeze(
-    model,
-    feature="avgpool",
+    model: nn.Module,
+    feature: str = "avgpool",
     *,
-    dtype=None,
-    chunk=None,
-    fused=True,
-    fp8=False,
-    channels_last=False,
-    backend="auto",
-    channels=None,
-):
+    dtype: torch.dtype | None = None,
+    chunk: int | None = None,
+    fused: bool = True,
+    fp8: bool = False,
+    channels_last: bool = False,
+    backend: str = "auto",
+    channels: int | None = None,
+) -> FrozenNet | AutogradNet:
     """The frozen network of an eval-mode model: `forward(images) -> features`,
     `input_grad(grad) -> image_grad`, `refold()`.
 
@@ -85,14 +85,25 @@ def freeze(
     )
 
 
-def frozen_form(model, feature, *, dtype, chunk, fused, fp8, channels_last, backend, channels):
+def frozen_form(
+    model: nn.Module,
+    feature: str,
+    *,
+    dtype: torch.dtype | None,
+    chunk: int | None,
+    fused: bool,
+    fp8: bool,
+    channels_last: bool,
+    backend: str,
+    channels: int | None,
+) -> FrozenNet | AutogradNet:
     """`freeze` of a model in any mode: what is frozen is how it runs in eval mode."""
     if not isinstance(model, nn.Module):
         fail("freeze", "model", "an nn.Module", type(model).__name__)
-    if isinstance(getattr(model, "_orig_mod", None), nn.Module) and isinstance(
-        feature, str
-    ):  # torch.compile's: only its layers count here
-        model, feature = model._orig_mod, feature.removeprefix("_orig_mod.")
+    compiled = getattr(model, "_orig_mod", None)
+    if isinstance(compiled, nn.Module) and isinstance(feature, str):
+        # Of a model that torch.compile wrapped, only the layers count here.
+        model, feature = compiled, feature.removeprefix("_orig_mod.")
     find_layer("freeze", model, feature)
     if not isinstance(fp8, bool):
         fail("freeze", "fp8", "True or False", repr(fp8))
@@ -126,7 +137,8 @@ def frozen_form(model, feature, *, dtype, chunk, fused, fp8, channels_last, back
     )
 
 
-def find_layer(op, model, name):
+def find_layer(op: str, model: nn.Module, name: str) -> nn.Module:
+    """The layer of that name. Errors: ValueError, which lists the layers there are."""
     layers = dict(model.named_modules())
     if not name or name not in layers:
         fail(

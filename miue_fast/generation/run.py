@@ -83,7 +83,7 @@ class BiLevelRun:
             chunk=options.network_chunk,
             fused=options.fused,
             fp8=options.fp8,
-            channels_last=options.channels_last,
+            channels_last=bool(options.channels_last),
             backend=options.backend,
             channels=self.images.shape[1],
         )

@@ -36,7 +36,7 @@ class VGG(Network):
         self.fc = nn.Linear(inner, num_classes)
         self.kaiming()
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.fc(self.avgpool(self.layers(self.normalized(x))).flatten(1))
 
 
@@ -53,7 +53,7 @@ class DenseLayer(nn.Module):
             nn.Conv2d(4 * growth, growth, 3, 1, 1, bias=False),
         )
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = self.conv1(F.relu(self.bn1(x), inplace=True))
         return torch.cat([x, self.conv2(F.relu(self.bn2(y), inplace=True))], 1)
 
@@ -69,7 +69,7 @@ class Transition(nn.Module):
             nn.AvgPool2d(2),
         )
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.pool(self.conv(F.relu(self.bn(x), inplace=True)))
 
 
@@ -95,7 +95,7 @@ class DenseNet(Network):
         self.fc = nn.Linear(inner, num_classes)
         self.kaiming()
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = F.relu(self.bn(self.layers(self.normalized(x))), inplace=True)
         return self.fc(self.avgpool(x).flatten(1))
 
@@ -113,7 +113,7 @@ class LeNet5(Network):
         self.relu = nn.ReLU()
         self.fc = nn.Linear(84, num_classes)
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = F.max_pool2d(F.relu(self.conv1(self.normalized(x))), 2)
         x = F.max_pool2d(F.relu(self.conv2(x)), 2)
         x = F.relu(self.fc1(x.flatten(1)))

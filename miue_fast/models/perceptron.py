@@ -22,7 +22,7 @@ class MLP(Network):
             inner = width
         self.fc = nn.Linear(inner, num_classes)
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.fc(self.features(self.normalized(x)))
 
 
@@ -40,7 +40,7 @@ class EncoderBlock(nn.Module):
             nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
         )
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         batch, tokens, width = x.shape
         q, k, v = (
             self.qkv(self.norm1(x))
@@ -75,7 +75,7 @@ class ViT(Network):
         nn.init.trunc_normal_(self.token, std=0.02)
         nn.init.trunc_normal_(self.position, std=0.02)
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.patches(self.normalized(x)).flatten(2).transpose(1, 2)
         x = torch.cat([self.token.expand(x.shape[0], -1, -1), x], 1) + self.position
         return self.fc(self.norm(self.blocks(x)[:, 0]))

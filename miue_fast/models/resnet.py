@@ -1,5 +1,6 @@
 """Residual networks (He et al. 2016) in CIFAR form: a 3x3 stride-1 stem, no max-pool."""
 
+import torch
 import torch.nn.functional as F
 from torch import nn
 
@@ -32,7 +33,7 @@ class BasicBlock(nn.Module):
         if stride != 1 or inner != width:
             self.pick, self.conv3, self.bn3 = _shortcut(inner, width, stride)
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = F.relu(self.bn1(self.conv1(x)), inplace=True)
         y = self.bn2(self.conv2(y))
         if hasattr(self, "conv3"):
@@ -58,7 +59,7 @@ class Bottleneck(nn.Module):
         if stride != 1 or inner != outer:
             self.pick, self.conv4, self.bn4 = _shortcut(inner, outer, stride)
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = F.relu(self.bn1(self.conv1(x)), inplace=True)
         y = F.relu(self.bn2(self.conv2(y)), inplace=True)
         y = self.bn3(self.conv3(y))
@@ -87,7 +88,7 @@ class ResNet(Network):
         self.fc = nn.Linear(inner, num_classes)
         self.kaiming()
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = F.relu(self.bn1(self.conv1(self.normalized(x))), inplace=True)
         return self.fc(self.avgpool(self.layers(x)).flatten(1))
 
