@@ -1,12 +1,15 @@
-"""The packed convolutions of the CPU, layer by layer, beside the library's convolution and its
-epilogue pass: the table from which `packed.worth` is a rule.
+"""This library's convolutions on the CPU, layer by layer, beside PyTorch's convolution and an
+epilogue pass: the table from which `packed.worth` and `matrix.worth` are rules.
 
 python -m benchmarks.studies.packed --out benchmarks/results/packed.json
-python -m benchmarks.studies.packed --notes     # put it into docs/performance-notes.md
+python -m benchmarks.studies.packed --victims FOLDER --out benchmarks/results/packed.json
+python -m benchmarks.studies.packed --notes     # put both into docs/performance-notes.md
 
-One thread and processor time, interleaved rounds, medians; about two minutes. Then ResNet-18: signs
-of its image gradient, refolding, and the model step. The library runs at
-the instruction level of the row, too (ONEDNN_MAX_CPU_ISA in a process of its own).
+One thread and processor time, interleaved rounds, medians; about four minutes. PyTorch's library
+runs at the instruction level of the row, too (ONEDNN_MAX_CPU_ISA in a process of its own); the
+level amx is bfloat16 on both sides. Then ResNet-18: signs of its image gradient, refolding, and the
+model step beside eager and compiled PyTorch. --victims trains ResNet-18 (width 32) on 3,000 images
+of a folder, three seeds with each form, and judges it on held-out training images.
 """
 
 import argparse
@@ -26,16 +29,20 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.harness import machine, tables
-from miue_fast import freeze, models
+from miue_fast import data, freeze, models
 from miue_fast.dispatch import native
-from miue_fast.frozen import convolution
+from miue_fast.evaluation import run_cell
+from miue_fast.evaluation import victims as evaluation_victims
+from miue_fast.frozen import convolution, matrix
+from miue_fast.frozen.matrix import MatrixConv
 from miue_fast.frozen.packed import PackedConv, family_of, worth
 from miue_fast.frozen.training import packed_training
 
 NOTES, RESULT = tables.ROOT / "docs" / "performance-notes.md", tables.RESULTS / "packed.json"
 BEGIN, END = "<!-- packed:begin -->\n", "<!-- packed:end -->"
 NHWC = torch.channels_last
-ISA = {"avx512": "AVX512_CORE", "avx2": "AVX2"}
+ISA = {"avx512": "AVX512_CORE", "avx2": "AVX2", "amx": "DEFAULT"}
+HALF = "amx"  # the level of bfloat16
 # (channels, results, side of the input, taps, stride) of ResNet-18 and of narrow networks
 LAYERS = [
     (3, 64, 32, 3, 1),
@@ -54,8 +61,8 @@ LAYERS = [
 ]
 
 
-def drawn(*shape):
-    x = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+def drawn(*shape, dtype=torch.float32):
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(dtype)
     return x.contiguous(memory_format=NHWC)
 
 
@@ -75,20 +82,23 @@ def timed(forms, rounds):
     return medians, statistics.median(first / second for first, second in found)
 
 
-def rows(images, rounds):
-    """Both directions of every layer at the level in use."""
-    level = native.cpu_level()
+def rows(images, rounds, level):
+    """Both directions of every layer."""
+    dtype = torch.bfloat16 if level == HALF else torch.float32
     for channels, count, side, taps, stride in LAYERS:
-        weight = (drawn(count, channels, taps, taps) / (channels * taps * taps) ** 0.5).contiguous(
-            memory_format=NHWC
-        )
+        weight = drawn(count, channels, taps, taps) / (channels * taps * taps) ** 0.5
+        weight = weight.to(dtype).contiguous(memory_format=NHWC)
         conv = [stride] * 2, [taps // 2] * 2, [1, 1], 1
-        x, small = drawn(images, channels, side, side), -(-side // stride)
-        y = drawn(images, count, small, small)
+        x, small = drawn(images, channels, side, side, dtype=dtype), -(-side // stride)
+        y = drawn(images, count, small, small, dtype=dtype)
         bias, mask = torch.zeros(count), torch.zeros(-(-x.numel() // 64) * 8, dtype=torch.uint8)
         for back in (False, True):
-            family = family_of(weight, *conv, back)
-            packed = PackedConv(family, back)
+            sides = (count, channels) if back else (channels, count)
+            if level == HALF:
+                family, packed, taken = "matrix", MatrixConv(back), matrix.worth(*sides)
+            else:
+                family = family_of(weight, *conv, back)
+                packed, taken = PackedConv(family, back), worth(family, back, *sides, level)
             packed.refold(weight)
             if back:
                 args = (y, weight, x, mask, list(x.shape), *conv)
@@ -97,7 +107,6 @@ def rows(images, rounds):
                 args = (x, weight, bias, y, *conv, True, True)
                 forms = partial(native.conv_forward, *args), partial(packed.forward, *args)
             (library, ours), ratio = timed(forms, rounds)
-            sides = (count, channels) if back else (channels, count)
             yield {
                 "level": level,
                 "layer": f"{channels} -> {count} @{side}, {taps}x{taps}/{stride}",
@@ -106,40 +115,50 @@ def rows(images, rounds):
                 "library_s": library,
                 "packed_s": ours,
                 "times": ratio,
-                "taken": worth(family, back, *sides, level),
-                "weights_bytes": packed.weights.numel() * 4,
+                "taken": taken,
+                "flops": 2 * images * small * small * channels * count * taps * taps,
+                "weights_bytes": packed.weights.nbytes,
             }
 
 
-def weight_rows(images, rounds):
-    """The weight gradient of the 3x3 layers at stride 1, at the level in use."""
+def weight_rows(images, rounds, level):
+    """The weight gradients that this library has at the level."""
+    half = level == HALF
+    dtype = torch.bfloat16 if half else torch.float32
     for channels, count, side, taps, stride in LAYERS:
-        if taps != 3 or stride != 1 or min(channels, count) < 16:
+        if not half and (taps != 3 or stride != 1 or min(channels, count) < 16):
             continue
-        weight, x = drawn(count, channels, 3, 3), drawn(images, channels, side, side)
-        grad, back = drawn(images, count, side, side), torch.ops.aten.convolution_backward
-        conv = [1, 1], [1, 1], [1, 1], False, [0, 0], 1, [False, True, False]
-        forms = (
-            partial(back, grad, x, weight, None, *conv),
-            partial(native.conv_weight_grad, x, grad),
+        weight = drawn(count, channels, taps, taps, dtype=dtype)
+        x, small = drawn(images, channels, side, side, dtype=dtype), -(-side // stride)
+        grad, back = drawn(images, count, small, small, dtype=dtype), torch.ops.aten
+        conv = [stride] * 2, [taps // 2] * 2, [1, 1]
+        library = partial(
+            back.convolution_backward,
+            *(grad, x, weight, None, *conv, False, [0, 0], 1, [False, True, False]),
         )
-        (library, ours), ratio = timed(forms, rounds)
+        own = (
+            partial(native.matrix_weight_grad, x, grad, (taps, taps), conv)
+            if half
+            else partial(native.conv_weight_grad, x, grad)
+        )
+        (theirs, ours), ratio = timed((library, own), rounds)
         yield {
-            "level": native.cpu_level(),
-            "layer": f"{channels} -> {count} @{side}, 3x3/1",
+            "level": level,
+            "layer": f"{channels} -> {count} @{side}, {taps}x{taps}/{stride}",
             "direction": "weight gradient",
-            "family": "three4",
-            "library_s": library,
+            "family": "matrix" if half else "three4",
+            "library_s": theirs,
             "packed_s": ours,
             "times": ratio,
-            "taken": min(channels, count) >= 32,
+            "taken": min(channels, count) >= (matrix.WEIGHT_GRAD if half else 32),
+            "flops": 2 * images * small * small * channels * count * taps * taps,
             "weights_bytes": 0,
         }
 
 
 def network(images, rounds):
-    """ResNet-18 with untrained weights: signs of the image gradient against float64, the cost of a
-    refold, and the model step against eager PyTorch in channels-last memory (two threads).
+    """ResNet-18 with untrained weights: signs of the image gradient against float64, and the cost
+    of a refold, of every form that runs here.
     """
     torch.manual_seed(0)
     model = models.build("resnet18", 10).eval()
@@ -147,66 +166,154 @@ def network(images, rounds):
     exact = freeze(copy.deepcopy(model).double(), dtype=torch.float64)
     exact.forward(x)
     truth, found = exact.input_grad(d.double()), {}
-    for name in ("packed", "library"):
-        with contextlib.ExitStack() as held:
-            if name == "library":
-                held.enter_context(mock.patch.object(convolution, "chosen", lambda *args: None))
-            net = freeze(model)
-            net.forward(x)
-            flipped = net.input_grad(d).sign() != truth.sign()
-            start = time.process_time()
-            net.refold()
-            found[name] = {
-                "flipped": float(flipped.double().mean()),
-                "of_magnitude": float((truth.abs() * flipped).sum() / truth.abs().sum()),
-                "refold_cpu_s": time.process_time() - start,
-                "packed_bytes": net.packed_bytes,
-            }
-    labels, times = torch.arange(2 * images) % 10, []
-    x = torch.rand(2 * images, 3, 32, 32).contiguous(memory_format=NHWC)
-    network = models.in_format(model, NHWC).train()
-    optimizer = torch.optim.SGD(network.parameters(), 1e-3, momentum=0.9)
-    contexts = contextlib.nullcontext(), packed_training(network, "auto", torch.device("cpu"))
-    for _ in range(rounds + 1):
-        each = []
-        for context in contexts:
+    kinds = [torch.float32] + [torch.bfloat16] * (native.matrix_missing() is None)
+    for dtype in kinds:
+        for name in ("own", "library"):
+            with contextlib.ExitStack() as held:
+                if name == "library":
+                    for place, rule in ((convolution, "chosen"), (matrix, "chosen")):
+                        held.enter_context(mock.patch.object(place, rule, lambda *args: None))
+                net = freeze(model, dtype=dtype)
+                net.forward(x)
+                flipped = net.input_grad(d).sign() != truth.sign()
+                start = time.process_time()
+                net.refold()
+                found[f"{name}, {str(dtype)[6:]}"] = {
+                    "flipped": float(flipped.double().mean()),
+                    "of_magnitude": float((truth.abs() * flipped).sum() / truth.abs().sum()),
+                    "refold_cpu_s": time.process_time() - start,
+                    "packed_bytes": net.packed_bytes,
+                }
+    return found
+
+
+class Training:
+    """The model step of ResNet-18: forward, backward, SGD. form: "library", "compiled" or "own"."""
+
+    def __init__(self, form, half, batch):
+        torch.manual_seed(0)
+        self.network = models.in_format(models.build("resnet18", 10), NHWC).train()
+        self.optimizer = torch.optim.SGD(self.network.parameters(), 1e-3, momentum=0.9)
+        self.call = torch.compile(self.network) if form == "compiled" else self.network
+        own, cpu = form == "own", torch.device("cpu")
+        self.context = packed_training(self.network, "auto" if own else "reference", cpu)
+        self.half, self.labels = half, torch.arange(batch) % 10
+        self.x = torch.rand(batch, 3, 32, 32).contiguous(memory_format=NHWC)
+
+    def __call__(self):
+        half = torch.autocast("cpu", torch.bfloat16, enabled=self.half, cache_enabled=False)
+        with self.context, half:
+            logits = self.call(self.x)
+        loss = F.cross_entropy(logits.float(), self.labels)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        self.optimizer.step()
+
+
+def model_step(batch, rounds):
+    """Seconds of every form, interleaved, and how many times those of ours."""
+    made = {
+        f"{form}, {'bfloat16' if half else 'float32'}": Training(form, half, batch)
+        for half in (False, True)
+        for form in ("library", "compiled", "own")
+    }
+    times = {name: [] for name in made}
+    for round_ in range(rounds + 1):
+        for name, step in made.items():
             start = time.perf_counter()
-            with context:
-                loss = F.cross_entropy(network(x), labels)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            each.append(time.perf_counter() - start)
-        times.append(each)
-    library, ours = (statistics.median(column) for column in zip(*times[1:]))
-    ratio = statistics.median(a / b for a, b in times[1:])
-    step = {"batch": 2 * images, "library_s": library, "packed_s": ours, "times": ratio}
-    return found | {"model_step": step}
+            step()
+            if round_:
+                times[name].append(time.perf_counter() - start)
+    return {"batch": batch, "seconds": {k: statistics.median(v) for k, v in times.items()}}
+
+
+def victims(folder, epochs):
+    """Accuracy on held-out training images of networks that train with each form, three seeds."""
+    images = data.load(folder, per_class=500)
+    rows = [torch.nonzero(images.labels == k)[:, 0] for k in range(len(images.classes))]
+    seen, held = (
+        images.select(torch.cat([r[part] for r in rows])) for part in (slice(300), slice(300, 500))
+    )
+    forms = {"library": ("reference", "float32"), "own": ("auto", "float32")}
+    if native.matrix_missing() is None:
+        forms["own, bfloat16"] = "auto", "bfloat16"
+    found = {}
+    for seed in (0, 1, 2):
+        for name, (backend, dtype) in forms.items():
+            with mock.patch.object(
+                evaluation_victims,
+                "packed_training",
+                lambda network, _, device, backend=backend: packed_training(
+                    network, backend, device
+                ),
+            ):
+                run = run_cell(
+                    *(seen.images, seen.labels, held.images, held.labels, len(images.classes)),
+                    victim=partial(models.build, "resnet18", width=32, normalize=False),
+                    epochs=epochs,
+                    lr=0.1,
+                    seed=seed,
+                    dtype=dtype,
+                )
+            print(f"{name}, seed {seed}: {100 * run.test:.1f} %, {run.seconds:.0f} s", flush=True)
+            found.setdefault(name, []).append({"test": run.test, "seconds": run.seconds})
+    return {"epochs": epochs, "images": len(seen.labels), "runs": found}
 
 
 def markdown(record):
-    head = ("layer, 64 images", "direction", *(f"{level}: library, packed" for level in ISA))
+    names = {level: "amx, bfloat16" if level == HALF else level for level in ISA}
+    head = ("layer, 64 images", "direction", *(f"{n}: library, own" for n in names.values()))
     found = {}
     for row in record["rows"]:
         times = f"{tables.seconds(row['library_s'])}, {tables.seconds(row['packed_s'])}: "
         shown = times + tables.ratio(row["times"]) + (" *" if row["taken"] else "")
         found.setdefault((row["layer"], row["direction"]), {})[row["level"]] = shown
     lines = [(*key, *(levels.get(level, "") for level in ISA)) for key, levels in found.items()]
-    told, step = record["network"], record["network"]["model_step"]
-    signs = "; ".join(
-        f"{name} {100 * told[name]['flipped']:.4f} % of the signs with "
-        f"{told[name]['of_magnitude']:.1e} of the magnitude, refold "
-        f"{tables.seconds(told[name]['refold_cpu_s'])} of processor time"
-        for name in ("packed", "library")
+    signs = [
+        (
+            name,
+            f"{100 * told['flipped']:.4f} %",
+            f"{told['of_magnitude']:.1e}",
+            tables.seconds(told["refold_cpu_s"]),
+            tables.size(told["packed_bytes"]),
+        )
+        for name, told in record["network"].items()
+    ]
+    step = record["model_step"]
+    best = {kind: step["seconds"][f"own, {kind}"] for kind in ("float32", "bfloat16")}
+    steps = [
+        (name, tables.seconds(s), *(tables.ratio(s / own) for own in best.values()))
+        for name, s in step["seconds"].items()
+    ]
+    text = (
+        f"{tables.environment_line(record['environment'])}. One thread; * where `auto` takes this "
+        f"library's form.\n\n{tables.table(head, lines)}\n\n"
+        "Image gradient of ResNet-18 (64 images, untrained weights) against float64's:\n\n"
     )
-    return (
-        f"{tables.environment_line(record['environment'])}. One thread; * where `auto` takes the "
-        f"packed form.\n\n{tables.table(head, lines)}\n\n"
-        f"ResNet-18, image gradient against float64's: {signs}. "
-        f"Packed weights: {tables.size(told['packed']['packed_bytes'])}. Model step, batch "
-        f"{step['batch']}, two threads: {tables.seconds(step['library_s'])} in eager channels-last "
-        f"PyTorch, {tables.seconds(step['packed_s'])} packed, {tables.ratio(step['times'])}.\n"
+    text += tables.table(
+        ("form", "signs flipped", "their share of the magnitude", "refold", "packed weights"), signs
     )
+    text += f"\n\nModel step of ResNet-18, batch {step['batch']}, two threads:\n\n"
+    text += tables.table(("form", "time", "of own, float32", "of own, bfloat16"), steps) + "\n"
+    if told := record.get("victims"):
+        text += (
+            f"\nResNet-18 (width 32) trained on {told['images']:,} images for {told['epochs']} "
+            "epochs, accuracy on held-out training images:\n\n"
+        )
+        text += tables.table(
+            ("form", "seeds 0, 1, 2", "mean", "mean time"),
+            [
+                (
+                    name,
+                    ", ".join(f"{100 * run['test']:.1f} %" for run in runs),
+                    f"{100 * statistics.mean(run['test'] for run in runs):.1f} %",
+                    tables.seconds(statistics.mean(run["seconds"] for run in runs)),
+                )
+                for name, runs in told["runs"].items()
+            ],
+        )
+        text += "\n"
+    return text
 
 
 def with_table(text, record):
@@ -221,17 +328,29 @@ def main(argv=None):
     )
     parser.add_argument("--quick", action="store_true", help="two images, five rounds")
     parser.add_argument("--out", type=Path, help="JSON file")
+    parser.add_argument("--victims", type=Path, metavar="FOLDER", help="only add the victims")
+    parser.add_argument("--epochs", type=int, default=12, help="of the victims")
     parser.add_argument("--notes", action="store_true", help="only put the table into the notes")
     parser.add_argument("--level", choices=list(ISA), help=argparse.SUPPRESS)  # one process each
     args = parser.parse_args(argv)
     if args.notes:
         NOTES.write_text(with_table(NOTES.read_text(), tables.load(RESULT)))
         return 0
+    if args.victims:
+        torch.set_num_threads(2)
+        record = tables.load(args.out) | {"victims": victims(args.victims, args.epochs)}
+        tables.save(record, args.out)
+        return 0
     torch.set_num_threads(1)
     if args.level:
-        native.set_cpu_level(args.level)
+        if args.level != HALF:
+            native.set_cpu_level(args.level)
+        elif reason := native.matrix_missing():
+            print(reason, file=sys.stderr)
+            return 1
         images, rounds = (2, 5) if args.quick else (64, 7)
-        print(json.dumps([*rows(images, rounds), *weight_rows(images, rounds)]))
+        found = rows(images, rounds, args.level), weight_rows(images, rounds, args.level)
+        print(json.dumps([row for part in found for row in part]))
         return 0
     environment, found = machine.environment(), []
     for level, isa in ISA.items():
@@ -256,6 +375,7 @@ def main(argv=None):
     }
     torch.set_num_threads(2)
     record["network"] = network(2 if args.quick else 64, 5)
+    record["model_step"] = model_step(4 if args.quick else 128, 5)
     print(markdown(record))
     if args.out:
         tables.save(record, args.out)

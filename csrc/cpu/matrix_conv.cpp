@@ -43,10 +43,13 @@ struct Division {
         depth = parts(blocks, passes), passes = parts(blocks, depth);
         row_values = blocks * a.W * 2 * SIDE;
         for (int64_t p = 0; p < a.P; p++) {
-            first[p] = a.H, last[p] = -1;
-            for (int64_t r = 0; r < a.R; r++)
-                if (const int64_t row = source(a, 0, p, r); row >= 0)
-                    first[p] = std::min(first[p], row), last[p] = std::max(last[p], row);
+            // Of all taps, those outside the image left out, so that both ends only move forward.
+            const int64_t reach = (a.R - 1) * a.dilation[0], step = a.stride[0],
+                          low = a.back ? p + a.padding[0] - reach : p * step - a.padding[0],
+                          high = low + reach;
+            const auto down = [&](int64_t n) { return n < 0 ? -1 : n / step; };
+            first[p] = std::min(a.H, std::max<int64_t>(0, a.back ? down(low + step - 1) : low));
+            last[p] = std::min(a.H - 1, a.back ? down(high) : high);
         }
         together = std::max<int64_t>(1, at_most(panels, STRIP_SUMS / a.Q));
         strip = std::max<int64_t>(1, at_most(a.P, STRIP_SUMS / (a.Q * together)));

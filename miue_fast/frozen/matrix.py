@@ -2,7 +2,7 @@
 once, forward and input gradient are C++ of this library with the epilogue in them.
 
 Which convolutions take them is a rule of measured layers (`worth`); its table is in
-docs/performance-notes.md and is measured again by `python -m benchmarks.studies.matrix`.
+docs/performance-notes.md and is measured again by `python -m benchmarks.studies.packed`.
 """
 
 from collections.abc import Sequence
@@ -14,6 +14,7 @@ from ..dispatch import native
 from ..dispatch.masks import mask_bytes
 
 NHWC = torch.channels_last
+WEIGHT_GRAD = 64  # channels on both sides from which the weight gradient takes the tiles
 
 
 def worth(channels: int, results: int) -> bool:

@@ -125,7 +125,7 @@ class _MatrixConvolution(torch.autograd.Function):
             else:
                 grad_x = convolve_back(grad, half, x.shape, *ctx.conv)
         if ctx.needs_input_grad[1]:
-            if min(half.shape[:2]) >= 64:
+            if min(half.shape[:2]) >= matrix.WEIGHT_GRAD:
                 grad_weight = native.matrix_weight_grad(x, grad, half.shape[2:], ctx.conv[:3])
             else:
                 grad_weight = _library_weight_grad(x, half, grad, *ctx.conv).float()

@@ -44,8 +44,10 @@ def threads():
 class Case:
     """One convolution with float64's result, input gradient and weight gradient."""
 
-    def __init__(self, batch, channels, results, height, width, taps, stride, padding, dilation):
-        self.generator = torch.Generator().manual_seed(1)
+    def __init__(
+        self, batch, channels, results, height, width, taps, stride, padding, dilation, seed=1
+    ):
+        self.generator = torch.Generator().manual_seed(seed)
         self.conv, self.taps = ([stride] * 2, [padding] * 2, [dilation] * 2), taps
         self.weight = self.drawn(results, channels, *taps)
         self.x = self.drawn(batch, channels, height, width)
