@@ -78,7 +78,8 @@ void define_ops(pybind11::module_& m) {
     m.def(
         "projected_step_inplace",
         [](Typed delta, P index, Typed grad, Four stride, Typed images, P flip, Four size,
-           int64_t N, double alpha, double eps, P nonfinite, Context context) {
+           int64_t N, double alpha, double eps, P nonfinite, P view, int64_t grid,
+           Context context) {
             const auto [B, C, H, W] = size;
             step_inplace({at<void>(delta.first),
                           DType(delta.second),
@@ -96,7 +97,9 @@ void define_ops(pybind11::module_& m) {
                           N,
                           alpha,
                           eps,
-                          at<int64_t>(nonfinite)},
+                          at<int64_t>(nonfinite),
+                          at<const int32_t>(view),
+                          grid},
                          context);
         },
         release());
@@ -104,12 +107,13 @@ void define_ops(pybind11::module_& m) {
         "perturbed_input",
         [](Typed out, bool channels_last, Typed images, Typed delta, double eps, P index, P flip,
            const std::vector<float>& mean, const std::vector<float>& inv_std, Four size, int64_t N,
-           Context context) {
+           P view, Context context) {
             const auto [B, C, H, W] = size;
             input({at<void>(out.first), DType(out.second), channels_last,
                    at<const void>(images.first), DType(images.second), at<const void>(delta.first),
                    DType(delta.second), eps, at<const int64_t>(index), at<const uint8_t>(flip),
-                   maybe(mean, mean.data()), maybe(inv_std, inv_std.data()), B, C, H, W, N},
+                   maybe(mean, mean.data()), maybe(inv_std, inv_std.data()), B, C, H, W, N,
+                   at<const int32_t>(view)},
                   context);
         },
         release());

@@ -80,6 +80,19 @@ struct ProjectedStepArgs {
     double alpha, eps;
 };
 
+// How the network sees a row of image + delta: mirrored along W where `mirrored` is not 0, then
+// moved down and to the right, with zeros from outside. In memory three i32 for each row of a batch.
+struct View {
+    int64_t down, right;
+    bool mirrored;
+};
+inline View view_of(const int32_t* views, int64_t b) {
+    return {views[3 * b], views[3 * b + 1], views[3 * b + 2] != 0};
+}
+inline View transposed(const View& v) {
+    return {-v.down, v.mirrored ? v.right : -v.right, v.mirrored};
+}
+
 // The same step in place on rows `index` of the poison store.
 //   delta  [N, C, H, W] contiguous; f32, f16 or i8 levels (value = level * eps/127)
 //   grad   [B, C, H, W], any strides (in elements); f32, f16, bf16
@@ -87,6 +100,9 @@ struct ProjectedStepArgs {
 //       != 0
 //   index  [B], unique, in [0, N); null = 0..B-1.   flip [B] or null
 //   nonfinite: one i64, incremented by the number of NaN or Inf gradient values; may be null
+//   view   [B] of `grad`, or null: a pixel takes the gradient from where the view has it, or 0
+//   grid   cells of grid x grid pixels take the sign of the sum of their gradients, in f32 down each
+//          column of a cell, then over the columns from left to right; 1: every pixel its own
 struct ProjectedStepInplaceArgs {
     void* delta;
     DType delta_dtype;
@@ -100,10 +116,12 @@ struct ProjectedStepInplaceArgs {
     int64_t B, C, H, W, N;
     double alpha, eps;
     int64_t* nonfinite;
+    const int32_t* view;
+    int64_t grid;
 };
 
-// out[b] = (flip_b(images[index_b]) + delta[index_b] - mean) * (1 / std), written contiguous or
-// channels-last.
+// out[b] = (view_b(flip_b(images[index_b]) + delta[index_b]) - mean) * (1 / std), written contiguous
+// or channels-last.
 //   images as above; delta as above or null; out f32, f16, bf16 [B, C, H, W]
 //   mean, inv_std: C floats in HOST memory, or null for no normalisation; cuda takes C <= 16 there
 struct PerturbedInputArgs {
@@ -120,6 +138,7 @@ struct PerturbedInputArgs {
     const float* mean;
     const float* inv_std;
     int64_t B, C, H, W, N;
+    const int32_t* view;  // [B] or null
 };
 
 // y = relu(y + bias + residual) in place on `count` values in NHWC order: channels vary fastest.

@@ -35,6 +35,7 @@ POINTER = {
     torch.uint8: "*u8",
     torch.int8: "*i8",
     torch.int16: "*i16",
+    torch.int32: "*i32",
     torch.int64: "*i64",
 }
 FLOATS = [torch.float32, torch.float16, torch.bfloat16]
@@ -181,6 +182,14 @@ def pointwise():
                 dtype,
                 dtype != torch.float32,
             )
+        view = torch.zeros(4, 3, dtype=torch.int32)
+        for grid in (1, 4):
+            projected_step.projected_step_(
+                x.to(store), index, grad, x.byte(), None, 0.1, 0.1, count, view, grid
+            )
+        perturbed_input.perturbed_input(
+            x.byte(), x.to(store), index, None, [0.5] * 3, [0.5] * 3, 0.1, dtype, k > 0, view
+        )
         projected_step.projected_step_(
             odd.to(store), None, odd.to(FLOATS[k]), odd, None, 0.1, 0.1, None
         )

@@ -144,6 +144,27 @@ MIUE_INLINE void by_turns(const Args& args, int64_t next, int64_t n, const Work&
     }
 }
 
+// work(i, source, count, back) on pieces of [0, n): pixels [from + i, from + i + count) of a viewed
+// plane are pixels [source, source + count) of the plane itself, read backwards where `back`; they
+// are padding where source is -1. No piece leaves its row.
+template <class Work>
+MIUE_INLINE void by_view(const View& view, int64_t H, int64_t W, int64_t from, int64_t n,
+                         const Work& work) {
+    for (int64_t i = 0; i < n;) {
+        const int64_t h = (from + i) / W - view.down, w = (from + i) % W;
+        const int64_t end = W - w < n - i ? W : w + n - i;
+        const int64_t last = W + view.right < end ? W + view.right : end;
+        int64_t low = h < 0 || h >= H ? end : view.right < w ? w : view.right;
+        low = low < end ? low : end;
+        const int64_t high = last < low ? low : last;
+        if (low > w) work(i, -1, low - w, false);
+        const int64_t first = view.mirrored ? W - high + view.right : low - view.right;
+        if (high > low) work(i + low - w, h * W + first, high - low, view.mirrored);
+        if (end > high) work(i + high - w, -1, end - high, false);
+        i += end - w;
+    }
+}
+
 template <class U, int STEP>
 static void gather(U* __restrict out, const U* __restrict in, int64_t n, int64_t step) {
     for (int64_t i = 0; i < n; i++) out[i] = in[i * (STEP ? STEP : step)];
@@ -178,14 +199,76 @@ static void separate(U* __restrict out, const U* __restrict in, int64_t n) {
         for (int c = 0; c < 3; c++) out[c * SLOT + i] = in[i * 3 + c];
 }
 
+// Pixels [from, from + n) of one channel of the gradient as the store has them: where `view` puts
+// them, in float. `base` is the channel's first element.
+template <class U>
+static void viewed_back(float* out, const ProjectedStepInplaceArgs& args, const U* base,
+                        const View& view, int64_t from, int64_t n) {
+    const int64_t *stride = args.grad_stride, W = args.W;
+    U buffer[SLOT];
+    by_view(view, args.H, W, from, n, [&](int64_t i, int64_t source, int64_t count, bool back) {
+        const int64_t at = source + (back ? count - 1 : 0), step = back ? -stride[3] : stride[3];
+        if (source < 0) {
+            for (int64_t k = 0; k < count; k++) buffer[i + k] = 0;
+            return;
+        }
+        const U* in = base + at / W * stride[2] + at % W * stride[3];
+        if (step == 3)
+            gather<U, 3>(buffer + i, in, count, step);
+        else
+            gather<U, 0>(buffer + i, in, count, step);
+    });
+    widen(out, buffer, args.grad_dtype, n);
+}
+
+// The same pixels, each replaced by the sum over its cell: down each column of the cell, then over
+// the columns. The rows of a piece that share cells share the sums.
+template <class U>
+static void cell_sums(float* out, const ProjectedStepInplaceArgs& args, const U* base,
+                      const View& view, int64_t from, int64_t n) {
+    const int64_t H = args.H, W = args.W, most = H < W ? W : H;
+    const int64_t grid = args.grid < most ? args.grid : most;
+    float line[SLOT], column[SLOT], sums[SLOT];
+    int64_t known[3] = {-1, -1, -1};  // the row of cells, the first and the last cell in `sums`
+    for (int64_t i = 0; i < n;) {
+        const int64_t h = (from + i) / W, w = (from + i) % W, end = W - w < n - i ? W : w + n - i;
+        const int64_t row = h / grid, first = w / grid, last = (end - 1) / grid;
+        if (row != known[0] || first != known[1] || last != known[2]) {
+            known[0] = row, known[1] = first, known[2] = last;
+            for (int64_t cell = first; cell <= last; cell++) sums[cell - first] = 0;
+            const int64_t bottom = H < (row + 1) * grid ? H : (row + 1) * grid;
+            const int64_t right = W < (last + 1) * grid ? W : (last + 1) * grid;
+            for (int64_t x = first * grid; x < right; x += CHUNK) {
+                const int64_t count = right - x < CHUNK ? right - x : CHUNK;
+                for (int64_t k = 0; k < count; k++) column[k] = 0;
+                for (int64_t y = row * grid; y < bottom; y++) {
+                    viewed_back(line, args, base, view, y * W + x, count);
+                    for (int64_t k = 0; k < count; k++) column[k] += line[k];
+                }
+                int64_t cell = x / grid - first, next = (x / grid + 1) * grid - x;
+                for (int64_t k = 0; k < count; cell++, next += grid) {
+                    float sum = sums[cell];
+                    for (; k < next && k < count; k++) sum += column[k];
+                    sums[cell] = sum;
+                }
+            }
+        }
+        int64_t cell = 0, next = (first + 1) * grid;
+        for (int64_t x = w; x < end; cell++, next += grid)
+            for (; x < next && x < end; x++) out[i + x - w] = sums[cell];
+        i += end - w;
+    }
+}
+
 static int64_t step_inplace(const ProjectedStepInplaceArgs& args, int64_t b, int64_t from,
                             int64_t to) {
     const int64_t plane = args.H * args.W, row = args.index ? args.index[b] : b,
                   *stride = args.grad_stride;
     const float unit = float(args.eps / 127), per_unit = float(127 / args.eps);
-    const bool flip = args.flip && args.flip[b];
+    const bool flip = args.flip && args.flip[b], moved = args.view || args.grid > 1;
+    const View view = args.view ? transposed(view_of(args.view, b)) : View{0, 0, false};
     const bool together =
-        args.C == 3 && stride[1] == 1 && stride[3] == 3 && stride[2] == 3 * args.W;
+        !moved && args.C == 3 && stride[1] == 1 && stride[3] == 3 && stride[2] == 3 * args.W;
     float buffer[SLOT], grad[3 * SLOT], image[SLOT];
     uint16_t half[3 * SLOT];
     // Pixels [at, at + n) of channel c of the gradient; those of three interleaved channels are all
@@ -197,6 +280,14 @@ static int64_t step_inplace(const ProjectedStepInplaceArgs& args, int64_t b, int
         if (c == 0) separate(slots, base + at * 3, n);
         return static_cast<const U*>(slots + c * SLOT);
     };
+    // work(the first element of channel c of the gradient)
+    const auto of_channel = [&](int64_t c, const auto& work) {
+        const int64_t first = b * stride[0] + c * stride[1];
+        if (args.grad_dtype == DType::f32)
+            work(static_cast<const float*>(args.grad) + first);
+        else
+            work(static_cast<const uint16_t*>(args.grad) + first);
+    };
     int64_t nonfinite = 0;
     for (int64_t at = from; at < to; at += CHUNK)
         for (int64_t c = 0; c < args.C; c++) {
@@ -204,7 +295,10 @@ static int64_t step_inplace(const ProjectedStepInplaceArgs& args, int64_t b, int
             const int64_t next = next_piece(args, b, c, at, n, to);
             if (next >= 0) prefetch(args.images, args.image_dtype, next, n);
             const float* g = grad;
-            if (args.grad_dtype == DType::f32)
+            if (moved)
+                of_channel(c,
+                           [&](const auto* base) { viewed_back(grad, args, base, view, at, n); });
+            else if (args.grad_dtype == DType::f32)
                 g = gradient(grad, c, at, n);
             else
                 widen(grad, gradient(half, c, at, n), args.grad_dtype, n);
@@ -213,6 +307,8 @@ static int64_t step_inplace(const ProjectedStepInplaceArgs& args, int64_t b, int
                 for (int64_t i = 0; i < n; i++) count += (bits(g[i]) & 0x7f800000) == 0x7f800000;
                 nonfinite += count;
             }
+            if (args.grid > 1)
+                of_channel(c, [&](const auto* base) { cell_sums(grad, args, base, view, at, n); });
             const char* images =
                 static_cast<const char*>(args.images) + first * size_of(args.image_dtype);
             load_pixels(image, images, args.image_dtype, args.W, at, n, flip);
@@ -254,6 +350,29 @@ static void write_input(const PerturbedInputArgs& args, int64_t b, int64_t at, i
         interleave<U, 0>(image + at * args.C, in, n, c, args.C);
 }
 
+// Pixels [at, at + n) of one channel of image + delta as the view of batch row b has them. The
+// channel begins at `image`, and at element `first` of the store.
+static void viewed(float* y, const PerturbedInputArgs& args, const void* image, int64_t first,
+                   int64_t b, int64_t at, int64_t n) {
+    const float unit = float(args.eps / 127);
+    const bool flip = args.flip && args.flip[b];
+    float row[SLOT], buffer[SLOT];
+    by_view(view_of(args.view, b), args.H, args.W, at, n,
+            [&](int64_t i, int64_t source, int64_t count, bool back) {
+                if (source < 0) {
+                    for (int64_t k = i; k < i + count; k++) y[k] = 0;
+                    return;
+                }
+                load_pixels(row, image, args.image_dtype, args.W, source, count, flip);
+                if (args.delta) {
+                    const float* delta = load_delta(buffer, args.delta, args.delta_dtype,
+                                                    first + source, count, unit);
+                    for (int64_t k = 0; k < count; k++) row[k] += delta[k];
+                }
+                for (int64_t k = 0; k < count; k++) y[i + k] = row[back ? count - 1 - k : k];
+            });
+}
+
 static void input(const PerturbedInputArgs& args, int64_t b, int64_t from, int64_t to) {
     const int64_t plane = args.H * args.W, row = args.index ? args.index[b] : b;
     const float unit = float(args.eps / 127);
@@ -267,13 +386,16 @@ static void input(const PerturbedInputArgs& args, int64_t b, int64_t from, int64
             const int64_t next = next_piece(args, b, c, at, n, to);
             if (next >= 0) prefetch(args.images, args.image_dtype, next, n);
             float* y = x + slot;
-            load_pixels(y,
-                        static_cast<const char*>(args.images) + first * size_of(args.image_dtype),
-                        args.image_dtype, args.W, at, n, flip);
+            const char* image =
+                static_cast<const char*>(args.images) + first * size_of(args.image_dtype);
+            if (args.view)
+                viewed(y, args, image, first, b, at, n);
+            else
+                load_pixels(y, image, args.image_dtype, args.W, at, n, flip);
             // x - 0 and x * 1 are x
             const float mean = args.mean ? args.mean[c] : 0,
                         inv_std = args.mean ? args.inv_std[c] : 1;
-            if (args.delta) {
+            if (args.delta && !args.view) {
                 const float* delta =
                     load_delta(buffer, args.delta, args.delta_dtype, first + at, n, unit);
                 by_turns(args, next, n, [&](int64_t i, int64_t count) {

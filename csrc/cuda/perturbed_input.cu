@@ -35,14 +35,17 @@ __global__ void build_input(Tiles t, Input a, Normal normal) {
         for (int64_t unit = threadIdx.x; unit < groups * t.C; unit += THREADS) {
             const int64_t c = unit / groups, offset = unit % groups * V, pixel = first + offset,
                           plane = (row * t.C + c) * t.plane;
+            int64_t from = pixel;
+            if constexpr (V == 1)  // a view moves single pixels
+                if (t.view) from = seen_pixel(t.view, b, false, pixel / t.W, pixel % t.W, t.H, t.W);
             float x[V];
 #pragma unroll
-            for (int k = 0; k < V; ++k) x[k] = NAN;  // a row that does not exist
-            if (known) {
-                load_image(a.images, a.image_dtype, plane, pixel, t.W, mirror, x);
+            for (int k = 0; k < V; ++k) x[k] = known ? 0.f : NAN;  // a row that does not exist
+            if (known && from >= 0) {
+                load_image(a.images, a.image_dtype, plane, from, t.W, mirror, x);
                 if (a.delta) {
                     float d[V];
-                    load(a.delta, a.delta_dtype, plane + pixel, d);
+                    load(a.delta, a.delta_dtype, plane + from, d);
 #pragma unroll
                     for (int k = 0; k < V; ++k)
                         x[k] += a.delta_dtype == DType::i8 ? d[k] * a.level : d[k];
@@ -92,10 +95,10 @@ void perturbed_input_cuda(const PerturbedInputArgs& a, void* stream) {
     normal.on = a.mean && a.inv_std;
     for (int64_t c = 0; normal.on && c < a.C; ++c)
         normal.mean[c] = a.mean[c], normal.inv_std[c] = a.inv_std[c];
-    const Tiles t = tiles_of(a.B, a.C, a.H, a.W, a.N, a.index, a.flip);
+    const Tiles t = tiles_of(a.B, a.C, a.H, a.W, a.N, a.index, a.flip, a.view);
     const Input input{a.out,         a.out_dtype, a.channels_last, a.images,
                       a.image_dtype, a.delta,     a.delta_dtype,   static_cast<float>(a.eps / 127)};
-    const bool eights = in_eights(t, {a.out, a.images, a.delta});
+    const bool eights = !a.view && in_eights(t, {a.out, a.images, a.delta});
     const int64_t tiles = a.C ? a.B * t.per_image : 0;
     launch("build_input", eights ? build_input<8> : build_input<1>, std::min(tiles, BLOCKS), 1,
            stream, t, input, normal);

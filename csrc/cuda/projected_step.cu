@@ -43,7 +43,31 @@ struct Gradient {
     DType dtype;
     int64_t s[4];
     Layout layout;
+    int64_t grid;
 };
+
+// The gradient of the pixel at (row, column) of the store, where the view of batch row b has it.
+__device__ __forceinline__ float moved_back(const Tiles& t, const Gradient& g, int64_t b, int64_t c,
+                                            int64_t row, int64_t column) {
+    const int64_t at = seen_pixel(t.view, b, true, row, column, t.H, t.W);
+    return at < 0 ? 0.f
+                  : load(g.data, g.dtype,
+                         b * g.s[0] + c * g.s[1] + at / t.W * g.s[2] + at % t.W * g.s[3]);
+}
+
+// The sum over the cell of that pixel: down each column of the cell, then over the columns.
+__device__ __forceinline__ float cell_sum(const Tiles& t, const Gradient& g, int64_t b, int64_t c,
+                                          int64_t row, int64_t column) {
+    const int64_t top = row - row % g.grid, left = column - column % g.grid;
+    float sum = 0;
+    for (int64_t x = left; x < left + g.grid && x < t.W; ++x) {
+        float down = 0;
+        for (int64_t y = top; y < top + g.grid && y < t.H; ++y)
+            down += moved_back(t, g, b, c, y, x);
+        sum += down;
+    }
+    return sum;
+}
 
 struct Store {
     void* delta;
@@ -54,7 +78,8 @@ struct Store {
     unsigned long long* nonfinite;
 };
 
-template <int V>
+// MOVED: the gradient comes through a view or is summed over cells; V is 1 and the layout strided.
+template <int V, bool MOVED>
 __global__ void step_rows(Tiles t, Gradient g, Store s) {
     __shared__ float stage[STAGE];
     int bad = 0;
@@ -79,7 +104,9 @@ __global__ void step_rows(Tiles t, Gradient g, Store s) {
             const int64_t c = unit / groups, offset = unit % groups * V, pixel = first + offset,
                           plane = (row * t.C + c) * t.plane;
             float v[V], d[V], x[V];
-            if (g.layout == Layout::pixels) {
+            if constexpr (MOVED) {
+                v[0] = moved_back(t, g, b, c, pixel / t.W, pixel % t.W);
+            } else if (g.layout == Layout::pixels) {
 #pragma unroll
                 for (int k = 0; k < V; ++k) v[k] = stage[(offset + k) * t.C + c];
             } else {
@@ -95,8 +122,11 @@ __global__ void step_rows(Tiles t, Gradient g, Store s) {
             load(s.delta, s.dtype, plane + pixel, d);
             load_image(s.images, s.image_dtype, plane, pixel, t.W, mirror, x);
 #pragma unroll
+            for (int k = 0; k < V; ++k) bad += !(fabsf(v[k]) <= FLOAT_MAX);
+            if constexpr (MOVED)
+                if (g.grid > 1) v[0] = cell_sum(t, g, b, c, pixel / t.W, pixel % t.W);
+#pragma unroll
             for (int k = 0; k < V; ++k) {
-                bad += !(fabsf(v[k]) <= FLOAT_MAX);
                 const float before = s.dtype == DType::i8 ? d[k] * s.level : d[k];
                 d[k] = step(before, v[k], x[k], s.alpha, s.eps);
                 if (s.dtype == DType::i8) d[k] = clamp(rintf(d[k] * s.levels), -127.f, 127.f);
@@ -129,17 +159,25 @@ void projected_step_inplace_cuda(const ProjectedStepInplaceArgs& a, void* stream
     require_dtype(op, "grad", a.grad_dtype, is_feature(a.grad_dtype));
     require_dtype(op, "images", a.image_dtype,
                   a.image_dtype == DType::u8 || a.image_dtype == DType::f32);
-    const Tiles t = tiles_of(a.B, a.C, a.H, a.W, a.N, a.index, a.flip);
+    const Tiles t = tiles_of(a.B, a.C, a.H, a.W, a.N, a.index, a.flip, a.view);
     const int64_t* s = a.grad_stride;
     bool eights = in_eights(t, {a.delta, a.images});
     Layout layout = Layout::strided;
-    if (eights && s[3] == 1 && s[0] % 8 == 0 && s[1] % 8 == 0 && s[2] % 8 == 0 && aligned(a.grad)) {
+    const bool moved = a.view || a.grid > 1;
+    if (moved) {
+        eights = false;
+    } else if (eights && s[3] == 1 && s[0] % 8 == 0 && s[1] % 8 == 0 && s[2] % 8 == 0 &&
+               aligned(a.grad)) {
         layout = Layout::rows;
     } else if (s[1] == 1 && s[3] == a.C && s[2] == a.W * a.C && t.pixels * a.C <= STAGE) {
         layout = Layout::pixels;
         eights = eights && s[0] % 8 == 0 && aligned(a.grad);
     }
-    const Gradient g{a.grad, a.grad_dtype, {s[0], s[1], s[2], s[3]}, layout};
+    const Gradient g{a.grad,
+                     a.grad_dtype,
+                     {s[0], s[1], s[2], s[3]},
+                     layout,
+                     std::min(a.grid, std::max(a.H, a.W))};
     const Store store{a.delta,
                       a.delta_dtype,
                       a.images,
@@ -150,8 +188,11 @@ void projected_step_inplace_cuda(const ProjectedStepInplaceArgs& a, void* stream
                       static_cast<float>(127 / a.eps),
                       reinterpret_cast<unsigned long long*>(a.nonfinite)};
     const int64_t tiles = a.C ? a.B * t.per_image : 0;
-    launch("step_rows", eights ? step_rows<8> : step_rows<1>, std::min(tiles, BLOCKS), 1, stream, t,
-           g, store);
+    launch("step_rows",
+           moved    ? step_rows<1, true>
+           : eights ? step_rows<8, false>
+                    : step_rows<1, false>,
+           std::min(tiles, BLOCKS), 1, stream, t, g, store);
 }
 
 }  // namespace miue

@@ -42,6 +42,24 @@ def load_image(images, flip, row, offsets, column, W: tl.constexpr, live):
 
 
 @triton.jit
+def seen_pixel(view, row, p, H, W: tl.constexpr, TRANSPOSE: tl.constexpr):
+    """(where pixel p of a viewed plane is in the plane itself, whether it is there at all)."""
+    if view is None:
+        return p, p >= 0
+    else:
+        down = tl.load(view + 3 * row).to(tl.int64)
+        right = tl.load(view + 3 * row + 1).to(tl.int64)
+        mirrored = tl.load(view + 3 * row + 2) != 0
+        if TRANSPOSE:
+            down = -down
+            right = tl.where(mirrored, right, -right)
+        h = p // W - down
+        w = p % W - right
+        inside = (h >= 0) & (h < H) & (w >= 0) & (w < W)
+        return h * W + tl.where(mirrored, W - 1 - w, w), inside
+
+
+@triton.jit
 def to_scale(delta, level):
     """fp32 value of a poison element; int8 holds levels."""
     if delta.dtype == tl.int8:

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from ._common import on_device_of
-from ._store import load_image, split_program, store_row, to_scale
+from ._store import load_image, seen_pixel, split_program, store_row, to_scale
 
 WARPS = 4
 BLOCK = 4 * 32 * WARPS
@@ -26,6 +26,7 @@ def _kernel(
     delta,
     index,
     flip,
+    view,
     affine,
     level,
     count,
@@ -49,11 +50,14 @@ def _kernel(
         o = channel * plane + p
     source, exists = store_row(index, row, count)
     base = source * C * plane
+    p, inside = seen_pixel(view, row, p, plane // W, W, False)
     offsets = channel * plane + p
-    readable = live & exists
+    readable = live & exists & inside
     x = load_image(images + base, flip, row, offsets, p % W, W, readable)
     if delta is not None:
         x += to_scale(tl.load(delta + base + offsets, mask=readable, other=0), level)
+    if view is not None:
+        x = tl.where(inside, x, 0.0)
     if affine is not None:
         x = (x - tl.load(affine + channel)) * tl.load(affine + C + channel)
     x = tl.where(
@@ -70,7 +74,7 @@ def _affine(mean, std, device):
     return torch.tensor([mean, [1 / s for s in std]], dtype=torch.float32, device=device)
 
 
-def perturbed_input(images, delta, index, flip, mean, std, eps, dtype, channels_last):
+def perturbed_input(images, delta, index, flip, mean, std, eps, dtype, channels_last, view=None):
     n, c, h, w = images.shape
     b = n if index is None else index.shape[0]
     layout = torch.channels_last if channels_last else torch.contiguous_format
@@ -84,6 +88,7 @@ def perturbed_input(images, delta, index, flip, mean, std, eps, dtype, channels_
                 delta,
                 index,
                 None if flip is None else flip.view(torch.uint8),
+                view,
                 _affine(tuple(mean), tuple(std), images.device) if mean else None,
                 eps / 127,
                 n,

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 
 from ._common import on_device_of
-from ._store import load_image, split_program, store_row, to_scale
+from ._store import load_image, seen_pixel, split_program, store_row, to_scale
 
 WARPS = 4
 BLOCK = 4 * 32 * WARPS
@@ -45,6 +45,13 @@ def _flat_kernel(out, delta, grad, image, n, alpha, eps, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def count(grad, live, nonfinite):
+    bad = tl.sum((live & ~(tl.abs(grad) < float("inf"))).to(tl.int32))
+    if bad > 0:
+        tl.atomic_add(nonfinite, bad.to(tl.int64))
+
+
+@triton.jit
 def move(delta, grad, image, live, nonfinite, alpha, eps, level, inverse_level):
     """The step in place on the poison store's elements `delta` (pointers); counts the live
     gradients that are NaN or Inf.
@@ -55,9 +62,29 @@ def move(delta, grad, image, live, nonfinite, alpha, eps, level, inverse_level):
         value = _clamp(value * inverse_level, -127.0, 127.0) + HALF_EVEN - HALF_EVEN
     tl.store(delta, value.to(kind), mask=live)
     if nonfinite is not None:
-        bad = tl.sum((live & ~(tl.abs(grad) < float("inf"))).to(tl.int32))
-        if bad > 0:
-            tl.atomic_add(nonfinite, bad.to(tl.int64))
+        count(grad, live, nonfinite)
+
+
+@triton.jit
+def _moved_back(grad, view, row, p, live, H, stride, W: tl.constexpr):
+    """The gradient of pixels p of the store, where the view of this row has them; else 0."""
+    at, inside = seen_pixel(view, row, p, H, W, True)
+    return tl.load(grad + at * stride, mask=live & inside, other=0).to(tl.float32)
+
+
+@triton.jit
+def _cell_sums(grad, view, row, p, live, H, stride, W: tl.constexpr, GRID: tl.constexpr):
+    """The sums over the cells of pixels p: down each column of a cell, then over the columns."""
+    top = p // W // GRID * GRID
+    left = p % W // GRID * GRID
+    total = tl.zeros(p.shape, tl.float32)
+    for j in range(GRID):
+        column = tl.zeros(p.shape, tl.float32)
+        for i in range(GRID):
+            there = live & (top + i < H) & (left + j < W)
+            column += _moved_back(grad, view, row, (top + i) * W + left + j, there, H, stride, W)
+        total += column
+    return total
 
 
 @triton.jit
@@ -67,32 +94,39 @@ def _store_kernel(
     grad,
     images,
     flip,
+    view,
     nonfinite,
     alpha,
     eps,
     level,
     inverse_level,
-    count,
+    rows,
     plane,
     row_stride,
     channel_stride,
     pixel_stride,
     C: tl.constexpr,
     W: tl.constexpr,
+    GRID: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """One program: BLOCK pixels of one channel of one row; the C programs that share a
     channels-last gradient run side by side.
     """
     row, channel, p = split_program(plane, C, BLOCK)
-    source, exists = store_row(index, row, count)
+    source, exists = store_row(index, row, rows)
     live = (p < plane) & exists
     base = (source * C + channel) * plane
-    g = tl.load(
-        grad + row * row_stride + channel * channel_stride + p * pixel_stride, mask=live, other=0
-    ).to(tl.float32)
+    grad += row * row_stride + channel * channel_stride
+    g = _moved_back(grad, view, row, p, live, plane // W, pixel_stride, W)
     x = load_image(images + base, flip, row, p, p % W, W, live)
-    move(delta + base + p, g, x, live, nonfinite, alpha, eps, level, inverse_level)
+    if GRID == 1:
+        move(delta + base + p, g, x, live, nonfinite, alpha, eps, level, inverse_level)
+    else:
+        if nonfinite is not None:
+            count(g, live, nonfinite)
+        g = _cell_sums(grad, view, row, p, live, plane // W, pixel_stride, W, GRID)
+        move(delta + base + p, g, x, live, None, alpha, eps, level, inverse_level)
 
 
 def projected_step(delta, grad, image, alpha, eps):
@@ -107,7 +141,7 @@ def projected_step(delta, grad, image, alpha, eps):
     return out
 
 
-def projected_step_(delta, index, grad, images, flip, alpha, eps, nonfinite):
+def projected_step_(delta, index, grad, images, flip, alpha, eps, nonfinite, view=None, grid=1):
     b, c, h, w = grad.shape
     if grad.numel() == 0:
         return
@@ -123,6 +157,7 @@ def projected_step_(delta, index, grad, images, flip, alpha, eps, nonfinite):
             grad,
             images,
             None if flip is None else flip.view(torch.uint8),
+            view,
             nonfinite,
             alpha,
             eps,
@@ -135,6 +170,7 @@ def projected_step_(delta, index, grad, images, flip, alpha, eps, nonfinite):
             grad.stride(3),
             C=c,
             W=w,
+            GRID=min(grid, max(h, w)),
             BLOCK=BLOCK,
             **OPTIONS,
         )

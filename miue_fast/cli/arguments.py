@@ -12,7 +12,7 @@ from typing import Any
 from ..data.export import FORMATS
 from ..evaluation import DEFENCES, NOISES
 from ..evaluation.defences.none import NoDefence
-from ..generation import OBJECTIVES, PRESETS, Options
+from ..generation import OBJECTIVES, PRESETS, TRANSFORMS, Options
 from ..generation.presets import DEFAULT
 from ..models import NETWORKS
 from ..support.messages import short
@@ -34,6 +34,8 @@ HELP = {
     "seed": "seed of everything random",
     "flip": "probability of a horizontal flip",
     "random_start": "start from uniform noise in +-eps",
+    "robust": "transforms in each poison step, as in crop,grid:4: "
+    + "; ".join(f"{name}: {kind.about}" for name, kind in TRANSFORMS.items()),
     "width": "filters of the first stage of a built-in network",
     "network_chunk": "images per network launch; bounds memory, does not change the objective",
     "device": "cpu, cuda or cuda:N; default: cuda if there is one",
@@ -465,7 +467,7 @@ def _algorithm_option(group, option, text):
     """One option of `generate` for a field of `Options`; the help ends with its default value."""
     hint = typing.get_type_hints(Options)[option.name]
     kind = next(k for k in (typing.get_args(hint) or (hint,)) if k is not type(None))
-    shown = "" if option.default is None else f" ({_shown(option.default)})"
+    shown = "" if option.default in (None, "") else f" ({_shown(option.default)})"
     group.add_argument("--" + option.name.replace("_", "-"), help=text + shown, **KINDS[kind])
 
 

@@ -187,6 +187,22 @@ def selection(
     return flip.contiguous()
 
 
+def view(
+    op: str, value: torch.Tensor | None, batch: int, device: torch.device
+) -> torch.Tensor | None:
+    """An optional view int32 [B, 3] of each row of a batch; it comes back contiguous."""
+    if value is None:
+        return None
+    if (
+        not isinstance(value, torch.Tensor)
+        or value.shape != (batch, 3)
+        or value.dtype != torch.int32
+        or value.device != device
+    ):
+        fail(op, "view", f"an int32 tensor [{batch}, 3] on {device}", describe(value))
+    return value.contiguous()
+
+
 def row_numbers(op: str, index: torch.Tensor | None, count: int) -> None:
     """ValueError if an int64 index [B] on the CPU names rows outside a store of `count` rows. On a
     GPU the check would wait for the device: there the result of such an index is undefined.

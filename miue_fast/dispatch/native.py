@@ -222,7 +222,7 @@ def projected_step(delta, grad, image, alpha, eps):
     return out
 
 
-def projected_step_(delta, index, grad, images, flip, alpha, eps, nonfinite):
+def projected_step_(delta, index, grad, images, flip, alpha, eps, nonfinite, view=None, grid=1):
     _call(
         delta.device,
         "projected_step_inplace",
@@ -237,10 +237,12 @@ def projected_step_(delta, index, grad, images, flip, alpha, eps, nonfinite):
         alpha,
         eps,
         _ptr(nonfinite),
+        _ptr(view),
+        grid,
     )
 
 
-def perturbed_input(images, delta, index, flip, mean, std, eps, dtype, channels_last):
+def perturbed_input(images, delta, index, flip, mean, std, eps, dtype, channels_last, view=None):
     n, c, h, w = images.shape
     layout = torch.channels_last if channels_last else torch.contiguous_format
     b = n if index is None else index.shape[0]
@@ -259,6 +261,7 @@ def perturbed_input(images, delta, index, flip, mean, std, eps, dtype, channels_
         [1 / s for s in std],
         (b, c, h, w),
         n,
+        _ptr(view),
     )
     return out
 

@@ -6,11 +6,13 @@ from .api import Result, generate, perturb
 from .objectives import OBJECTIVES, Objective, register
 from .options import Options
 from .presets import PRESETS, Preset
+from .robust import TRANSFORMS
 from .run import Interrupted
 
 __all__ = [
     "OBJECTIVES",
     "PRESETS",
+    "TRANSFORMS",
     "Interrupted",
     "Objective",
     "Options",

@@ -12,6 +12,11 @@ def generator(seed: int, epoch: int, purpose: str) -> torch.Generator:
     return torch.Generator().manual_seed(derive(seed, epoch, purpose))
 
 
+def step_generator(seed: int, epoch: int, batch: int, step: int) -> torch.Generator:
+    """A new generator on the CPU, for what is random in one step of one contrastive batch."""
+    return generator(seed, epoch, f"robust/{batch}/{step}")
+
+
 def derive(seed: int, epoch: int, purpose: str) -> int:
     """A seed of 63 bits for one purpose in one epoch."""
     return (

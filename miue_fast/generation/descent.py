@@ -1,16 +1,20 @@
 """The poison step of a contrastive batch: K projected sign steps on the perturbation."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from ..dispatch.registry import OPS
 from ..frozen import AutogradNet, FrozenNet
 from ..ops import conv_input_grad_step_, perturbed_input, projected_step_
+from ..ops.perturbed_input import transposed_view
 from ..support.calls import Turn
+from ..support.messages import fail
 from .graphs import Captured
 from .options import Options
+from .robust import Drawn
 
 
 def network_input(
@@ -41,8 +45,11 @@ class Descent:
         H, W], uint8 or float32 on [0, 1]. delta: like it, or [num_classes, C, H, W] with
         options.classwise; changed in place. options: of the loss and the step. num_classes: what
         the objective is told of the data set; 0 where it does not ask.
+    Errors: ValueError where options.robust does not fit the images.
     On CUDA a step of a fused network is captured in a CUDA graph once per batch size, step size and
-    normalisation, and replayed; a batch's first step then runs as it is, on the graph's own inputs.
+    normalisation, and replayed, the view of each step being one of its inputs; a batch's first step
+    then runs as it is, on the graph's own inputs. Where options.robust computes new pixels nothing
+    is captured.
     One thread at a time: a second one is refused (ValueError).
     """
 
@@ -56,7 +63,11 @@ class Descent:
     ):
         self.network, self.images, self.delta, self.options = network, images, delta, options
         self.num_classes = num_classes
-        self.captured = images.is_cuda and network.fused and self._has_kernels()
+        self.robust = options.transforms
+        self.robust.check(images.shape)
+        self.captured = (
+            images.is_cuda and network.fused and not self.robust.changes and self._has_kernels()
+        )
         self.graphs, self.pool, self.baked = {}, None, None
         self.turn = Turn("Descent")
 
@@ -73,26 +84,49 @@ class Descent:
         )
 
     def __call__(
-        self, labels: torch.Tensor, index: torch.Tensor, flip: torch.Tensor | None, alpha: float
+        self,
+        labels: torch.Tensor,
+        index: torch.Tensor,
+        flip: torch.Tensor | None,
+        alpha: float,
+        draws: Callable[[int], torch.Generator] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Takes options.steps steps on the rows `index`. labels, index (int64), flip (bool or
-        None): [B] in one order. alpha: step size on the [0, 1] scale.
+        None): [B] in one order; a crop of options.robust mirrors in place of flip. alpha: step size
+        on the [0, 1] scale. draws: step number -> the generator, on the CPU, of what is random in
+        that step; needed where options.robust draws anything.
 
         Returns: the last step's loss (before its update), and int64 [2]: how often the loss, and
             the gradient, was NaN or Inf.
         """
         with self.turn, self.network.alone():
             self.network.check()
-            return self._descend(labels, index, flip, alpha)
+            return self._descend(labels, index, flip, alpha, self._drawn(len(index), draws))
 
-    def _descend(self, labels, index, flip, alpha):
+    def _drawn(self, batch, draws):
+        """What is random in each of the steps."""
+        steps, o = range(self.options.steps), self.options
+        if not self.robust.draws:
+            return [Drawn()] * len(steps)
+        if draws is None:
+            fail("Descent", "draws", "a generator for each step of options.robust", None)
+        drawn = [self.robust.draw(batch, self.images.shape, o.flip, draws(step)) for step in steps]
+        views = [step.view for step in drawn if step.view is not None]
+        if views:
+            views = torch.stack(views).to(self.images.device, non_blocking=True)
+            drawn = [step._replace(view=view) for step, view in zip(drawn, views)]
+        return drawn
+
+    def _descend(self, labels, index, flip, alpha, drawn):
         bad = torch.zeros(2, dtype=torch.int64, device=self.images.device)
-        steps = self.options.steps
+        if self.robust.moves:
+            flip = None
         if not self.captured:
-            for _ in range(steps):
-                loss = self._step(labels, index, flip, alpha, bad)
+            for step in drawn:
+                loss = self._step(labels, index, flip, alpha, bad, step)
             return loss, bad
-        given, baked = (labels, index, flip, bad), (alpha, self.network.mean, self.network.std)
+        given = labels, index, flip, bad, drawn[0].view
+        baked = alpha, self.network.mean, self.network.std
         key = len(index), flip is None
         if baked != self.baked:  # another epoch: these numbers are part of the captured launches
             self.graphs, self.pool, self.baked = {}, None, baked
@@ -103,19 +137,22 @@ class Descent:
             inputs = [None if v is None else v.clone() for v in given]
             # Kernels are compiled and loaded in this step, because that is not allowed during a
             # capture; it runs on the inputs of the graph and counts as the first of the batch.
-            first = self._step(*inputs[:3], alpha, inputs[3])
+            first = self._step(*inputs[:3], alpha, inputs[3], Drawn(inputs[4]))
             captured = self.graphs[key] = self._capture(inputs, alpha)
-            steps -= 1
-        for _ in range(steps):
+            drawn = drawn[1:]
+        for step in drawn:
+            captured.load((None, None, None, None, step.view))
             captured.replay()
-        return captured.result.clone() if steps else first, captured.inputs[3].clone()
+        return captured.result.clone() if drawn else first, captured.inputs[3].clone()
 
     def _capture(self, inputs, alpha):
         """One step on static inputs, whose result is the loss."""
         while True:
             try:
                 captured = Captured(
-                    lambda labels, index, flip, bad: self._step(labels, index, flip, alpha, bad),
+                    lambda labels, index, flip, bad, view: self._step(
+                        labels, index, flip, alpha, bad, Drawn(view)
+                    ),
                     inputs,
                     self.pool,
                 )
@@ -126,33 +163,67 @@ class Descent:
             self.network.forget()
             self.network.chunk.halve(min(self.network.chunk.size, len(inputs[1])))
 
-    def _step(self, labels, index, flip, alpha, bad):
-        o, network = self.options, self.network
+    def _step(self, labels, index, flip, alpha, bad, drawn):
+        o, network, grid = self.options, self.network, self.robust.grid
         channels_last = isinstance(network, FrozenNet) or network.layout is torch.channels_last
         mean, std = network.normalisation(self.images.shape[1])
+        form: dict[str, Any] = {
+            "dtype": network.dtype if network.fused else torch.float32,
+            "channels_last": channels_last,
+            "backend": o.backend,
+        }
+        view, changes = drawn
 
-        def flips(rows):
-            return None if flip is None else flip[rows]
+        def of(rows, each):
+            return None if each is None else each[rows]
 
-        def load(rows):
+        def picture(rows, *normalisation, **form):
+            """Image + delta."""
             return network_input(
                 self.images,
                 self.delta,
                 labels[rows],
                 index[rows],
-                flips(rows),
-                mean,
-                std,
+                of(rows, flip),
+                *normalisation,
                 eps=o.eps,
-                dtype=network.dtype if network.fused else torch.float32,
-                channels_last=channels_last,
-                backend=o.backend,
                 classwise=o.classwise,
+                **form,
             )
+
+        def plain(rows):
+            """The same on the [0, 1] scale, for the changes, which are computed twice: to keep
+            their values until the gradient is there would take the memory of a whole batch.
+            """
+            return picture(rows, channels_last=False, backend=o.backend)
+
+        def changed(x):
+            for change in changes:
+                x = change(x)
+            return x
+
+        def load(rows):
+            if not changes:
+                return picture(rows, mean, std, view=of(rows, view), **form)
+            x = changed(plain(rows)).contiguous()
+            return perturbed_input(x, mean=mean, std=std, view=of(rows, view), **form)
+
+        def of_picture(rows, grad):
+            """The gradient of `picture` from that of the network's input."""
+            if view is not None:
+                grad, back = grad.float().contiguous(), transposed_view(view[rows])
+                grad = perturbed_input(grad, view=back, channels_last=False, backend=o.backend)
+            if changes:
+                with torch.enable_grad():
+                    x = plain(rows).requires_grad_()
+                    (grad,) = torch.autograd.grad(changed(x), x, grad.float())
+            return grad
 
         def take(rows, grad):
             if o.classwise:
-                sums.add_((members[:, rows] @ grad.flatten(1).float()).view_as(sums))
+                sums.add_(
+                    (members[:, rows] @ of_picture(rows, grad).flatten(1).float()).view_as(sums)
+                )
                 return
             rest: dict[str, Any] = {
                 "alpha": alpha,
@@ -160,22 +231,27 @@ class Descent:
                 "nonfinite": bad[1:],
                 "backend": o.backend,
             }
-            if stem is None:
-                projected_step_(self.delta, index[rows], grad, self.images, flips(rows), **rest)
-            else:  # grad belongs to the first convolution's result
+            where = self.delta, index[rows]
+            if stem is not None:  # grad belongs to the first convolution's result
                 conv_input_grad_step_(
-                    self.delta,
-                    index[rows],
+                    *where,
                     grad,
                     stem.back_weight,
                     self.images,
-                    flips(rows),
+                    of(rows, flip),
                     **rest,
                     **stem.geometry,
                 )
+            elif changes:
+                grad = of_picture(rows, grad)
+                projected_step_(*where, grad, self.images, of(rows, flip), grid=grid, **rest)
+            else:
+                rest |= {"view": of(rows, view), "grid": grid}
+                projected_step_(*where, grad, self.images, of(rows, flip), **rest)
 
         outputs = network.run(len(index), load)
-        stem = network.step_stem
+        # The gradient of the images comes first where it is moved, or summed over cells.
+        stem = None if changes or view is not None or grid > 1 else network.step_stem
         loss, grad = o.chosen.value_and_grad(outputs, labels, self.num_classes, o)
         bad[0] += ~loss.isfinite()
         if outputs.dtype is torch.float16:
@@ -188,8 +264,19 @@ class Descent:
         members = (torch.arange(len(sums), device=labels.device)[:, None] == labels).float()
         network.back(grad.to(outputs.dtype), take)
         bad[1:] += (~sums.isfinite()).sum()
+        if grid > 1:
+            sums = _cell_means(sums, grid)
         self.delta.sub_((alpha * sums.sign_()).to(self.delta.dtype)).clamp_(-o.eps, o.eps)
         return loss
+
+
+def _cell_means(grad, size):
+    """Every value replaced by the mean over its cell, which has the sign of the sum."""
+    height, width = grad.shape[2:]
+    cells = F.avg_pool2d(grad, min(size, max(height, width)), ceil_mode=True)
+    for axis, length in ((2, height), (3, width)):
+        cells = cells.repeat_interleave(size, axis).narrow(axis, 0, length)
+    return cells
 
 
 def check_finite(where: str, bad: torch.Tensor, hint: str) -> None:

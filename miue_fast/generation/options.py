@@ -12,6 +12,8 @@ from ..dispatch.registry import BACKENDS
 from ..support import messages, ranges
 from .objectives import OBJECTIVES, Objective
 from .objectives.mi_ue import MiUe
+from .robust import Robust
+from .robust import read as read_robust
 
 _STORES = ("float32", "float16", "int8")
 _ALL_OPS = tuple(
@@ -47,6 +49,9 @@ class Options:
     weight_decay: float = 1e-4
     seed: int = 7
     flip: float = 0.5  # probability of a horizontal flip
+    # random changes of image + delta in each poison step, and cells of the perturbation: names of
+    # `robust.TRANSFORMS`, separated by commas
+    robust: str = ""
     random_start: bool = False  # start from uniform noise in +-eps instead of 0
     width: int | None = None  # filters of a built-in network's first stage; None: its own
     network_chunk: int | None = (
@@ -108,6 +113,7 @@ class Options:
             ranges.switch("option", name, getattr(self, name))
         if self.channels_last is not None:
             ranges.switch("option", "channels_last", self.channels_last)
+        read_robust(self.robust)
         for objective in OBJECTIVES.values():
             objective.check_options(self)
         if self.fp8 and self.dtype != "bfloat16":
@@ -129,6 +135,11 @@ class Options:
     def chosen(self) -> Objective:
         """The objective that `objective` names."""
         return OBJECTIVES[self.objective]
+
+    @property
+    def transforms(self) -> Robust:
+        """The transforms that `robust` names."""
+        return read_robust(self.robust)
 
     @property
     def place(self) -> torch.device:

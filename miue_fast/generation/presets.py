@@ -1,4 +1,4 @@
-"""The published readings of the method, as options."""
+"""The published readings of the method, and settings for use, as options."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -34,6 +34,17 @@ PRESETS.add(
         "the formulas as the paper's text states them: the denominator has other classes only, and "
         "the distance is not divided by the feature width",
         Options(denominator="negatives", normalize_dim=False),
+    )
+)
+_FAST = Options(steps=2, alpha_0=1 / 255, epochs=32, train_batch=8, robust="crop")
+PRESETS.add(
+    Preset("fast", "few large steps against random crops: the shortest way to a poison", _FAST)
+)
+PRESETS.add(
+    Preset(
+        "publish",
+        "the same on a grid of 4 x 4 pixels, for images that are compressed or resized later",
+        replace(_FAST, robust="crop,grid:4"),
     )
 )
 

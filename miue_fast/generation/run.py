@@ -7,6 +7,7 @@ import io
 import logging
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -121,7 +122,8 @@ class BiLevelRun:
                 "got one of another data set; "
                 f"choose another folder or set {option('overwrite', True)}"
             )
-        before = header["options"]
+        # A checkpoint of before an option was there ran with its default.
+        before = {**Options().as_dict(), **header["options"]}
         told = [
             f"{shown('generate', k)} = {before.get(k)!r} (now {v!r})"
             for k, v in now["options"].items()
@@ -223,7 +225,8 @@ class BiLevelRun:
         self.descend.network.refold()
         for number, part in enumerate(slices, 1):
             index = order[part]
-            loss, bad = self.descend(self.labels[index], index, flips[part], o.alpha(epoch))
+            draws = partial(batches.step_generator, o.seed, epoch, number)
+            loss, bad = self.descend(self.labels[index], index, flips[part], o.alpha(epoch), draws)
             check_finite(
                 f"generate: epoch {epoch}, batch {number} of {len(slices)} of the poison step",
                 bad,

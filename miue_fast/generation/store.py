@@ -27,9 +27,14 @@ def start_randomly(delta: torch.Tensor, images: torch.Tensor, options: Options) 
     stays in [0, 1]. images: [N, C, H, W] on the device of the store.
     """
     o, g = options, batches.generator(options.seed, 0, "random start")
+    grid = o.transforms.grid
     for start in range(0, len(delta), o.batch):
         rows = slice(start, start + o.batch)
         noise = torch.rand(delta[rows].shape, generator=g, dtype=torch.float32) * 2 - 1
+        if grid > 1:  # the upper left corner of a cell is the whole cell's
+            height, width = noise.shape[2:]
+            noise = noise[:, :, ::grid, ::grid].repeat_interleave(grid, 2)[:, :, :height]
+            noise = noise.repeat_interleave(grid, 3)[..., :width]
         delta[rows] = (
             (noise * 127).round().to(torch.int8) if o.delta_dtype == "int8" else noise * o.eps
         )

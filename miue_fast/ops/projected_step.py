@@ -6,7 +6,7 @@ from ..dispatch import checks, native, triton
 from ..dispatch.registry import DOUBLES, FLOATS, Impl, define
 from ..reference.projected_step import projected_step as reference
 from ..reference.projected_step import projected_step_ as reference_
-from ..support import messages
+from ..support import messages, ranges
 
 define(
     (
@@ -30,7 +30,8 @@ STORES = frozenset({torch.float32, torch.float16, torch.int8})
 define(
     (
         "projected_step_(Tensor(a!) delta, Tensor? index, Tensor grad, Tensor images, "
-        "Tensor? flip, float alpha, float eps, Tensor(b!)? nonfinite, str backend) -> ()"
+        "Tensor? flip, float alpha, float eps, Tensor(b!)? nonfinite, Tensor? view, int grid, "
+        "str backend) -> ()"
     ),
     reference=checks.with_row_numbers("projected_step_", reference_, store=0, index=1),
     fake=lambda *args: None,
@@ -140,6 +141,8 @@ def projected_step_(
     alpha: float,
     eps: float,
     nonfinite: torch.Tensor | None = None,
+    view: torch.Tensor | None = None,
+    grid: int = 1,
     backend: str = "auto",
 ) -> None:
     """The projected sign step in place on rows `index` of the poison store; each row is read and
@@ -159,6 +162,16 @@ def projected_step_(
         alpha, eps: step size and L-inf budget on the [0, 1] scale; eps > 0 for int8.
         nonfinite: int64 [1] or None: incremented by the number of NaN and Inf in grad (they count
             as sign 0, or +-1 for Inf).
+        view: int32 [B, 3] or None: the view of `perturbed_input` that grad is the gradient of. Each
+            pixel takes the gradient from where the view moved it (the exact transpose); where the
+            view cut it off the gradient is 0 and nothing moves. A gradient where the view has
+            padding is not read, and not counted in `nonfinite`.
+        grid: the sign is that of the sum of grad over cells of grid x grid pixels of the store
+            (after the view), per channel, so that equal perturbations in a cell stay equal as far
+            as [0, 1] lets them. Cells start at the upper left corner, and the last ones are cut at
+            the border. The sum is taken in fp32 down each column of a cell and then over the
+            columns from left to right, on every backend: a sum of exactly 0 moves nothing, and a
+            NaN (or Inf and -Inf) among its gradients stops a whole cell.
 
     Bitwise the same on every backend. Errors: ValueError, BackendError.
     """
@@ -167,6 +180,10 @@ def projected_step_(
     checks.gradient(
         op, grad, (len(delta) if index is None else len(index), *delta.shape[1:]), delta.device
     )
+    if view is not None:
+        view = checks.view(op, view, len(grad), delta.device)
+    if grid != 1 or grid is True:
+        ranges.whole(op, "grid", grid)
     torch.ops.miue_fast.projected_step_(
-        delta, index, grad, images, flip, alpha, eps, nonfinite, backend
+        delta, index, grad, images, flip, alpha, eps, nonfinite, view, grid, backend
     )

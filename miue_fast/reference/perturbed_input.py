@@ -1,12 +1,13 @@
 import torch
 
-from .projected_step import load_delta, load_images
+from .projected_step import load_delta, load_images, viewed
 
 
-def perturbed_input(images, delta, index, flip, mean, std, eps, dtype, channels_last):
+def perturbed_input(images, delta, index, flip, mean, std, eps, dtype, channels_last, view=None):
     x = load_images(images, index, flip)
     if delta is not None:
         x = x + load_delta(delta, index, eps)
+    x = viewed(x, view)
     if mean:
         as_column = [
             torch.tensor(v, dtype=torch.float32, device=x.device)[:, None, None]

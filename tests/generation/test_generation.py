@@ -70,6 +70,12 @@ def test_presets_are_the_table():
         "paper": {"zeta": 0.1, "denominator": "all", "normalize_dim": True},
         "paper-text": {"zeta": 0.1, "denominator": "negatives", "normalize_dim": False},
     }
+    for row in table.values():
+        row["robust"] = ""
+    few = {"steps": 2, "alpha_0": 1 / 255, "epochs": 32, "train_batch": 8, "zeta": 0.1}
+    table["fast"] = few | {"robust": "crop"}
+    table["publish"] = few | {"robust": "crop,grid:4"}
+    assert PRESETS["fast"].options.last_alpha == 2 / 255
     assert set(PRESETS) == set(table)
     for name, row in table.items():
         assert {k: getattr(PRESETS[name].options, k) for k in common | row} == common | row
@@ -407,7 +413,7 @@ def test_out_of_memory_in_the_model_step(images):
 
 BAD = {
     "option": ({"epsilon": 1}, "generate: option: expected one of objective, classwise"),
-    "preset": ({"preset": "best"}, "preset: expected one of paper, published, paper-text"),
+    "preset": ({"preset": "best"}, f"preset: expected one of {', '.join(PRESETS)}, got 'best'"),
     "eps": ({"eps": -1 / 255}, "eps: expected a number in (0, 1]"),
     "eps 8": ({"eps": 8}, "8/255, not 8"),
     "eps NaN": ({"eps": float("nan")}, "eps: expected"),

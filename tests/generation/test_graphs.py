@@ -5,6 +5,7 @@ loop, and a step never waits.
 import contextlib
 import copy
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -12,10 +13,11 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from miue_fast import freeze, models
-from miue_fast.generation import Options, training
+from miue_fast.generation import Options, batches, training
 from miue_fast.generation import descent as descent_module
 from miue_fast.generation.descent import Descent
 from miue_fast.generation.graphs import Captured
+from miue_fast.generation.robust import Drawn
 from miue_fast.reference import perturbed_input as reference_input
 from miue_fast.reference.projected_step import load_images
 
@@ -130,6 +132,25 @@ def test_the_graph_path_is_the_plain_loop(case, steps, cuda):
             and torch.equal(bad, other_bad)
         ), k
     assert OnCpu.made == 4, "one capture per batch size, kind of flip and step size"
+
+
+@pytest.mark.parametrize("robust", ["crop", "crop,grid:4"])
+def test_each_replay_has_its_own_view(case, cuda, robust):
+    """The crops of a step are inputs of the graph and not part of it."""
+    model, images, labels, flip = case
+    net, options = freeze(model), Options(steps=3, robust=robust)
+    plain, graphs = (
+        Descent(net, images, torch.zeros(images.shape), options),
+        on_graphs(cuda, net, images, options),
+    )
+    for batch, rows in enumerate([slice(0, 12), slice(12, 24), slice(3, 15)]):
+        index = torch.arange(24)[rows]
+        draws = partial(batches.step_generator, 7, 1, batch)
+        args = labels[index], index, flip[rows], 0.01, draws
+        (one, bad), (other, other_bad) = plain(*args), graphs(*args)
+        assert torch.equal(plain.delta, graphs.delta), batch
+        assert torch.equal(one, other) and torch.equal(bad, other_bad)
+    assert OnCpu.made == 1
 
 
 class Scaled(torch.nn.Module):
@@ -339,6 +360,11 @@ def test_a_step_never_waits_for_the_device(case, dtype, store, chunk):
     run(net, images, labels, flip, Options(dtype=dtype, delta_dtype=store), chunk)
 
 
+def test_a_step_with_crops_and_cells_never_waits_either(case):
+    model, images, labels, flip = case
+    run(freeze(model), images, labels, flip, Options(robust="crop,grid:4"), None)
+
+
 def test_an_fp8_step_never_waits_either(case):
     model, images, labels, flip = case
     run(freeze(model, fp8=True), images, labels, flip, Options(dtype="bfloat16", fp8=True), None)
@@ -387,6 +413,7 @@ def run(net, images, labels, flip, options, chunk):
         images, labels, flip = map(there, (images, labels, flip))
         delta = torch.empty(images.shape, dtype=getattr(torch, options.delta_dtype), device="meta")
         descent = Descent.__new__(Descent)
+        descent.robust = options.transforms
         descent.network, descent.images, descent.delta, descent.options, descent.num_classes = (
             net,
             images,
@@ -400,6 +427,7 @@ def run(net, images, labels, flip, options, chunk):
             flip,
             0.01,
             torch.zeros(2, dtype=torch.int64, device="meta"),
+            Drawn(torch.empty(24, 3, dtype=torch.int32, device="meta") if options.robust else None),
         )
     assert loss.device.type == "meta"
 

@@ -138,7 +138,7 @@ def test_no_other_file_names_an_objective_or_a_preset():
 
 
 def test_presets_are_one_table_that_the_help_reads(capsys):
-    assert list(PRESETS) == ["paper", "published", "paper-text"]
+    assert list(PRESETS) == ["paper", "published", "paper-text", "fast", "publish"]
     with pytest.raises(SystemExit):
         commands.main(["generate", "--help"])
     told = "".join(capsys.readouterr().out.split())

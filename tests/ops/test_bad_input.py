@@ -17,6 +17,7 @@ from miue_fast.data.sources import from_arrays
 
 F, Y = torch.randn(4, 3), torch.tensor([0, 0, 1, 1])
 IMAGES = torch.full((4, 3, 2, 2), 128, dtype=torch.uint8)
+VIEW = torch.zeros(2, 3, dtype=torch.int32)
 GRAD = torch.ones(4, 3, 2, 2)
 ONE = torch.zeros(4)
 
@@ -101,6 +102,8 @@ def store_cases():
         "alpha": [-1.0, float("nan"), float("inf")],
         "eps": [-1.0, 2.0, float("nan")],
         "nonfinite": [count.int(), torch.zeros(2, dtype=torch.int64), count[0]],
+        "view": [VIEW[:1], VIEW.long(), VIEW[:, :2], VIEW.to("meta"), [[0, 0, 0]]],
+        "grid": [0, -1, 2.0, True, "4", 2**31],
     }
     for argument, values in bad.items():
         for value in values:
@@ -132,6 +135,7 @@ def input_cases():
         "flip": [flip[:1], flip.long()],
         "mean and std": [],
         "dtype": [torch.float64, torch.uint8],
+        "view": [VIEW[:1], VIEW.long(), VIEW[:, :2], VIEW.to("meta"), [[0, 0, 0]]],
         "backend": ["fast"],
     }
     for argument, values in bad.items():

@@ -38,8 +38,10 @@ CALLS = {
         0.1,
         0.1,
         0,
+        0,
+        1,
     ),
-    "perturbed_input": ((0, 0), False, (0, 4), (0, -1), 0.1, 0, 0, [], [], (1, 1, 4, 4), 1),
+    "perturbed_input": ((0, 0), False, (0, 4), (0, -1), 0.1, 0, 0, [], [], (1, 1, 4, 4), 1, 0),
     "conv_epilogue": (0, 0, 0, 0, True, 0, 4, 64),
     "conv_grad_epilogue": (0, 0, 0, 1 << 20, 64),
     "conv64": (0, 1, 0, 0, False, False, 0, 0, True, 0, 0, 1, 4, 4),
@@ -82,6 +84,7 @@ def test_bad_dtype_is_the_callers_error():
             [1.0] * 17,
             (1, 17, 4, 4),
             1,
+            0,
         )
 
 

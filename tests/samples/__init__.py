@@ -84,7 +84,8 @@ def taken(op: str, impl: Impl, device: str, dtype: torch.dtype) -> Iterator[Args
 
 def batch_of(count: int, device: str) -> dict[str, torch.Tensor]:
     """The tensors of one batch, from which the public calls are made: features [B, 6], labels [B],
-    images, delta and grad [B, 3, 4, 5], index and flip [B], activations x [B, 16, 4, 4].
+    images, delta and grad [B, 3, 4, 5], index and flip [B], view [B, 3], activations x
+    [B, 16, 4, 4].
     """
     gen = torch.Generator().manual_seed(count)
     images = torch.randint(256, (count, 3, 4, 5), generator=gen, dtype=torch.uint8)
@@ -102,6 +103,7 @@ def batch_of(count: int, device: str) -> dict[str, torch.Tensor]:
         "weight": torch.randn(16, 16, 3, 3, generator=gen) / 12,
         "stem": torch.randn(16, 3, 3, 3, generator=gen),
         "bias": torch.randn(16, generator=gen),
+        "view": torch.randint(-2, 3, (count, 3), generator=gen).to(torch.int32),
     }
     batch["grad"][0, 0, 0, 0] = torch.nan
     return {name: value.to(device) for name, value in batch.items()}

@@ -1,7 +1,5 @@
 """Samples of the projected step, functional and in place on a store."""
 
-import math
-
 import numpy as np
 import torch
 
@@ -69,6 +67,16 @@ def store_samples(device, dtype, eps=8 / 255):
         )
 
 
+def views(gen, shape):
+    """int32 [B, 3]: random views of a batch of this shape, some of which leave nothing."""
+    batch, _, h, w = shape
+    moves = [torch.randint(-n - 1, n + 2, (batch,), generator=gen) for n in (h, w)]
+    near = torch.rand(batch, generator=gen) < 0.7
+    moves = [torch.where(near, move // 4, move) for move in moves]
+    mirrored = torch.randint(2, (batch,), generator=gen)
+    return torch.stack([*moves, mirrored], 1).to(torch.int32)
+
+
 def inplace_samples(device, dtype):
     gen = torch.Generator().manual_seed(11)
     grads = [torch.float32, torch.float16, torch.bfloat16]
@@ -81,7 +89,11 @@ def inplace_samples(device, dtype):
         if k % 2:
             grad = grad.contiguous(memory_format=torch.channels_last)
         count = torch.zeros(1, dtype=torch.int64, device=device) if k % 4 < 2 else None
-        yield delta, index, grad, images, flip, 0.8 / 255, 8 / 255, count
+        args = delta, index, grad, images, flip, 0.8 / 255, 8 / 255, count
+        yield *args, None, 1
+        view = views(gen, shape).to(device)
+        yield *args, view, 1
+        yield *args, view if k % 2 else None, 2 + k % 4
     yield (
         delta,
         index,
@@ -91,6 +103,8 @@ def inplace_samples(device, dtype):
         0.001,
         0.03,
         None,
+        view,
+        3,
     )
 
 
@@ -164,7 +178,20 @@ def inplace_case(choose):
     elif shape[0]:
         grad = grad[:1].expand(shape)
     nonfinite = torch.tensor([choose.one_of(0, 2**40)]) if choose.flag() else None
-    return delta, index, grad, images, flip, step_size(choose), eps, nonfinite
+    view = any_view(choose, gen, shape)
+    grid = choose.one_of(1, 1, 2, 3, 4, choose.integer(1, 50), 2**31 - 1)
+    return delta, index, grad, images, flip, step_size(choose), eps, nonfinite, view, grid
+
+
+def any_view(choose, gen, shape):
+    kind = choose.one_of("none", "none", "usual", "anything")
+    if kind == "none":
+        return None
+    if kind == "usual":
+        return views(gen, shape)
+    lowest = torch.iinfo(torch.int32).min
+    view = torch.randint(lowest, -lowest, (shape[0], 3), generator=gen)
+    return special(view, gen, 0, 1, lowest, -lowest - 1).to(torch.int32)
 
 
 def step_by_numpy(delta, grad, image, alpha, eps):
@@ -188,19 +215,63 @@ def delta_by_numpy(delta, row, eps):
     return values(delta[row]) * np.float32(eps / 127 if delta.dtype == torch.int8 else 1)
 
 
+def viewed_by_numpy(x, view):
+    """One row [C, H, W] as it is seen, pixel by pixel."""
+    down, right, mirrored = view
+    out, (_, h, w) = np.zeros_like(x), x.shape
+    for i in range(h):
+        for j in range(w):
+            row, column = i - down, j - right
+            if 0 <= row < h and 0 <= column < w:
+                out[:, i, j] = x[:, row, w - 1 - column if mirrored else column]
+    return out
+
+
+def back_by_numpy(grad, view):
+    """The transpose: every pixel of the view gives its gradient to the pixel that it shows."""
+    down, right, mirrored = view
+    out, (_, h, w) = np.zeros_like(grad), grad.shape
+    for i in range(h):
+        for j in range(w):
+            row, column = i - down, j - right
+            if 0 <= row < h and 0 <= column < w:
+                out[:, row, w - 1 - column if mirrored else column] = grad[:, i, j]
+    return out
+
+
+def cells_by_numpy(grad, size):
+    out, (_, h, w) = np.empty_like(grad), grad.shape
+    for top in range(0, h, size):
+        for left in range(0, w, size):
+            cell = grad[:, top : top + size, left : left + size]
+            down, total = np.zeros_like(cell[:, 0]), np.zeros_like(cell[:, 0, 0])
+            for line in cell.swapaxes(0, 1):
+                down = down + line
+            for column in down.T:
+                total = total + column
+            out[:, top : top + size, left : left + size] = total[:, None, None]
+    return out
+
+
 def step_formula(delta, grad, image, alpha, eps):
     step = step_by_numpy(values(delta), values(grad), values(image), alpha, eps)
     return [torch.from_numpy(np.ascontiguousarray(step)).to(delta.dtype)]
 
 
-def inplace_formula(delta, index, grad, images, flip, alpha, eps, nonfinite):
-    out = delta.cpu().clone()
+def inplace_formula(delta, index, grad, images, flip, alpha, eps, nonfinite, view, grid):
+    out, count = delta.cpu().clone(), 0
     for b, row, x in rows_by_numpy(images, index, flip):
-        step = step_by_numpy(delta_by_numpy(delta, row, eps), values(grad[b]), x, alpha, eps)
+        g = values(grad[b])
+        if view is not None:
+            g = back_by_numpy(g, view[b].tolist())
+        count += int((~np.isfinite(g)).sum())
+        if grid > 1:
+            with np.errstate(invalid="ignore", over="ignore"):
+                g = cells_by_numpy(g, grid)
+        step = step_by_numpy(delta_by_numpy(delta, row, eps), g, x, alpha, eps)
         if delta.dtype == torch.int8:
             step = np.clip(np.rint(step * np.float32(127 / eps)), -127, 127)
         out[row] = torch.from_numpy(step).to(delta.dtype)
-    count = sum(not math.isfinite(g) for g in grad.double().flatten().tolist())
     return [out] if nonfinite is None else [out, nonfinite.cpu() + count]
 
 
@@ -223,6 +294,8 @@ def inplace_public(backend, batch):
         alpha=0.01,
         eps=0.03,
         nonfinite=count,
+        view=batch["view"],
+        grid=2,
         backend=backend,
     )
     return delta * 1, count
@@ -234,7 +307,8 @@ def no_values(args):
 
 def no_rows(args):
     none = torch.empty(0, dtype=torch.int64, device=args[0].device)
-    return args[0], none, args[2][:0], args[3], None, *args[5:]
+    view = None if args[8] is None else args[8][:0]
+    return args[0], none, args[2][:0], args[3], None, *args[5:8], view, args[9]
 
 
 add(

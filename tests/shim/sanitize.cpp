@@ -103,6 +103,7 @@ void pixels(int64_t H, int64_t W, DType store, DType image, DType grad, bool cha
     const auto grads = numbers(B * count, grad, -1, 1);
     const std::vector<int64_t> index{4, 7, 0};  // 7 is not there
     const std::vector<uint8_t> flip{1, 1, 0};
+    const std::vector<int32_t> view{1, -2, 1, 0, 0, 0, -1, 1, 0};
     const float mean[3] = {0.5f, 0.4f, 0.3f}, inv_std[3] = {2, 3, 4};
     twice("projected_step_", 8 + static_cast<int64_t>(deltas.size()) / 4 * 4, [&](char* out) {
         auto delta = deltas;
@@ -123,7 +124,9 @@ void pixels(int64_t H, int64_t W, DType store, DType image, DType grad, bool cha
                                       N,
                                       0.001,
                                       8 / 255.0,
-                                      &nonfinite};
+                                      &nonfinite,
+                                      channels_last ? view.data() : nullptr,
+                                      channels_last ? 1 : 3};
         if (channels_last)
             args.grad_stride[1] = 1, args.grad_stride[2] = W * C, args.grad_stride[3] = C;
         projected_step_inplace_cuda(args, nullptr);
@@ -132,7 +135,8 @@ void pixels(int64_t H, int64_t W, DType store, DType image, DType grad, bool cha
     });
     twice("perturbed_input", B * count * bytes_of(grad), [&](char* out) {
         perturbed_input_cuda({out, grad, channels_last, images.data(), image, deltas.data(), store,
-                              8 / 255.0, index.data(), flip.data(), mean, inv_std, B, C, H, W, N},
+                              8 / 255.0, index.data(), flip.data(), mean, inv_std, B, C, H, W, N,
+                              channels_last ? view.data() : nullptr},
                              nullptr);
     });
     if (store != DType::i8) {

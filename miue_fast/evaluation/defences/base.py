@@ -2,16 +2,18 @@
 
 import enum
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar, TypeVar
+from dataclasses import dataclass
+from typing import ClassVar, NoReturn, TypeVar
 
 import torch
 from torch import nn
 
 from ...dispatch.registry import BackendError
 from ...models import Recipe
-from ...support.messages import fail, short
+from ...support.messages import fail
 from ...support.named import Named
+from ...support.spec import Spec
+from ...support.spec import option as option
 from .. import _torchvision
 
 
@@ -23,15 +25,8 @@ class Stage(enum.IntEnum):
     ATTACK = 2  # on every batch, by an attack that the victim is also tested with
 
 
-def option(default: float | None, low: float, high: float, *, whole: bool = True) -> Any:
-    """A field of a defence: an option that its text may set, from `low` to `high`; None: the
-    defence chooses.
-    """
-    return field(default=default, metadata={"low": low, "high": high, "whole": whole})
-
-
 @dataclass(frozen=True)
-class Defence:
+class Defence(Spec):
     """A defence with its options, which are its fields. The first one may be written without its
     name: `jpeg:10` is `jpeg:quality=10`.
 
@@ -42,49 +37,13 @@ class Defence:
     Errors on creation: ValueError: an option is out of range.
     """
 
-    name: ClassVar[str]
     stage: ClassVar[Stage]
     tests: ClassVar[bool] = False
     torchvision: ClassVar[bool] = False
 
-    def __post_init__(self) -> None:
-        for own in fields(self):
-            value, limits = getattr(self, own.name), own.metadata
-            if value is None and own.default is None:
-                continue
-            if not _within(value, **limits):
-                _refuse(self.name, own.name, value, **limits)
-
     @classmethod
-    def read(cls, parts: Sequence[str]) -> "Defence":
-        """The defence that the parts of a text behind the name describe. Errors: ValueError."""
-        own = {each.name: each for each in fields(cls)}
-        given: dict[str, Any] = {}
-        for place, part in enumerate(parts):
-            name, equals, text = part.rpartition("=")
-            name = name if equals else next(iter(own), "") if place == 0 else ""
-            if name not in own or name in given:
-                fail(
-                    "defence",
-                    f"option of {cls.name}",
-                    f"each at most once of {', '.join(f'{o}=' for o in own) or 'none'}",
-                    repr(part),
-                )
-            limits = own[name].metadata
-            try:
-                given[name] = int(text) if limits["whole"] else float(text)
-            except ValueError:
-                given[name] = None
-            if not _within(given[name], **limits):
-                _refuse(cls.name, name, text, **limits)
-        return cls(**given)
-
-    @property
-    def spec(self) -> str:
-        """The text with every option written out."""
-        values = {own.name: getattr(self, own.name) for own in fields(self)}
-        written = [f"{name}={value:g}" for name, value in values.items() if value is not None]
-        return ":".join([self.name, *written])
+    def refuse(cls, what: str, expected: str, got: str) -> NoReturn:
+        fail("defence", what, expected, got)
 
     def misfit(self, shape: Sequence[int], num_classes: int) -> tuple[str, object] | None:
         """(what is expected, what there is) where images of `shape` [C, H, W] of so many classes
@@ -123,16 +82,6 @@ class Defence:
         trained against; None where there is no attack.
         """
         return None
-
-
-def _within(value: Any, *, low: float, high: float, whole: bool) -> bool:
-    kind = int if whole else int | float
-    return isinstance(value, kind) and not isinstance(value, bool) and low <= value <= high
-
-
-def _refuse(name: str, own: str, value: object, *, low: float, high: float, whole: bool) -> None:
-    kind = "a whole number" if whole else "a number"
-    fail("defence", f"{own} of {name}", f"{kind} from {low} to {high}", short(value))
 
 
 def to_bytes(images: torch.Tensor) -> torch.Tensor:
