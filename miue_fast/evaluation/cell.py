@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from ..dispatch import checks
+from ..dispatch.precision import check_dtype
 from ..support import calls, messages
 from .defences import Defence
 from .defences import defence as make_defence
@@ -36,6 +37,7 @@ def run_cell(
     curve: bool = False,
     keep_network: bool = False,
     device: str | torch.device | None = None,
+    dtype: str = "float32",
     on_epoch: Callable[[Run], object] | None = None,
 ) -> Run:
     """Prepares the images as the defence says, trains one victim and returns its Run.
@@ -52,6 +54,8 @@ def run_cell(
         unseen: class indices without poison: the test accuracy is also given apart for them and for
             the others.
         curve: test accuracy after every epoch (on 2,000 images), else after the last epoch alone.
+        dtype: what the network computes in: "float32", "bfloat16" (autocast; weights, logits and
+            loss stay float32), or "auto": bfloat16 on a CPU with matrix tiles, else float32.
         keep_network: leave the trained network in Run.network.
         on_epoch: called with the Run after every epoch.
 
@@ -61,6 +65,7 @@ def run_cell(
     when the loss stops being finite.
     """
     calls.default_dtype("evaluate")
+    check_dtype("evaluate", dtype)
     made = make_defence(defence)
     plan = recipe(victim, epochs, lr, batch, crop, made)
     for name, images in (("train_images", train_images), ("test_images", test_images)):
@@ -99,6 +104,7 @@ def run_cell(
         unseen=unseen,
         curve=curve,
         keep_network=keep_network,
+        dtype=dtype,
         on_epoch=on_epoch,
     )
 

@@ -11,7 +11,7 @@ import torch
 from .. import data
 from ..data.kept import digest, pack, read_part
 from ..support.messages import fail
-from ..support.schema import array, number, optional, record
+from ..support.schema import array, number, one_of, optional, record
 from ..support.version import __version__
 from .victims import Run
 
@@ -25,6 +25,7 @@ RUN = {
         "test_curve": CURVE,
         "seconds": number(0, 1e12),
     },
+    "dtype": one_of(["float32", "bfloat16"]),
     **{"robust": optional(SHARE), "test_poisoned": optional(SHARE), "test_unseen": optional(SHARE)},
 }
 

@@ -97,6 +97,8 @@ class Table:
             parts.append(f"classes without poison: {', '.join(map(printable, given['unseen']))}")
         if given.get("pretrained"):
             parts.append("fine-tuned from given weights")
+        if given.get("dtype", "float32") != "float32":
+            parts.append(f"victims computed in {given['dtype']}")
         return ["; ".join(parts)] if parts else []
 
     def to_dict(self) -> dict[str, Any]:

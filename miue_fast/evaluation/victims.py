@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .. import models
+from ..dispatch.precision import chosen_dtype
 from ..frozen.training import packed_training
 from ..ops import perturbed_input
 from ..support import ranges
@@ -40,6 +41,7 @@ class Run:
         that are attacked within the budget of adversarial training (PGD-20); None without it.
     test_poisoned, test_unseen: on the test images of the poisoned classes, and on those of the
         classes without poison; None without `unseen`.
+    dtype: "float32" or "bfloat16": what the network computed in.
     network: with keep_network, in eval mode.
     """
 
@@ -50,6 +52,7 @@ class Run:
     robust: float | None = None
     test_poisoned: float | None = None
     test_unseen: float | None = None
+    dtype: str = "float32"
     network: nn.Module | None = field(default=None, repr=False, compare=False)
 
     @property
@@ -141,6 +144,21 @@ def build(
     return models.in_format(network, torch.channels_last)
 
 
+class InBfloat16(nn.Module):
+    """A network whose forward pass runs under autocast in bfloat16. Its weights stay float32, and
+    so are the logits that it returns.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        # No cache of cast weights: it would outlive their update within a caller's autocast.
+        with torch.autocast(images.device.type, torch.bfloat16, cache_enabled=False):
+            return self.network(images).float()
+
+
 def padding(crop: int | None, images: torch.Tensor) -> int:
     """Pixels of zeros around images [N, C, H, W] before a crop; None: an eighth of the width."""
     return images.shape[-1] // 8 if crop is None else crop
@@ -184,6 +202,7 @@ def train(
     unseen: Sequence[int] = (),
     curve: bool = True,
     keep_network: bool = False,
+    dtype: str = "float32",
     on_epoch: Callable[[Run], object] | None = None,
 ) -> Run:
     """Trains one victim on uint8 `images` and follows its accuracy.
@@ -191,12 +210,12 @@ def train(
     Cross-entropy, random crop with zero padding and horizontal flip, then what the defence does to
     a batch (what it does once to all images is `run_cell`'s part). Two calls with one seed and
     equally many images share initial weights, order of images, crops and flips. Deterministic on
-    the CPU for a given thread count. init, curve, keep_network: as for `run_cell`; unseen: class
-    indices. Errors: ValueError, also when the loss stops being finite.
+    the CPU for a given thread count. init, curve, keep_network, dtype: as for `run_cell`; unseen:
+    class indices. Errors: ValueError, also when the loss stops being finite.
     """
     device = images.device
     started = time.perf_counter()
-    run = Run(seed)
+    run = Run(seed, dtype=chosen_dtype("evaluate", dtype, device))
     made = make_defence(defence)
     every = max(1, -(-len(test_images) // CURVE_IMAGES))
     views = crops(images, padding(recipe.crop, images))
@@ -208,13 +227,14 @@ def train(
         start_from(network, read_state(init))
     network = network.to(device)
     optimizer = recipe.new_optimizer(network)
+    called = network if run.dtype == "float32" else InBfloat16(network)
     change = functools.partial(made.batch, num_classes=num_classes)
     with borrowed("evaluate", network), packed_training(network, "auto", device):
         for epoch in range(recipe.epochs):
             optimizer.param_groups[0]["lr"] = recipe.learning_rate(epoch)
             run.train_curve.append(
                 _one_epoch(
-                    network, optimizer, views, labels, recipe.batch, draw, epoch, change, draws, own
+                    called, optimizer, views, labels, recipe.batch, draw, epoch, change, draws, own
                 )
             )
             last = epoch == recipe.epochs - 1
@@ -222,17 +242,17 @@ def train(
                 step = 1 if last else every
                 with own:
                     run.test_curve.append(
-                        accuracy(network, test_images[::step].contiguous(), test_labels[::step])
+                        accuracy(called, test_images[::step].contiguous(), test_labels[::step])
                     )
             if on_epoch:
                 on_epoch(run)
         if len(unseen):
             with own:
                 run.test_poisoned, run.test_unseen = _by_class(
-                    network, test_images, test_labels, unseen
+                    called, test_images, test_labels, unseen
                 )
         with draws:
-            run.robust = made.robust(network, test_images, test_labels)
+            run.robust = made.robust(called, test_images, test_labels)
     run.seconds = time.perf_counter() - started
     if keep_network:
         run.network = network.eval()
