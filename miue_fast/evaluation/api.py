@@ -197,7 +197,7 @@ def evaluate(
         "epochs": plan.epochs,
         "lr": plan.lr,
         "batch": plan.batch,
-        "crop": padding(plan.crop, clean.images),
+        "crop": padding(plan.crop, made.shape(clean.images.shape[1:])[-1]),
         "optimizer": plan.optimizer,
         "schedule": plan.schedule,
         "momentum": plan.momentum,

@@ -159,9 +159,9 @@ class InBfloat16(nn.Module):
             return self.network(images).float()
 
 
-def padding(crop: int | None, images: torch.Tensor) -> int:
-    """Pixels of zeros around images [N, C, H, W] before a crop; None: an eighth of the width."""
-    return images.shape[-1] // 8 if crop is None else crop
+def padding(crop: int | None, width: int) -> int:
+    """Pixels of zeros around images of a width before a crop; None: an eighth of the width."""
+    return width // 8 if crop is None else crop
 
 
 def crops(images: torch.Tensor, pad: int) -> torch.Tensor:
@@ -218,7 +218,7 @@ def train(
     run = Run(seed, dtype=chosen_dtype("evaluate", dtype, device))
     made = make_defence(defence)
     every = max(1, -(-len(test_images) // CURVE_IMAGES))
-    views = crops(images, padding(recipe.crop, images))
+    views = crops(images, padding(recipe.crop, images.shape[-1]))
     draws, draw = Draws("evaluate", seed), torch.Generator().manual_seed(seed)
     network = build(victim, num_classes, images.shape[1:], draws, device)
     # A built-in network draws nothing after this.

@@ -193,6 +193,38 @@ def test_what_is_prepared_and_what_is_not(spec, tests):
         assert all(torch.equal(x[:, 0], x[:, 1]) for x in (trained, tested))
 
 
+def test_a_victim_of_smaller_images_is_built_trained_and_tested_at_their_size():
+    sizes = {True: set(), False: set()}
+
+    class Small(torch.nn.Module):
+        def __init__(self, classes):
+            super().__init__()
+            self.fc = torch.nn.Linear(3, classes)
+
+        def forward(self, x):
+            sizes[self.training].add(tuple(x.shape[1:]))
+            return self.fc(x.mean((2, 3)))
+
+    large = [data.shapes(count, size=24, classes=4, seed=count) for count in (48, 24)]
+    cell(large, victim=Small, defence="resize:16")
+    assert sizes == {True: {(3, 16, 16)}, False: {(3, 16, 16)}}
+    run = cell(large, victim="linear", defence="resize:16", keep_network=True)
+    assert run.network.fc.in_features == 3 * 16 * 16
+    for victim, side, words in (("lenet5", 12, "size"), ("vit", 18, "a multiple of 4")):
+        with pytest.raises(ValueError, match=words):
+            cell(large, victim=victim, defence=f"resize:{side}")
+    table = evaluate(
+        large[0],
+        large[0].images * 0.0,
+        large[1],
+        **CELL,
+        eps=EPS,
+        defence="resize:16",
+        progress=False,
+    )
+    assert table.options["crop"] == 2 and table.options["defended_test"]
+
+
 def test_adversarial_training_reports_clean_and_robust_accuracy(sets):
     runs = {
         eps: cell(
