@@ -9,11 +9,13 @@ from torch import nn
 
 from ..dispatch import checks
 from ..dispatch.precision import check_dtype
+from ..models import Recipe
 from ..support import calls, messages
 from .defences import Defence
 from .defences import defence as make_defence
 from .defences.none import NoDefence
-from .victims import Run, recipe, train
+from .victims import Run, train
+from .victims import recipe as filled
 
 
 @calls.ordinary()
@@ -32,6 +34,7 @@ def run_cell(
     lr: float | None = None,
     batch: int | None = None,
     crop: int | None = None,
+    recipe: Recipe | None = None,
     init: dict[str, torch.Tensor] | str | os.PathLike[str] | None = None,
     unseen: Sequence[int] = (),
     curve: bool = False,
@@ -47,6 +50,7 @@ def run_cell(
             below num_classes.
         victim, epochs, lr, batch, crop: as for `evaluate`; None takes the victim's own (adversarial
             training has a recipe of its own).
+        recipe: what takes the place of the victim's own: schedule, optimiser, weight decay and all.
         defence: as text or a Defence, see `miue_fast.evaluation.defences`.
         seed: of weights, order, crops, flips, and everything random in the defence.
         init: weights to start from: a state dict of the same network or a file of one; the
@@ -67,7 +71,7 @@ def run_cell(
     calls.default_dtype("evaluate")
     check_dtype("evaluate", dtype)
     made = make_defence(defence)
-    plan = recipe(victim, epochs, lr, batch, crop, made)
+    plan = filled(victim, epochs, lr, batch, crop, made, usual=recipe)
     for name, images in (("train_images", train_images), ("test_images", test_images)):
         checks.images("evaluate", images, name, frozenset({torch.uint8}))
     for name, images, given in (

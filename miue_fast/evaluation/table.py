@@ -128,7 +128,7 @@ def _plain(run):
         for key in ("robust", "test_poisoned", "test_unseen")
         if getattr(run, key) is not None
     }
-    curves = {"train_curve": run.train_curve, "test_curve": run.test_curve}
+    curves = {name: getattr(run, name) for name in ("train_curve", "test_curve", "test_classes")}
     return {"seed": run.seed, "seconds": round(run.seconds, 2), **curves, **optional}
 
 

@@ -380,6 +380,49 @@ def test_accuracy_apart_is_that_of_the_classes(sets):
 # pretrained starts
 
 
+def test_every_class_has_its_accuracy(sets):
+    train, test = sets
+    run = cell((train, test.select((test.labels != 2).nonzero()[:, 0])), keep_network=True)
+    assert run.test_classes[2] is None and len(run.test_classes) == 4
+    kept = test.labels != 2
+    assert sum(share for share in run.test_classes if share is not None) / 3 == pytest.approx(
+        run.test
+    ), "equally many images of each class"
+    with torch.no_grad():
+        right = run.network(test.images / 255).argmax(1) == test.labels
+    assert run.test == pytest.approx(float(right[kept].float().mean()))
+    for label in (0, 1, 3):
+        found = float(right[test.labels == label].float().mean())
+        assert run.test_classes[label] == pytest.approx(found)
+
+
+def test_a_recipe_takes_the_place_of_the_victims_own(sets, monkeypatch):
+    rates = []
+    real = torch.optim.SGD.step
+
+    def watched(self, *args, **options):
+        rates.append(self.param_groups[0]["lr"])
+        return real(self, *args, **options)
+
+    monkeypatch.setattr(torch.optim.SGD, "step", watched)
+    short = models.Recipe(4, 0.2, 48, schedule="one-cycle")
+    run_cell(
+        *(each for part in sets for each in (part.images, part.labels)),
+        4,
+        victim="linear",
+        recipe=short,
+    )
+    assert len(rates) == 4 * 2 and rates[0] == pytest.approx(0.02)
+    assert rates[1] == pytest.approx(0.11) and rates[2] == 0.2 == max(rates)
+    assert rates[2:] == sorted(rates[2:], reverse=True) and 1e-6 < rates[-1] < 0.03
+    assert short.learning_rate(4) == pytest.approx(1e-6)
+    made = victims.recipe(torch.nn.Linear, 7, None, None, usual=short)
+    assert (made.epochs, made.lr, made.schedule) == (7, 0.2, "one-cycle")
+    rates.clear()
+    cell(sets)
+    assert len(set(rates)) == 2, "the rate of a cosine changes with the epoch"
+
+
 def test_fine_tuning_starts_from_the_pretrained_weights(sets, tmp_path):
     train, test = sets
     weights = pretrain(
