@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..data.export import FORMATS
-from ..dispatch.precision import DTYPES
+from ..dispatch.precision import UNSCALED
 from ..evaluation import DEFENCES, NOISES
 from ..evaluation.defences.none import NoDefence
 from ..generation import OBJECTIVES, PRESETS, Options
@@ -38,7 +38,8 @@ HELP = {
     "width": "filters of the first stage of a built-in network",
     "network_chunk": "images per network launch; bounds memory, does not change the objective",
     "device": "cpu, cuda or cuda:N; default: cuda if there is one",
-    "dtype": "compute type of the network: float32, bfloat16 or float16",
+    "dtype": "compute type of the network: float32, bfloat16, float16, or auto: bfloat16 where the "
+    "device has matrix units for it",
     "delta_dtype": "poison store: float32, float16 or int8",
     "channels_last": "memory format of the network while it trains",
     "fused": "run the frozen network as fused layers, else in PyTorch's autograd",
@@ -267,7 +268,7 @@ def _parser():
         "--dtype",
         default="float32",
         metavar="TYPE",
-        help=f"what victims compute in: {', '.join(DTYPES)}; default: float32",
+        help=f"what victims compute in: {', '.join(UNSCALED)}; default: float32",
     )
     sub.add_argument(
         "--json",

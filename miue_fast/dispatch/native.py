@@ -6,6 +6,7 @@ current stream)."""
 
 import importlib
 import importlib.util
+from collections.abc import Sequence
 
 import torch
 
@@ -496,4 +497,82 @@ def conv_weight_grad(x: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
         workspace.data_ptr(),
         torch.get_num_threads(),
     )
+    return out
+
+
+def matrix_missing() -> str | None:
+    """Why `matrix_conv` does not run on this processor, or None."""
+    if _cpu_reason:
+        return _cpu_reason
+    if _cpu.level() != "avx512":
+        return f"the instruction level in use is {_cpu.level()}"
+    return _cpu.matrix_missing()
+
+
+def pack_matrix_weights(
+    weight: torch.Tensor, back: bool, packed: torch.Tensor | None = None
+) -> torch.Tensor:
+    """The weights [K, C, R, S] bfloat16 of a convolution as `matrix_conv` reads them, in the memory
+    of `packed` where it is given; back: for its input gradient.
+    """
+    results, channels, rows, columns = weight.shape
+    along, across = weight.stride(1), weight.stride(0)
+    if back:
+        results, channels, along, across = channels, results, across, along
+    size = channels, results, rows, columns
+    if packed is None:
+        packed = torch.empty(_cpu.matrix_weights_values(*size), dtype=torch.bfloat16)
+    stride = [along, across, weight.stride(2), weight.stride(3)]
+    threads = torch.get_num_threads()
+    _cpu.pack_matrix_weights(weight.data_ptr(), stride, list(size), packed.data_ptr(), threads)
+    return packed
+
+
+def matrix_conv(
+    x: torch.Tensor,
+    packed: torch.Tensor,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    relu: bool,
+    mask: torch.Tensor | None,
+    keep: torch.Tensor | None,
+    y: torch.Tensor,
+    taps: Sequence[int],
+    conv: tuple[Sequence[int], Sequence[int], Sequence[int]],
+    back: bool,
+    plain: bool = False,
+) -> None:
+    """Writes a convolution of channels-last bfloat16 tensors, or with `back` an input gradient, and
+    its epilogue into y: csrc/ops.h, MatrixConvArgs. conv: the forward's stride, padding, dilation.
+    """
+    batch, channels, height, width = x.shape
+    _, results, rows, columns = y.shape
+    size = [batch, height, width, channels, rows, columns, results]
+    made = _cpu.MatrixConv(size, list(taps), *map(list, conv), back, plain)
+    threads = torch.get_num_threads()
+    workspace = torch.empty(_cpu.matrix_conv_workspace(made, threads), dtype=torch.uint8)
+    pointers = [_ptr(tensor) for tensor in (x, packed, bias, residual)]
+    masks = [_ptr(tensor) for tensor in (mask, keep, y, workspace)]
+    _cpu.matrix_conv(made, *pointers, relu, *masks, threads)
+
+
+def matrix_weight_grad(
+    x: torch.Tensor,
+    grad: torch.Tensor,
+    taps: Sequence[int],
+    conv: tuple[Sequence[int], Sequence[int], Sequence[int]],
+    plain: bool = False,
+) -> torch.Tensor:
+    """The gradient [K, C, R, S] (channels-last, float32) of the weights of a convolution, from
+    channels-last bfloat16 x [B, C, H, W] and grad [B, K, P, Q]: csrc/ops.h, MatrixWeightGradArgs.
+    """
+    batch, channels, height, width = x.shape
+    _, results, rows, columns = grad.shape
+    size = [batch, height, width, channels, rows, columns, results]
+    made = _cpu.MatrixConv(size, list(taps), *map(list, conv), False, plain)
+    shape = results, channels, *taps
+    out = torch.empty(shape, dtype=torch.float32, memory_format=torch.channels_last)
+    workspace = torch.empty(_cpu.matrix_weight_grad_workspace(made), dtype=torch.uint8)
+    pointers = [_ptr(tensor) for tensor in (x, grad, out, workspace)]
+    _cpu.matrix_weight_grad(made, *pointers, torch.get_num_threads())
     return out

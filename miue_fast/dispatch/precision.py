@@ -1,27 +1,28 @@
-"""The compute type of a network that trains: float32, or bfloat16 under autocast."""
+"""What the compute type "auto" means on a device."""
 
 import torch
 
 from ..support.messages import fail, short
 from . import native
 
-DTYPES = ("float32", "bfloat16", "auto")
+CHOICES = ("float32", "bfloat16", "float16", "auto")
+UNSCALED = ("float32", "bfloat16", "auto")  # a loss in these needs no scale against underflow
 
 
-def auto_dtype(device: torch.device) -> str:
-    """The name of the type that "auto" stands for: "bfloat16" on a CPU whose matrix tiles this
-    library's convolutions run on, else "float32".
+def compute_dtype(name: str, device: torch.device) -> str:
+    """`name`, or for "auto" the type that was measured fastest there: bfloat16 on a CPU with matrix
+    tiles (docs/performance-notes.md) and on a GPU with bfloat16 tensor cores, else float32.
     """
-    return "bfloat16" if device.type == "cpu" and native.matrix_missing() is None else "float32"
+    if name != "auto":
+        return name
+    if device.type == "cuda":
+        half = torch.cuda.get_device_capability(device) >= (8, 0)
+    else:
+        half = device.type == "cpu" and native.matrix_missing() is None
+    return "bfloat16" if half else "float32"
 
 
-def check_dtype(op: str, dtype: str) -> None:
-    """Raises ValueError unless `dtype` is one of `DTYPES`."""
-    if not isinstance(dtype, str) or dtype not in DTYPES:
-        fail(op, "dtype", f"one of {', '.join(DTYPES)}", short(dtype))
-
-
-def chosen_dtype(op: str, dtype: str, device: torch.device) -> str:
-    """ "float32" or "bfloat16", as `dtype` says for a network on `device`. Errors: ValueError."""
-    check_dtype(op, dtype)
-    return auto_dtype(device) if dtype == "auto" else dtype
+def check_unscaled(op: str, dtype: str) -> None:
+    """Raises ValueError unless `dtype` is one of `UNSCALED`."""
+    if not isinstance(dtype, str) or dtype not in UNSCALED:
+        fail(op, "dtype", f"one of {', '.join(UNSCALED)}", short(dtype))

@@ -12,7 +12,7 @@ from torch import nn
 
 from .. import data
 from ..dispatch import checks
-from ..dispatch.precision import check_dtype, chosen_dtype
+from ..dispatch.precision import check_unscaled, compute_dtype
 from ..models import Recipe
 from ..support import calls, messages, ranges
 from ..support.messages import fail
@@ -81,7 +81,7 @@ def evaluate(
             rounded and clamped to 8 bits.
         size: images are resized to it when they are loaded; None: they must agree.
         dtype: what the victims compute in: "float32", "bfloat16" (autocast; weights and loss stay
-            float32), or "auto": bfloat16 on a CPU with matrix tiles, else float32.
+            float32), or "auto": bfloat16 where the device has matrix units for it, else float32.
         defence: what the victim's owner does, as text (`miue_fast.evaluation.defences`): "jpeg:10",
             "cutmix", "adversarial:4"... In every row alike; adversarial training also gives the
             accuracy on attacked test images.
@@ -115,7 +115,7 @@ def evaluate(
         poison_ratio=poison_ratio,
     )
     place = torch.device(on or ("cuda" if torch.cuda.is_available() else "cpu"))
-    computes_in = chosen_dtype("evaluate", dtype, place)
+    computes_in = compute_dtype(dtype, place)
     if keep is not None and (not isinstance(victim, str) or init is not None):
         fail("evaluate", "keep", "None for a victim of your own or from given weights", repr(keep))
     init = read_state(init) if init is not None else None
@@ -245,7 +245,7 @@ def check_options(
         fail("evaluate", "noise", " or ".join(map(repr, NOISES)), messages.short(noise))
     if eps is not None:
         ranges.budget("evaluate", "eps", eps)
-    check_dtype("evaluate", dtype)
+    check_unscaled("evaluate", dtype)
     return plan, made, _seeds(seeds), checks.device("evaluate", device)
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ..dispatch import checks
-from ..dispatch.precision import check_dtype
+from ..dispatch.precision import check_unscaled
 from ..models import Recipe
 from ..support import calls, messages
 from .defences import Defence
@@ -59,7 +59,8 @@ def run_cell(
             the others.
         curve: test accuracy after every epoch (on 2,000 images), else after the last epoch alone.
         dtype: what the network computes in: "float32", "bfloat16" (autocast; weights, logits and
-            loss stay float32), or "auto": bfloat16 on a CPU with matrix tiles, else float32.
+            loss stay float32), or "auto": bfloat16 where the device has matrix units for it,
+            else float32.
         keep_network: leave the trained network in Run.network.
         on_epoch: called with the Run after every epoch.
 
@@ -69,7 +70,7 @@ def run_cell(
     when the loss stops being finite.
     """
     calls.default_dtype("evaluate")
-    check_dtype("evaluate", dtype)
+    check_unscaled("evaluate", dtype)
     made = make_defence(defence)
     plan = filled(victim, epochs, lr, batch, crop, made, usual=recipe)
     for name, images in (("train_images", train_images), ("test_images", test_images)):

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .. import models
-from ..dispatch.precision import chosen_dtype
+from ..dispatch.precision import check_unscaled, compute_dtype
 from ..frozen.training import packed_training
 from ..ops import perturbed_input
 from ..support import ranges
@@ -228,7 +228,8 @@ def train(
     """
     device = images.device
     started = time.perf_counter()
-    run = Run(seed, dtype=chosen_dtype("evaluate", dtype, device))
+    check_unscaled("evaluate", dtype)
+    run = Run(seed, dtype=compute_dtype(dtype, device))
     made = make_defence(defence)
     every = max(1, -(-len(test_images) // CURVE_IMAGES))
     views = crops(images, padding(recipe.crop, images.shape[-1]))

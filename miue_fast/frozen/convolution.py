@@ -13,7 +13,9 @@ from ..dispatch import native
 from ..dispatch.registry import OPS
 from ..ops.convolution import resolve
 from ..ops.geometry import geometry, quantised
+from . import matrix
 from .base import NHWC, Gradients, Layer, Tape, gather, keep, scale_and_shift, spread, wide
+from .matrix import MatrixConv
 from .packed import PackedConv, chosen
 
 
@@ -51,7 +53,7 @@ class Conv(Layer):
     def __post_init__(self) -> None:
         self.geometry, self.shape = self._geometry(), list(self.module.weight.shape)
         self.conv = tuple(self.geometry.values())
-        self.packed: dict[bool, PackedConv] = {}  # by whether it is the input gradient
+        self.packed: dict[bool, PackedConv | MatrixConv] = {}  # by whether it is the input gradient
 
     def _geometry(self) -> dict[str, Any]:
         m = self.module
@@ -111,18 +113,24 @@ class Conv(Layer):
         calls = self.calls[size[1:]] = Calls(forward, input_grad, tuple(out[1:]))
         return calls
 
-    def _pack(self, back: bool) -> PackedConv | None:
+    def _pack(self, back: bool) -> PackedConv | MatrixConv | None:
         """This direction on packed weights, where that is the faster way."""
         if self.backend not in ("auto", "cpu") or self.fp8:
             return None
-        family, level = chosen(self.weight, *self.conv, back), native.cpu_level()
-        if family is None:
+        packed, level = self.packed.get(back), native.cpu_level()
+        if matrix.chosen(self.weight, self.module.groups, back):
+            if isinstance(packed, MatrixConv):
+                return packed
+            packed = MatrixConv(back)
+        elif family := chosen(self.weight, *self.conv, back):
+            if isinstance(packed, PackedConv) and (packed.family, packed.level) == (family, level):
+                return packed
+            packed = PackedConv(family, back)
+        else:
             self.packed.pop(back, None)
             return None
-        packed = self.packed.get(back)
-        if packed is None or (packed.family, packed.level) != (family, level):
-            packed = self.packed[back] = PackedConv(family, back)
-            packed.refold(self.back_weight if back else self.weight)
+        packed.refold(self.back_weight if back else self.weight)
+        self.packed[back] = packed
         return packed
 
     def _quantised(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

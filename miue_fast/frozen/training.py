@@ -1,6 +1,7 @@
 """Training on the CPU with this library's convolutions, without a change to the network: inside
-`packed_training`, float32 convolutions that `packed.worth` names run on packed weights, their
-weight gradients too. Everything else is PyTorch's.
+`packed_training`, float32 convolutions that `packed.worth` names run on packed weights, and under
+bfloat16 autocast those that `matrix.worth` names run on matrix tiles, their weight gradients too.
+Everything else is PyTorch's.
 """
 
 import contextlib
@@ -16,6 +17,8 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from ..dispatch import native
 from ..dispatch.library import convolve, convolve_back
+from . import matrix
+from .matrix import MatrixConv
 from .packed import NHWC, PackedConv, chosen
 
 WIDE = 128  # channels on both sides of a network's widest convolutions
@@ -64,13 +67,15 @@ class _Packed(TorchFunctionMode):
         self, input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1
     ) -> torch.Tensor | None:
         """None where PyTorch's is taken."""
-        if input.dim() != 4 or input.dtype != torch.float32 or isinstance(padding, str):
-            return None
-        if not input.numel() or torch.is_autocast_enabled("cpu"):
+        if input.dim() != 4 or not input.numel() or isinstance(padding, str):
             return None
         conv = tuple(
             tuple(v) if isinstance(v, Sequence) else (v, v) for v in (stride, padding, dilation)
         )
+        if torch.is_autocast_enabled("cpu"):
+            return self._in_bfloat16(input, weight, bias, conv, groups)
+        if input.dtype != torch.float32:
+            return None
         families = [chosen(weight, *conv, groups, back) for back in (False, True)]
         if not any(families) or input.shape[1] != weight.shape[1]:
             return None
@@ -80,6 +85,53 @@ class _Packed(TorchFunctionMode):
                 family and PackedConv(family, back) for back, family in zip((False, True), families)
             ]
         return _Convolution.apply(input, weight, bias, conv, forms)
+
+    def _in_bfloat16(self, input, weight, bias, conv, groups):
+        if torch.get_autocast_dtype("cpu") != torch.bfloat16 or input.shape[1] != weight.shape[1]:
+            return None
+        half = weight.detach().to(torch.bfloat16, memory_format=NHWC)
+        if not any(matrix.chosen(half, groups, back) for back in (False, True)):
+            return None
+        return _MatrixConvolution.apply(
+            input.to(torch.bfloat16), weight, bias, half, (*conv, groups)
+        )
+
+
+class _MatrixConvolution(torch.autograd.Function):
+    """half: the weight's values in bfloat16."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, half, conv):
+        x = x.contiguous(memory_format=NHWC)
+        ctx.save_for_backward(x, half)
+        ctx.conv, ctx.biased = conv, bias is not None
+        if not matrix.chosen(half, 1, back=False):
+            y = convolve(x, half, *conv)
+            return y if bias is None else y.add_(bias[:, None, None])
+        packed = MatrixConv(False)
+        packed.refold(half)
+        return packed.forward(x, half, bias, None, *conv, relu=False, want_mask=False)[0]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *grads):
+        (x, half), grad = ctx.saved_tensors, grads[0].contiguous(memory_format=NHWC)
+        grad_x = grad_weight = grad_bias = None
+        if ctx.needs_input_grad[0]:
+            if matrix.chosen(half, 1, back=True):
+                packed = MatrixConv(True)
+                packed.refold(half)
+                grad_x = packed.input_grad(grad, half, None, None, x.shape, *ctx.conv)
+            else:
+                grad_x = convolve_back(grad, half, x.shape, *ctx.conv)
+        if ctx.needs_input_grad[1]:
+            if min(half.shape[:2]) >= 64:
+                grad_weight = native.matrix_weight_grad(x, grad, half.shape[2:], ctx.conv[:3])
+            else:
+                grad_weight = _library_weight_grad(x, half, grad, *ctx.conv).float()
+        if ctx.biased and ctx.needs_input_grad[2]:
+            grad_bias = grad.sum((0, 2, 3), dtype=torch.float32)
+        return grad_x, grad_weight, grad_bias, None, None
 
 
 class _Convolution(torch.autograd.Function):
@@ -119,6 +171,10 @@ def _weight_grad(x, weight, grad, conv):
     stride, padding, dilation, groups = conv
     if stride == (1, 1) and weight.shape[2:] == (3, 3) and min(weight.shape[:2]) >= 32:
         return native.conv_weight_grad(x, grad)
+    return _library_weight_grad(x, weight, grad, stride, padding, dilation, groups)
+
+
+def _library_weight_grad(x, weight, grad, stride, padding, dilation, groups):
     return torch.ops.aten.convolution_backward(
         grad, x, weight, None, stride, padding, dilation, False, [0, 0], groups, _WEIGHT_ONLY
     )[1]

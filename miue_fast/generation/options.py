@@ -7,13 +7,12 @@ from typing import Any
 
 import torch
 
-from ..dispatch import checks
+from ..dispatch import checks, precision
 from ..dispatch.registry import BACKENDS
 from ..support import messages, ranges
 from .objectives import OBJECTIVES, Objective
 from .objectives.mi_ue import MiUe
 
-_COMPUTE = ("float32", "bfloat16", "float16")
 _STORES = ("float32", "float16", "int8")
 _ALL_OPS = tuple(
     name for name in BACKENDS if name != "wgmma"
@@ -54,7 +53,8 @@ class Options:
         None  # images per network launch, >= 2; None: whole batches. Does not change the objective
     )
     device: str | None = None  # None: "cuda" if there is one, else "cpu"
-    # compute type of the network: float32, bfloat16 or float16 (autocast; weights stay float32)
+    # compute type of the network: float32, bfloat16 or float16 (autocast; weights stay float32), or
+    # auto: bfloat16 where the device has matrix units for it, else float32
     dtype: str = "float32"
     delta_dtype: str = "float32"  # poison store: float32, float16, or int8 levels of eps / 127
     # memory format of the network while it trains; None: channels-last (1.5x on a CPU) where
@@ -93,7 +93,7 @@ class Options:
             )
         for name, known in (
             ("objective", OBJECTIVES),
-            ("dtype", _COMPUTE),
+            ("dtype", precision.CHOICES),
             ("delta_dtype", _STORES),
             ("backend", _ALL_OPS),
         ):
@@ -102,6 +102,8 @@ class Options:
             value = getattr(self, name)
             if not isinstance(value, str) or value not in known:
                 messages.fail("option", name, f"one of {', '.join(known)}", messages.short(value))
+        object.__setattr__(self, "device", checks.device("option", self.device))
+        object.__setattr__(self, "dtype", precision.compute_dtype(self.dtype, self.place))
         for name in ("classwise", "random_start", "fused", "fp8"):
             ranges.switch("option", name, getattr(self, name))
         if self.channels_last is not None:
@@ -119,7 +121,6 @@ class Options:
                 "float32 or float16 with classwise",
                 messages.short(self.delta_dtype),
             )
-        object.__setattr__(self, "device", checks.device("option", self.device))
 
     def _number(self, name: str, good: Callable[[float], bool], expected: str) -> None:
         ranges.number("option", name, getattr(self, name), good, expected)

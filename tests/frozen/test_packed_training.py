@@ -65,6 +65,39 @@ def test_gradients(channels, count, kernel, stride, side, bias, memory):
         assert error <= 2 * (theirs.double() - right).abs().max() + 2e-5 * scale, name
 
 
+@pytest.mark.skipif(native.matrix_missing() is not None, reason=str(native.matrix_missing()))
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(
+    "channels, count, kernel, stride",
+    [(64, 96, 3, 1), (3, 64, 3, 1), (128, 64, 1, 2), (64, 160, 3, 2)],
+)
+def test_bfloat16_gradients(channels, count, kernel, stride, bias):
+    """Under autocast: as exact as PyTorch's convolution in bfloat16."""
+    layer = nn.Conv2d(channels, count, kernel, stride, kernel // 2, bias=bias)
+    x = drawn(5, channels, 9, 7)
+    truth = gradients(layer.double(), x.double(), contextlib.nullcontext())
+    layer = layer.float()
+
+    def found(context):
+        half = torch.autocast("cpu", torch.bfloat16, cache_enabled=False)
+        with mock.patch.object(native, "matrix_conv", wraps=native.matrix_conv) as calls:
+            with context, half:
+                y = layer(leaf := x.clone().requires_grad_())
+            assert y.dtype == torch.bfloat16
+            y.backward(torch.cos(torch.arange(y.numel()).double()).view_as(y).to(y.dtype))
+        result = [y.detach(), leaf.grad, *(p.grad.clone() for p in layer.parameters())]
+        layer.zero_grad()
+        return result, calls.called
+
+    theirs, _ = found(contextlib.nullcontext())
+    ours, called = found(packed_training(WIDE, "auto", CPU))
+    assert called
+    for name, own, other, right in zip(("y", "x", "weight", "bias"), ours, theirs, truth):
+        assert own.dtype == other.dtype and own.shape == other.shape, name
+        error = (own.double() - right).abs().max()
+        assert error <= 1.5 * (other.double() - right).abs().max() + 1e-3 * right.abs().max(), name
+
+
 def test_the_bits_do_not_depend_on_the_number_of_threads():
     layer, x = nn.Conv2d(32, 48, 3, padding=1), drawn(5, 32, 9, 9)
     before, found = torch.get_num_threads(), []
