@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..data.export import FORMATS
+from ..dispatch.precision import UNSCALED
 from ..evaluation import DEFENCES, NOISES
 from ..evaluation.defences.none import NoDefence
 from ..generation import OBJECTIVES, PRESETS, TRANSFORMS, Options
@@ -265,6 +266,12 @@ def _parser():
         help="pretrained weights (.safetensors or .pt) to start from",
     )
     sub.add_argument("--device", default=None, help=HELP["device"])
+    sub.add_argument(
+        "--dtype",
+        default="float32",
+        metavar="TYPE",
+        help=f"what victims compute in: {', '.join(UNSCALED)}; default: float32",
+    )
     sub.add_argument(
         "--json",
         type=_path,

@@ -166,6 +166,7 @@ def _check_evaluate(args):
         "eps",
         "noise",
         "device",
+        "dtype",
         "defence",
         "poison_ratio",
     )
@@ -433,6 +434,7 @@ def _evaluate(args):
         "eps",
         "noise",
         "device",
+        "dtype",
         "defence",
         "poison_ratio",
         "unseen",

@@ -2,9 +2,11 @@
 
 import torch
 
+from ..support.messages import fail, short
 from . import native
 
 CHOICES = ("float32", "bfloat16", "float16", "auto")
+UNSCALED = ("float32", "bfloat16", "auto")  # a loss in these needs no scale against underflow
 
 
 def compute_dtype(name: str, device: torch.device) -> str:
@@ -18,3 +20,9 @@ def compute_dtype(name: str, device: torch.device) -> str:
     else:
         half = device.type == "cpu" and native.matrix_missing() is None
     return "bfloat16" if half else "float32"
+
+
+def check_unscaled(op: str, dtype: str) -> None:
+    """Raises ValueError unless `dtype` is one of `UNSCALED`."""
+    if not isinstance(dtype, str) or dtype not in UNSCALED:
+        fail(op, "dtype", f"one of {', '.join(UNSCALED)}", short(dtype))

@@ -12,6 +12,7 @@ from torch import nn
 
 from .. import data
 from ..dispatch import checks
+from ..dispatch.precision import check_unscaled, compute_dtype
 from ..models import Recipe
 from ..support import calls, messages, ranges
 from ..support.messages import fail
@@ -46,6 +47,7 @@ def evaluate(
     noise: str = "sign",
     size: int | None = None,
     device: str | torch.device | None = None,
+    dtype: str = "float32",
     progress: bool = True,
     defence: str | Defence = NoDefence.name,
     poison_ratio: float = 1.0,
@@ -78,6 +80,8 @@ def evaluate(
         noise: "sign" (every value -eps or +eps: the whole budget) or "uniform" (from -eps to eps),
             rounded and clamped to 8 bits.
         size: images are resized to it when they are loaded; None: they must agree.
+        dtype: what the victims compute in: "float32", "bfloat16" (autocast; weights and loss stay
+            float32), or "auto": bfloat16 where the device has matrix units for it, else float32.
         defence: what the victim's owner does, as text (`miue_fast.evaluation.defences`): "jpeg:10",
             "cutmix", "adversarial:4"... In every row alike; adversarial training also gives the
             accuracy on attacked test images.
@@ -106,9 +110,12 @@ def evaluate(
         eps=eps,
         noise=noise,
         device=device,
+        dtype=dtype,
         defence=defence,
         poison_ratio=poison_ratio,
     )
+    place = torch.device(on or ("cuda" if torch.cuda.is_available() else "cpu"))
+    computes_in = compute_dtype(dtype, place)
     if keep is not None and (not isinstance(victim, str) or init is not None):
         fail("evaluate", "keep", "None for a victim of your own or from given weights", repr(keep))
     init = read_state(init) if init is not None else None
@@ -133,6 +140,7 @@ def evaluate(
             unseen=apart,
             curve=curve,
             device=on,
+            dtype=computes_in,
         )
         if keep is not None
         else Kept(None)
@@ -178,6 +186,7 @@ def evaluate(
                     unseen=apart,
                     curve=curve,
                     device=on,
+                    dtype=computes_in,
                     on_epoch=tick,
                 )
                 rows[name].append(kept.run(used, seed, make))
@@ -188,7 +197,7 @@ def evaluate(
         "epochs": plan.epochs,
         "lr": plan.lr,
         "batch": plan.batch,
-        "crop": padding(plan.crop, clean.images),
+        "crop": padding(plan.crop, made.shape(clean.images.shape[1:])[-1]),
         "optimizer": plan.optimizer,
         "schedule": plan.schedule,
         "momentum": plan.momentum,
@@ -196,6 +205,7 @@ def evaluate(
         "seeds": chosen_seeds,
         "eps": eps,
         "noise": noise,
+        "dtype": computes_in,
         "classes": len(clean.classes),
         "train_images": len(clean.images),
         "test_images": len(test.images),
@@ -219,6 +229,7 @@ def check_options(
     eps: float | None,
     noise: str,
     device: str | torch.device | None,
+    dtype: str,
     defence: str | Defence,
     poison_ratio: float,
 ) -> tuple[Recipe, Defence, list[int], str | None]:
@@ -234,6 +245,7 @@ def check_options(
         fail("evaluate", "noise", " or ".join(map(repr, NOISES)), messages.short(noise))
     if eps is not None:
         ranges.budget("evaluate", "eps", eps)
+    check_unscaled("evaluate", dtype)
     return plan, made, _seeds(seeds), checks.device("evaluate", device)
 
 

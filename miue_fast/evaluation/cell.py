@@ -8,11 +8,14 @@ import torch
 from torch import nn
 
 from ..dispatch import checks
+from ..dispatch.precision import check_unscaled
+from ..models import Recipe
 from ..support import calls, messages
 from .defences import Defence
 from .defences import defence as make_defence
 from .defences.none import NoDefence
-from .victims import Run, recipe, train
+from .victims import Run, train
+from .victims import recipe as filled
 
 
 @calls.ordinary()
@@ -31,11 +34,13 @@ def run_cell(
     lr: float | None = None,
     batch: int | None = None,
     crop: int | None = None,
+    recipe: Recipe | None = None,
     init: dict[str, torch.Tensor] | str | os.PathLike[str] | None = None,
     unseen: Sequence[int] = (),
     curve: bool = False,
     keep_network: bool = False,
     device: str | torch.device | None = None,
+    dtype: str = "float32",
     on_epoch: Callable[[Run], object] | None = None,
 ) -> Run:
     """Prepares the images as the defence says, trains one victim and returns its Run.
@@ -45,6 +50,7 @@ def run_cell(
             below num_classes.
         victim, epochs, lr, batch, crop: as for `evaluate`; None takes the victim's own (adversarial
             training has a recipe of its own).
+        recipe: what takes the place of the victim's own: schedule, optimiser, weight decay and all.
         defence: as text or a Defence, see `miue_fast.evaluation.defences`.
         seed: of weights, order, crops, flips, and everything random in the defence.
         init: weights to start from: a state dict of the same network or a file of one; the
@@ -52,6 +58,9 @@ def run_cell(
         unseen: class indices without poison: the test accuracy is also given apart for them and for
             the others.
         curve: test accuracy after every epoch (on 2,000 images), else after the last epoch alone.
+        dtype: what the network computes in: "float32", "bfloat16" (autocast; weights, logits and
+            loss stay float32), or "auto": bfloat16 where the device has matrix units for it,
+            else float32.
         keep_network: leave the trained network in Run.network.
         on_epoch: called with the Run after every epoch.
 
@@ -61,8 +70,9 @@ def run_cell(
     when the loss stops being finite.
     """
     calls.default_dtype("evaluate")
+    check_unscaled("evaluate", dtype)
     made = make_defence(defence)
-    plan = recipe(victim, epochs, lr, batch, crop, made)
+    plan = filled(victim, epochs, lr, batch, crop, made, usual=recipe)
     for name, images in (("train_images", train_images), ("test_images", test_images)):
         checks.images("evaluate", images, name, frozenset({torch.uint8}))
     for name, images, given in (
@@ -99,6 +109,7 @@ def run_cell(
         unseen=unseen,
         curve=curve,
         keep_network=keep_network,
+        dtype=dtype,
         on_epoch=on_epoch,
     )
 

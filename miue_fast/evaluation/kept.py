@@ -11,11 +11,11 @@ import torch
 from .. import data
 from ..data.kept import digest, pack, read_part
 from ..support.messages import fail
-from ..support.schema import array, number, optional, record
+from ..support.schema import array, number, one_of, optional, record
 from ..support.version import __version__
 from .victims import Run
 
-FORMAT = 1
+FORMAT = 2
 SHARE = number(0, 1)
 CURVE = array(SHARE, 1)
 RUN = {
@@ -23,8 +23,10 @@ RUN = {
         "seed": number(0, 2**63, whole=True),
         "train_curve": CURVE,
         "test_curve": CURVE,
+        "test_classes": array(optional(SHARE)),
         "seconds": number(0, 1e12),
     },
+    "dtype": one_of(["float32", "bfloat16"]),
     **{"robust": optional(SHARE), "test_poisoned": optional(SHARE), "test_unseen": optional(SHARE)},
 }
 

@@ -97,6 +97,8 @@ class Table:
             parts.append(f"classes without poison: {', '.join(map(printable, given['unseen']))}")
         if given.get("pretrained"):
             parts.append("fine-tuned from given weights")
+        if given.get("dtype", "float32") != "float32":
+            parts.append(f"victims computed in {given['dtype']}")
         return ["; ".join(parts)] if parts else []
 
     def to_dict(self) -> dict[str, Any]:
@@ -126,7 +128,7 @@ def _plain(run):
         for key in ("robust", "test_poisoned", "test_unseen")
         if getattr(run, key) is not None
     }
-    curves = {"train_curve": run.train_curve, "test_curve": run.test_curve}
+    curves = {name: getattr(run, name) for name in ("train_curve", "test_curve", "test_classes")}
     return {"seed": run.seed, "seconds": round(run.seconds, 2), **curves, **optional}
 
 

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .. import models
+from ..dispatch.precision import check_unscaled, compute_dtype
 from ..frozen.training import packed_training
 from ..ops import perturbed_input
 from ..support import ranges
@@ -38,18 +39,23 @@ class Run:
     train_curve: on the augmented batches, as trained on (mixed images: the larger share).
     test_curve: on clean test images; with curve=False the last epoch alone. robust: on test images
         that are attacked within the budget of adversarial training (PGD-20); None without it.
+    test_classes: on the clean test images of each class, after the last epoch; None where there are
+        none.
     test_poisoned, test_unseen: on the test images of the poisoned classes, and on those of the
         classes without poison; None without `unseen`.
+    dtype: "float32" or "bfloat16": what the network computed in.
     network: with keep_network, in eval mode.
     """
 
     seed: int
     train_curve: list[float] = field(default_factory=list)
     test_curve: list[float] = field(default_factory=list)
+    test_classes: list[float | None] = field(default_factory=list)
     seconds: float = 0.0
     robust: float | None = None
     test_poisoned: float | None = None
     test_unseen: float | None = None
+    dtype: str = "float32"
     network: nn.Module | None = field(default=None, repr=False, compare=False)
 
     @property
@@ -70,12 +76,15 @@ def recipe(
     batch: int | None,
     crop: int | None = None,
     defence: Defence | None = None,
+    *,
+    usual: models.Recipe | None = None,
 ) -> models.Recipe:
-    """Fills what is None with the victim's default, as the defence changes it; a victim of the
-    caller's own must come with epochs and lr. Errors: ValueError.
+    """Fills what is None from the recipe `usual` (None: the victim's own), as the defence changes
+    it; a victim of the caller's own must come with epochs and lr, or with a recipe. Errors:
+    ValueError.
     """
     if isinstance(victim, str) and victim in models.NETWORKS:
-        usual = models.NETWORKS[victim].recipe
+        usual = usual or models.NETWORKS[victim].recipe
     elif isinstance(victim, str) or not callable(victim):
         fail(
             "evaluate",
@@ -83,14 +92,14 @@ def recipe(
             f"{', '.join(models.NETWORKS)} or a callable (number of classes -> module)",
             short(victim),
         )
-    elif epochs is None or lr is None:
-        fail(
-            "evaluate",
-            "epochs and lr",
-            "both, for a victim of your own",
-            f"epochs={epochs}, lr={lr}",
-        )
-    else:
+    elif usual is None:
+        if epochs is None or lr is None:
+            fail(
+                "evaluate",
+                "epochs and lr",
+                "both, for a victim of your own",
+                f"epochs={epochs}, lr={lr}",
+            )
         usual = models.Recipe(epochs, lr, 128)
     if defence is not None:
         usual = defence.recipe(usual)
@@ -141,9 +150,24 @@ def build(
     return models.in_format(network, torch.channels_last)
 
 
-def padding(crop: int | None, images: torch.Tensor) -> int:
-    """Pixels of zeros around images [N, C, H, W] before a crop; None: an eighth of the width."""
-    return images.shape[-1] // 8 if crop is None else crop
+class InBfloat16(nn.Module):
+    """A network whose forward pass runs under autocast in bfloat16. Its weights stay float32, and
+    so are the logits that it returns.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        # No cache of cast weights: it would outlive their update within a caller's autocast.
+        with torch.autocast(images.device.type, torch.bfloat16, cache_enabled=False):
+            return self.network(images).float()
+
+
+def padding(crop: int | None, width: int) -> int:
+    """Pixels of zeros around images of a width before a crop; None: an eighth of the width."""
+    return width // 8 if crop is None else crop
 
 
 def crops(images: torch.Tensor, pad: int) -> torch.Tensor:
@@ -157,16 +181,23 @@ def crops(images: torch.Tensor, pad: int) -> torch.Tensor:
 
 
 @torch.no_grad()
-def accuracy(
+def correct(
     network: nn.Module, images: torch.Tensor, labels: torch.Tensor, *, batch: int = 1000
-) -> float:
-    """Top-1 accuracy in eval mode of uint8 `images` [N, C, H, W], on the network's device."""
+) -> torch.Tensor:
+    """Which uint8 `images` [N, C, H, W], on the network's device, it classifies as labelled, in
+    eval mode: bool [N].
+    """
     network.eval()
-    right = 0
+    right = torch.empty_like(labels, dtype=torch.bool)
     for start in range(0, len(images), batch):
-        logits = network(perturbed_input(images[start : start + batch]))
-        right += int((logits.argmax(1) == labels[start : start + batch]).sum())
-    return right / len(images)
+        rows = slice(start, start + batch)
+        right[rows] = network(perturbed_input(images[rows])).argmax(1) == labels[rows]
+    return right
+
+
+def accuracy(network: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> float:
+    """The share of `images` that is `correct`."""
+    return int(correct(network, images, labels).sum()) / len(images)
 
 
 def train(
@@ -184,6 +215,7 @@ def train(
     unseen: Sequence[int] = (),
     curve: bool = True,
     keep_network: bool = False,
+    dtype: str = "float32",
     on_epoch: Callable[[Run], object] | None = None,
 ) -> Run:
     """Trains one victim on uint8 `images` and follows its accuracy.
@@ -191,15 +223,16 @@ def train(
     Cross-entropy, random crop with zero padding and horizontal flip, then what the defence does to
     a batch (what it does once to all images is `run_cell`'s part). Two calls with one seed and
     equally many images share initial weights, order of images, crops and flips. Deterministic on
-    the CPU for a given thread count. init, curve, keep_network: as for `run_cell`; unseen: class
-    indices. Errors: ValueError, also when the loss stops being finite.
+    the CPU for a given thread count. init, curve, keep_network, dtype: as for `run_cell`; unseen:
+    class indices. Errors: ValueError, also when the loss stops being finite.
     """
     device = images.device
     started = time.perf_counter()
-    run = Run(seed)
+    check_unscaled("evaluate", dtype)
+    run = Run(seed, dtype=compute_dtype(dtype, device))
     made = make_defence(defence)
     every = max(1, -(-len(test_images) // CURVE_IMAGES))
-    views = crops(images, padding(recipe.crop, images))
+    views = crops(images, padding(recipe.crop, images.shape[-1]))
     draws, draw = Draws("evaluate", seed), torch.Generator().manual_seed(seed)
     network = build(victim, num_classes, images.shape[1:], draws, device)
     # A built-in network draws nothing after this.
@@ -208,35 +241,44 @@ def train(
         start_from(network, read_state(init))
     network = network.to(device)
     optimizer = recipe.new_optimizer(network)
+    called = network if run.dtype == "float32" else InBfloat16(network)
     change = functools.partial(made.batch, num_classes=num_classes)
     with borrowed("evaluate", network), packed_training(network, "auto", device):
         for epoch in range(recipe.epochs):
-            optimizer.param_groups[0]["lr"] = recipe.learning_rate(epoch)
             run.train_curve.append(
                 _one_epoch(
-                    network, optimizer, views, labels, recipe.batch, draw, epoch, change, draws, own
+                    called, optimizer, views, labels, recipe, draw, epoch, change, draws, own
                 )
             )
             last = epoch == recipe.epochs - 1
             if curve or last:
                 step = 1 if last else every
                 with own:
-                    run.test_curve.append(
-                        accuracy(network, test_images[::step].contiguous(), test_labels[::step])
-                    )
+                    right = correct(called, test_images[::step].contiguous(), test_labels[::step])
+                run.test_curve.append(int(right.sum()) / len(right))
+                if last:
+                    run.test_classes = _each_class(right, test_labels, num_classes)
             if on_epoch:
                 on_epoch(run)
         if len(unseen):
             with own:
                 run.test_poisoned, run.test_unseen = _by_class(
-                    network, test_images, test_labels, unseen
+                    called, test_images, test_labels, unseen
                 )
         with draws:
-            run.robust = made.robust(network, test_images, test_labels)
+            run.robust = made.robust(called, test_images, test_labels)
     run.seconds = time.perf_counter() - started
     if keep_network:
         run.network = network.eval()
     return run
+
+
+def _each_class(right, labels, num_classes):
+    """The share of `right` [N] in each class, or None for a class that `labels` [N] have not."""
+    count, hits = (
+        torch.bincount(chosen, minlength=num_classes).tolist() for chosen in (labels, labels[right])
+    )
+    return [hit / number if number else None for hit, number in zip(hits, count)]
 
 
 def _by_class(network, images, labels, unseen):
@@ -250,7 +292,7 @@ def _by_class(network, images, labels, unseen):
     ]
 
 
-def _one_epoch(network, optimizer, views, labels, batch, draw, epoch, change, draws, own):
+def _one_epoch(network, optimizer, views, labels, recipe, draw, epoch, change, draws, own):
     network.train()
     count, tops, lefts = views.shape[:3]
     device = labels.device
@@ -259,10 +301,12 @@ def _one_epoch(network, optimizer, views, labels, batch, draw, epoch, change, dr
     left = torch.randint(lefts, (count,), generator=draw).to(device)
     flip = (torch.rand(count, generator=draw) < 0.5).to(device)
     right, total = torch.zeros((), dtype=torch.int64, device=device), torch.zeros((), device=device)
-    batches = order.split(batch)
+    batches = order.split(recipe.batch)
     if len(batches) > 1 and len(batches[-1]) == 1:  # batch normalisation cannot train on one image
         batches = (*batches[:-2], torch.cat(batches[-2:]))
-    for chosen in batches:
+    for number, chosen in enumerate(batches):
+        part = number / len(batches) if recipe.schedule == "one-cycle" else 0
+        optimizer.param_groups[0]["lr"] = recipe.learning_rate(epoch + part)
         drawn = views[chosen, top[chosen], left[chosen]].contiguous()
         inputs, targets = perturbed_input(drawn, flip=flip[chosen]), labels[chosen]
         with draws:

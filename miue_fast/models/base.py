@@ -22,7 +22,8 @@ class Recipe:
     """How a victim is trained: epochs, step size, batch and optimiser.
 
     crop: pixels of zero padding on each side before the random crop; None: an eighth of the width,
-        4 at 32. optimizer: "sgd" or "adamw". schedule: "cosine" or "steps".
+        4 at 32. optimizer: "sgd" or "adamw". schedule: "cosine", "steps" or "one-cycle"; the last
+        one, for few epochs, changes the rate at every step instead of every epoch.
     """
 
     epochs: int
@@ -34,10 +35,17 @@ class Recipe:
     optimizer: str = "sgd"
     schedule: str = "cosine"
 
-    def learning_rate(self, epoch: int) -> float:
-        """The rate of epoch 0, 1, ...: a cosine from `lr` to 1e-6, or `lr`, divided by 10 after
-        40 % and again after 80 % of the epochs.
+    def learning_rate(self, epoch: float) -> float:
+        """The rate of epoch 0, 1, ... (of "one-cycle" also of a part of an epoch): a cosine from
+        `lr` to 1e-6; `lr`, divided by 10 after 40 % and again after 80 % of the epochs; or a line
+        from lr / 10 to `lr` over the first quarter of the epochs and a cosine to 1e-6.
         """
+        if self.schedule == "one-cycle":
+            rise = self.epochs / 4
+            if epoch < rise:
+                return self.lr * (0.1 + 0.9 * epoch / rise)
+            fallen = (epoch - rise) / (self.epochs - rise)
+            return 1e-6 + (self.lr - 1e-6) * 0.5 * (1 + math.cos(math.pi * fallen))
         if self.schedule == "steps":
             return self.lr * 0.1 ** sum(5 * epoch >= share * self.epochs for share in (2, 4))
         return 1e-6 + (self.lr - 1e-6) * 0.5 * (1 + math.cos(math.pi * epoch / self.epochs))

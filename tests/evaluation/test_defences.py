@@ -56,7 +56,7 @@ def test_the_text_and_its_defaults():
     for name in DEFENCES:
         made = defence(name)
         assert defence(made.spec) == made and defence(made) is made
-        assert made.tests == (name == "grayscale")
+        assert made.tests == (name in ("grayscale", "resize"))
         assert (made.stage is Stage.ATTACK) == (name == "adversarial")
 
 
@@ -92,6 +92,7 @@ def test_options_that_python_code_gives_have_the_same_limits():
         ("adversarial:0", "eps of adversarial"),
         ("adversarial:4:steps=0", "steps of adversarial"),
         ("adversarial:8:steps=3", "steps \\* step of adversarial: expected at least eps = 8"),
+        ("resize:7", "side of resize: expected a whole number from 8 to 512, got '7'"),
         ("ueraser:0", "draws of ueraser"),
     ],
 )
@@ -105,6 +106,8 @@ def test_bad_texts_are_one_line(spec, words):
     "spec, shape, classes, words",
     [
         ("grayscale", (1, 16, 16), 3, "grayscale: expected images of three channels, got 1"),
+        ("resize:24", (3, 24, 24), 3, "square images of more than 24 pixels a side, got 24 x 24"),
+        ("resize:8", (3, 16, 20), 3, "square images of more than 8 pixels a side, got 20 x 16"),
         ("cutout:17", (3, 16, 20), 3, "a square within 20 x 16, got 17"),
         ("orthogonal-projection:3", (3, 16, 16), 3, "1 to 2 components, for 3 classes, got 3"),
         pytest.param(
@@ -182,6 +185,21 @@ def test_jpeg_is_pillows_round_trip(shapes):
     )
 
 
+def test_resizing_is_pillows_antialiased_bilinear_filter(shapes):
+    made = defence("resize:10")
+    got = made.prepare(shapes.images, shapes.labels, 0)
+    assert got.shape == (60, 3, 10, 10) and made.shape((3, 16, 16)) == (3, 10, 10)
+    for before, after in zip(shapes.images, got):
+        small = Image.fromarray(before.permute(1, 2, 0).numpy()).resize(
+            (10, 10), Image.Resampling.BILINEAR
+        )
+        assert np.array_equal(np.asarray(small), after.permute(1, 2, 0).numpy())
+    board = (torch.arange(16)[:, None] + torch.arange(16)) % 2 * 255
+    board = board.to(torch.uint8).expand(1, 1, 16, 16)
+    inside = defence("resize:8").prepare(board, None, 0)[0, 0, 1:-1, 1:-1]
+    assert (inside.int() - 128).abs().max() <= 1, "pixels are averaged, not left out"
+
+
 @needs_torchvision
 def test_blur_is_a_normalised_gaussian():
     points = torch.zeros(1, 1, 21, 21, dtype=torch.uint8)
@@ -244,13 +262,13 @@ def test_projection_finds_the_class_patterns():
 
 def test_preparing_is_repeatable_and_depends_on_the_seed_only_where_it_draws(shapes):
     for name in DEFENCES:
-        made = defence(name)
+        made = defence("resize:12" if name == "resize" else name)
         if made.stage is Stage.ONCE and name != "none":
             first, again = (made.prepare(shapes.images, shapes.labels, 3) for _ in range(2))
             assert (
                 torch.equal(first, again)
                 and first.dtype == torch.uint8
-                and first.shape == shapes.images.shape
+                and first.shape[1:] == made.shape(shapes.images.shape[1:])
             )
             assert not torch.equal(first, shapes.images), name
     images, labels = linear_poison()

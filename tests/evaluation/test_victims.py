@@ -193,6 +193,38 @@ def test_what_is_prepared_and_what_is_not(spec, tests):
         assert all(torch.equal(x[:, 0], x[:, 1]) for x in (trained, tested))
 
 
+def test_a_victim_of_smaller_images_is_built_trained_and_tested_at_their_size():
+    sizes = {True: set(), False: set()}
+
+    class Small(torch.nn.Module):
+        def __init__(self, classes):
+            super().__init__()
+            self.fc = torch.nn.Linear(3, classes)
+
+        def forward(self, x):
+            sizes[self.training].add(tuple(x.shape[1:]))
+            return self.fc(x.mean((2, 3)))
+
+    large = [data.shapes(count, size=24, classes=4, seed=count) for count in (48, 24)]
+    cell(large, victim=Small, defence="resize:16")
+    assert sizes == {True: {(3, 16, 16)}, False: {(3, 16, 16)}}
+    run = cell(large, victim="linear", defence="resize:16", keep_network=True)
+    assert run.network.fc.in_features == 3 * 16 * 16
+    for victim, side, words in (("lenet5", 12, "size"), ("vit", 18, "a multiple of 4")):
+        with pytest.raises(ValueError, match=words):
+            cell(large, victim=victim, defence=f"resize:{side}")
+    table = evaluate(
+        large[0],
+        large[0].images * 0.0,
+        large[1],
+        **CELL,
+        eps=EPS,
+        defence="resize:16",
+        progress=False,
+    )
+    assert table.options["crop"] == 2 and table.options["defended_test"]
+
+
 def test_adversarial_training_reports_clean_and_robust_accuracy(sets):
     runs = {
         eps: cell(
@@ -346,6 +378,49 @@ def test_accuracy_apart_is_that_of_the_classes(sets):
 
 
 # pretrained starts
+
+
+def test_every_class_has_its_accuracy(sets):
+    train, test = sets
+    run = cell((train, test.select((test.labels != 2).nonzero()[:, 0])), keep_network=True)
+    assert run.test_classes[2] is None and len(run.test_classes) == 4
+    kept = test.labels != 2
+    assert sum(share for share in run.test_classes if share is not None) / 3 == pytest.approx(
+        run.test
+    ), "equally many images of each class"
+    with torch.no_grad():
+        right = run.network(test.images / 255).argmax(1) == test.labels
+    assert run.test == pytest.approx(float(right[kept].float().mean()))
+    for label in (0, 1, 3):
+        found = float(right[test.labels == label].float().mean())
+        assert run.test_classes[label] == pytest.approx(found)
+
+
+def test_a_recipe_takes_the_place_of_the_victims_own(sets, monkeypatch):
+    rates = []
+    real = torch.optim.SGD.step
+
+    def watched(self, *args, **options):
+        rates.append(self.param_groups[0]["lr"])
+        return real(self, *args, **options)
+
+    monkeypatch.setattr(torch.optim.SGD, "step", watched)
+    short = models.Recipe(4, 0.2, 48, schedule="one-cycle")
+    run_cell(
+        *(each for part in sets for each in (part.images, part.labels)),
+        4,
+        victim="linear",
+        recipe=short,
+    )
+    assert len(rates) == 4 * 2 and rates[0] == pytest.approx(0.02)
+    assert rates[1] == pytest.approx(0.11) and rates[2] == 0.2 == max(rates)
+    assert rates[2:] == sorted(rates[2:], reverse=True) and 1e-6 < rates[-1] < 0.03
+    assert short.learning_rate(4) == pytest.approx(1e-6)
+    made = victims.recipe(torch.nn.Linear, 7, None, None, usual=short)
+    assert (made.epochs, made.lr, made.schedule) == (7, 0.2, "one-cycle")
+    rates.clear()
+    cell(sets)
+    assert len(set(rates)) == 2, "the rate of a cosine changes with the epoch"
 
 
 def test_fine_tuning_starts_from_the_pretrained_weights(sets, tmp_path):

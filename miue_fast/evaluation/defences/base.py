@@ -60,9 +60,15 @@ class Defence(Spec):
         """How a victim with this defence is trained, where it is usually trained by `usual`."""
         return usual
 
+    def shape(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """[C, H, W] of the images that the victim trains on, where they come as `shape`; another
+        one than that needs `tests`.
+        """
+        return tuple(shape)
+
     def prepare(self, images: torch.Tensor, labels: torch.Tensor, seed: int) -> torch.Tensor:
         """What becomes of the whole set, uint8 [N, C, H, W], once and on the CPU, before
-        training: images of the same shape.
+        training: images of `shape`.
         """
         return images
 
