@@ -28,7 +28,7 @@ HELP = {
     "steps": "sign steps per poison batch and epoch",
     "epochs": "rounds of model step and poison step",
     "batch": "images per contrastive batch",
-    "train_batch": "images per batch of the model step",
+    "train_batch": "images per batch of the model step; fast, publish: 8 to 128, by the images",
     "lr": "learning rate of the source network, a cosine over the epochs",
     "momentum": "momentum of the SGD that trains the source network",
     "weight_decay": "weight decay of that SGD",

@@ -102,7 +102,7 @@ def generate(
         objective.check("generate", wanted, len(dataset.classes))
         if objective.outputs is None:
             return _without_network(dataset, wanted, keep, overwrite)
-        on = wanted.place
+        on, wanted = wanted.place, wanted.resolved(len(dataset.images))
         held.enter_context(
             calls.deterministic_cudnn() if on.type == "cuda" else contextlib.nullcontext()
         )

@@ -21,6 +21,9 @@ _ALL_OPS = tuple(
 )  # it serves two ops; auto takes it where it is measured
 
 
+BATCHES = 390  # of the model step in an epoch of 50,000 images, and where train_batch is None
+
+
 @dataclass(frozen=True)
 class Options:
     """The options of the method (docs/method.md). Sizes are on the [0, 1] image scale, as 8/255.
@@ -43,7 +46,9 @@ class Options:
     steps: int = 10  # sign steps per poison batch and epoch
     epochs: int = 100
     batch: int = 512  # images per contrastive batch
-    train_batch: int = 128  # images per batch of the model step
+    # images per batch of the model step; None: what gives about 390 batches an epoch, from 8 to
+    # 128 images
+    train_batch: int | None = 128
     lr: float = 0.1
     momentum: float = 0.9
     weight_decay: float = 1e-4
@@ -72,10 +77,11 @@ class Options:
     backend: str = "auto"  # of the ops
 
     def __post_init__(self) -> None:
-        for name, least in (("steps", 1), ("epochs", 1), ("batch", 2), ("train_batch", 2)):
+        for name, least in (("steps", 1), ("epochs", 1), ("batch", 2)):
             ranges.whole("option", name, getattr(self, name), least)
         checks.seed("option", self.seed)
-        for name, *limits in (("network_chunk", 2), ("width", 1, ranges.WIDEST)):
+        optional = ("train_batch", 2), ("network_chunk", 2), ("width", 1, ranges.WIDEST)
+        for name, *limits in optional:
             if getattr(self, name) is not None:
                 ranges.whole("option", name, getattr(self, name), *limits)
         ranges.budget("option", "eps", self.eps)
@@ -107,8 +113,6 @@ class Options:
             value = getattr(self, name)
             if not isinstance(value, str) or value not in known:
                 messages.fail("option", name, f"one of {', '.join(known)}", messages.short(value))
-        object.__setattr__(self, "device", checks.device("option", self.device))
-        object.__setattr__(self, "dtype", precision.compute_dtype(self.dtype, self.place))
         for name in ("classwise", "random_start", "fused", "fp8"):
             ranges.switch("option", name, getattr(self, name))
         if self.channels_last is not None:
@@ -127,6 +131,7 @@ class Options:
                 "float32 or float16 with classwise",
                 messages.short(self.delta_dtype),
             )
+        object.__setattr__(self, "device", checks.device("option", self.device))
 
     def _number(self, name: str, good: Callable[[float], bool], expected: str) -> None:
         ranges.number("option", name, getattr(self, name), good, expected)
@@ -162,6 +167,12 @@ class Options:
         return self.lr * (
             1e-5 + (1 - 1e-5) * 0.5 * (1 + math.cos(math.pi * (epoch - 1) / self.epochs))
         )
+
+    def resolved(self, count: int) -> "Options":
+        """A copy for `count` images on `place`: train_batch is a number, and dtype not auto."""
+        batch = self.train_batch or min(128, max(8, round(count / BATCHES)))
+        dtype = precision.compute_dtype(self.dtype, self.place)
+        return replace(self, train_batch=batch, dtype=dtype)
 
     def with_(self, changes: Mapping[str, Any]) -> "Options":
         """A copy with `changes`. Errors: ValueError; for an unknown name it lists the options."""

@@ -3,6 +3,7 @@
 import contextlib
 import logging
 from collections.abc import Callable
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -48,7 +49,7 @@ class Trainer:
     ):
         self.turn, self.draws = Turn("Trainer"), draws
         self.network, self.images, self.labels = network, images, labels
-        self.delta, self.options = delta, options
+        self.delta, self.options = delta, options.resolved(len(images))
         device = images.device
         self.convolutions = packed_training(network, options.backend, device)
         self.captures = images.is_cuda and options.fused and self._has_kernel()
@@ -93,7 +94,7 @@ class Trainer:
             t.to(device)
             for t in batches.order_and_flips(count, o.flip, o.seed, number, "model step")
         )
-        slices = batches.train_slices(count, o.train_batch)
+        slices = batches.train_slices(count, cast(int, o.train_batch))
         losses, correct = [], torch.zeros((), dtype=torch.int64, device=device)
         self._set_learning_rate(o.learning_rate(number))
         self.network.train()

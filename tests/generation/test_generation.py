@@ -5,6 +5,7 @@ repeatable, never silently useless.
 import csv
 import logging
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from miue_fast import data, generate
+from miue_fast.dispatch import native
 from miue_fast.generation import PRESETS, Options, batches
 from miue_fast.reference.mi_ue_value_and_grad import mi_ue_value_and_grad
 
@@ -72,13 +74,34 @@ def test_presets_are_the_table():
     }
     for row in table.values():
         row["robust"] = ""
-    few = {"steps": 2, "alpha_0": 1 / 255, "epochs": 32, "train_batch": 8, "zeta": 0.1}
+    few = {"steps": 2, "alpha_0": 1 / 255, "epochs": 32, "train_batch": None, "zeta": 0.1}
     table["fast"] = few | {"robust": "crop"}
     table["publish"] = few | {"robust": "crop,grid:4"}
     assert PRESETS["fast"].options.last_alpha == 2 / 255
     assert set(PRESETS) == set(table)
     for name, row in table.items():
         assert {k: getattr(PRESETS[name].options, k) for k in common | row} == common | row
+
+
+def test_what_the_data_and_the_device_decide():
+    fast = PRESETS["fast"].options
+    assert fast.dtype == "auto"
+    batches = {count: fast.resolved(count).train_batch for count in (20, 3000, 20_000, 50_000)}
+    assert batches == {20: 8, 3000: 8, 20_000: 51, 50_000: 128}
+    assert replace(fast, train_batch=32).resolved(50_000).train_batch == 32
+    half = native.matrix_missing() is None
+    assert replace(fast, device="cpu").resolved(9).dtype == ("bfloat16" if half else "float32")
+    assert replace(fast, dtype="float32").resolved(9).dtype == "float32"
+    result = generate(
+        data.shapes(40, seed=0),
+        preset="fast",
+        model="small_resnet",
+        epochs=1,
+        device="cpu",
+        progress=False,
+        width=2,
+    )
+    assert result.options.train_batch == 8 and result.options.dtype != "auto"
 
 
 def test_schedules():
