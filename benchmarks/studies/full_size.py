@@ -129,7 +129,8 @@ class Study:
         args = self.args
         if isinstance(piece, Generation):
             found = {**SOURCE, "width": args.width, **POISONS[piece.poison], "images": args.images}
-            return {"piece": "generation", "poison": piece.poison, **found}
+            longer = {} if args.epochs is None else {"epochs": args.epochs}
+            return {"piece": "generation", "poison": piece.poison, **found, **longer}
         made = None if piece.trained_on == CLEAN else self.settings(Generation(piece.trained_on))
         return {
             "piece": "victim",
@@ -278,6 +279,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--record", type=Path, default=RESULT, help="the JSON file")
     parser.add_argument("--images", type=int, default=IMAGES, help="the first of each class")
     parser.add_argument("--width", type=int, default=WIDTH, help="of the source")
+    parser.add_argument("--epochs", type=int, help="of a generation; default: its preset's")
     parser.add_argument("--victim-width", type=int, default=VICTIM_WIDTH)
     parser.add_argument("--victim-epochs", type=int, default=EPOCHS)
     parser.add_argument("--dtype", default="auto", help="of all networks")
