@@ -3,7 +3,7 @@ VENV ?= .venv
 PY = $(VENV)/bin/python
 PYTHON ?= python3
 
-.PHONY: setup demo test lint bench busy report fuzz asan install-check clean
+.PHONY: setup demo test lint bench busy full-size protection report fuzz asan install-check clean
 
 setup: $(VENV)/.ready
 
@@ -34,6 +34,17 @@ bench: setup
 # Eight minutes on a machine that does nothing else.
 busy: setup
 	$(PY) -m benchmarks.studies.busy --out benchmarks/results/busy.json
+
+# Days on two cores, in pieces: Ctrl-C and the same command again. DATA has train/CLASS/* and test/CLASS/*.
+full-size: setup
+	OMP_WAIT_POLICY=PASSIVE $(PY) -m benchmarks.studies.full_size --data "$(DATA)" --out "$(or $(WORK),scratch/full-size)"
+	$(PY) -m benchmarks.pages.readme --readme
+
+# Hours on a machine that does nothing else, in pieces as above.
+protection: setup
+	OMP_WAIT_POLICY=PASSIVE $(PY) -m benchmarks.protection --data "$(DATA)"
+	$(PY) -m benchmarks.protection --plot docs/protection.svg
+	$(PY) -m benchmarks.pages.readme --readme
 
 # Heavier checks, run by hand: 100,000 cases per op, 50 kills; sanitizers; numel > 2^31; isolated installs from the package index.
 fuzz: setup

@@ -15,6 +15,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks.harness import layers, tables, workloads
+from benchmarks.pages import full_size as full_size_page
+from benchmarks.pages import protection as protection_page
 from miue_fast.dispatch import measured
 from miue_fast.dispatch.registry import OPS
 
@@ -134,11 +136,24 @@ def benchmarks() -> str:
     return "\n\n".join(parts) or "No results yet: `make bench`."
 
 
+def full_size() -> str:
+    """What has been made of the full-size study."""
+    path = tables.RESULTS / "full_size.json"
+    return full_size_page.text(tables.load(path) if path.exists() else None)
+
+
+def protection() -> str:
+    """The time to protection of every method."""
+    path = tables.RESULTS / "protection.json"
+    return protection_page.text(tables.load(path) if path.exists() else None)
+
+
 # Per page the generated sections: what stands between `<!-- NAME:begin -->` and its end.
 PAGES: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {"result": result, "speed": speed},
-    "docs/benchmarks.md": {"bench": benchmarks},
+    "docs/benchmarks.md": {"protection": protection, "bench": benchmarks},
     "docs/backends.md": {"matrix": matrix},
+    "docs/full-size.md": {"full-size": full_size},
 }
 
 
