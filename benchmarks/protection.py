@@ -59,6 +59,7 @@ def made(method: str, images: data.Dataset, seed: int) -> EagerLoop | BiLevelRun
     """
     eager, preset, changes = METHODS[method]
     options = presets.choose(preset, {**changes, "width": WIDTH, "seed": seed})
+    options = options.resolved(len(images))
     draws = Draws("generate", batches.derive(seed, 0, "network"))
     network = prepare.source_network(MODEL, images, options, draws).to(options.place)
     if eager:
