@@ -16,6 +16,7 @@ after the last checkpoint. Run it on a machine that does nothing else, with OMP_
 
 import argparse
 import io
+import signal
 import statistics
 import sys
 import time
@@ -205,4 +206,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    # A shell starts background commands deaf to Ctrl-C; both signals end this one in good order.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
     sys.exit(main())

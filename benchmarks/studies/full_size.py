@@ -17,6 +17,7 @@ import argparse
 import dataclasses
 import functools
 import json
+import signal
 import sys
 import time
 from pathlib import Path
@@ -314,4 +315,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    # A shell starts background commands deaf to Ctrl-C; both signals end this one in good order.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
     sys.exit(main())
