@@ -27,7 +27,7 @@ OP = "pgd_step"
 LARGE = 8192
 TEMPERATURE, ZETA = 0.1, 0.1
 STEPS = 10  # of a batch, where a path runs them together
-AGREEING = {"float32": 0.999, "bfloat16": 0.95}  # least share of equal signs, by compute type
+AGREEING = {"float32": 0.999, "bfloat16": 0.9}  # least share of equal signs, by compute type
 
 
 @dataclass

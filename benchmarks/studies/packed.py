@@ -243,8 +243,8 @@ def victims(folder, epochs):
             with mock.patch.object(
                 evaluation_victims,
                 "packed_training",
-                lambda network, _, device, backend=backend: packed_training(
-                    network, backend, device
+                lambda network, _, device, dtype, backend=backend: packed_training(
+                    network, backend, device, dtype
                 ),
             ):
                 run = run_cell(

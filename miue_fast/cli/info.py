@@ -6,7 +6,9 @@ from typing import TextIO
 
 import torch
 
+from ..dispatch import native
 from ..dispatch.environment import build_flags, cpu_level, versions
+from ..dispatch.precision import compute_dtype
 from ..dispatch.registry import OPS
 
 
@@ -33,6 +35,15 @@ def _which(backend: str, names: list[str]) -> str:
     return f"{backend} ({short or 'all but ' + ', '.join(others)})"
 
 
+def convolutions() -> str:
+    """Which convolutions of a frozen or training network are this library's own on this CPU."""
+    level, missing = cpu_level(), native.matrix_missing()
+    packed = "on packed weights, layer by layer" if level in ("avx2", "avx512") else "PyTorch's"
+    tiles = f"PyTorch's ({missing})" if missing else "on matrix tiles"
+    auto = compute_dtype("auto", torch.device("cpu"))
+    return f"float32 {packed}; bfloat16 {tiles}; --dtype auto is {auto}"
+
+
 def main(out: TextIO | None = None) -> None:
     """Prints everything to `out`, or to the standard output."""
     print(
@@ -47,6 +58,7 @@ def main(out: TextIO | None = None) -> None:
     )
     for name, flags in build_flags().items():
         print(f"build _{name}: {flags or 'not built'}", file=out)
+    print(f"convolutions on the CPU: {convolutions()}", file=out)
     print("ops:", ", ".join(OPS), file=out)
     for outcome, backends in served().items():
         which = ", ".join(_which(*entry) for entry in backends.items())

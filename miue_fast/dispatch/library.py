@@ -9,7 +9,23 @@ import torch.nn.functional as F
 
 NHWC = torch.channels_last
 _BACK = torch.ops.aten.convolution_backward.default
-_INPUT_ONLY = [True, False, False]  # of the gradients for the input, the weight and the bias
+# of the gradients for the input, the weight and the bias
+_INPUT_ONLY, _WEIGHT_ONLY = [True, False, False], [False, True, False]
+
+
+def one_column(weight: torch.Tensor, stride: Sequence[int], columns: int) -> bool:
+    """Whether results of one column come from several columns with a stride. oneDNN (PyTorch 2.13)
+    computes those, and the weight gradient, wrongly in bfloat16 on a processor with AMX, as
+    `make fuzz` found. They are small enough to be computed in float32.
+
+    Args: weight: [K, C / groups, R, S]. columns: of the result.
+    """
+    return columns == 1 and stride[1] > 1 and weight.shape[3] > 1
+
+
+def _as_float32(weight, stride, columns):
+    half = weight.dtype == torch.bfloat16 and weight.device.type == "cpu"
+    return half and one_column(weight, stride, columns)
 
 
 def convolve(
@@ -21,9 +37,23 @@ def convolve(
     groups: int,
 ) -> torch.Tensor:
     """The convolution [B, K, P, Q] of x [B, C, H, W] and weight [K, C / groups, R, S]."""
-    return F.conv2d(x, weight, None, stride, padding, dilation, groups).contiguous(
-        memory_format=NHWC
-    )
+    dtype = weight.dtype
+    if _as_float32(weight, stride, columns_of(x, weight, stride, padding, dilation)):
+        x, weight = x.float(), weight.float()
+    y = F.conv2d(x, weight, None, stride, padding, dilation, groups)
+    return y.to(dtype).contiguous(memory_format=NHWC)
+
+
+def columns_of(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> int:
+    """The number of columns of a convolution's result."""
+    reach = dilation[1] * (weight.shape[3] - 1) + 1
+    return (x.shape[3] + 2 * padding[1] - reach) // stride[1] + 1
 
 
 def convolve_back(
@@ -42,3 +72,20 @@ def convolve_back(
     x = torch.empty(size, dtype=grad.dtype, device=grad.device, memory_format=NHWC)
     conv = stride, padding, dilation, False, [0, 0], groups
     return _BACK(grad, x, weight, None, *conv, _INPUT_ONLY)[0].contiguous(memory_format=NHWC)
+
+
+def convolve_weight_grad(
+    grad: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> torch.Tensor:
+    """The gradient of `convolve` with respect to its weight, of which the sizes count."""
+    dtype = weight.dtype
+    if _as_float32(weight, stride, grad.shape[3]):
+        grad, x, weight = grad.float(), x.float(), weight.float()
+    conv = stride, padding, dilation, False, [0, 0], groups
+    return _BACK(grad, x, weight, None, *conv, _WEIGHT_ONLY)[1].to(dtype)

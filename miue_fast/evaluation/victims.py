@@ -243,7 +243,7 @@ def train(
     optimizer = recipe.new_optimizer(network)
     called = network if run.dtype == "float32" else InBfloat16(network)
     change = functools.partial(made.batch, num_classes=num_classes)
-    with borrowed("evaluate", network), packed_training(network, "auto", device):
+    with borrowed("evaluate", network), packed_training(network, "auto", device, run.dtype):
         for epoch in range(recipe.epochs):
             run.train_curve.append(
                 _one_epoch(

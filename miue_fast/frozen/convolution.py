@@ -118,7 +118,7 @@ class Conv(Layer):
         if self.backend not in ("auto", "cpu") or self.fp8:
             return None
         packed, level = self.packed.get(back), native.cpu_level()
-        if matrix.chosen(self.weight, self.module.groups, back):
+        if matrix.chosen(self.weight, self.conv[3], back):
             if isinstance(packed, MatrixConv):
                 return packed
             packed = MatrixConv(back)

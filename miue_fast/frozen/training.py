@@ -16,22 +16,22 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ..dispatch import native
-from ..dispatch.library import convolve, convolve_back
+from ..dispatch.library import columns_of, convolve, convolve_back, convolve_weight_grad, one_column
 from . import matrix
 from .matrix import MatrixConv
 from .packed import NHWC, PackedConv, chosen
 
 WIDE = 128  # channels on both sides of a network's widest convolutions
-_WEIGHT_ONLY = [False, True, False]  # of the gradients for the input, the weight and the bias
 
 
 def packed_training(
-    network: nn.Module, backend: str, device: torch.device
+    network: nn.Module, backend: str, device: torch.device, dtype: str = "float32"
 ) -> contextlib.AbstractContextManager:
     """A context in which this thread's `torch.nn.functional.conv2d` takes packed weights where that
     is faster, for the training of `network`. It changes nothing on a GPU, without the C++ kernels,
     with another backend than "auto" and "cpu", or for a network without convolutions of WIDE
-    channels: there packing after each step costs more than it gains.
+    channels: there packing after each step costs more than it gains. With dtype "bfloat16", for
+    training under autocast, a narrow network gets right what the library computes wrongly, too.
 
     The results are deterministic: the same bits for any number of threads on one instruction level.
     They differ from PyTorch's by roundings. A gradient can be taken once: the derivative of a
@@ -41,19 +41,21 @@ def packed_training(
         isinstance(module, nn.Conv2d) and min(module.weight.shape[:2]) >= WIDE
         for module in network.modules()
     )
-    if not wide or backend not in ("auto", "cpu") or device.type != "cpu" or native.cpu_missing():
+    if backend not in ("auto", "cpu") or device.type != "cpu" or native.cpu_missing():
         return contextlib.nullcontext()
-    return _Packed()
+    return _Packed(wide) if wide or dtype == "bfloat16" else contextlib.nullcontext()
 
 
 class _Packed(TorchFunctionMode):
     """weights: parameter -> its packed forms (of the convolution, of its input gradient), whose
     memory is taken again; a form is packed at every use, because what changes a parameter through
-    `.data` leaves no trace.
+    `.data` leaves no trace. wide: whether that is worth its while; else only what the library
+    computes wrongly is computed here.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, wide: bool) -> None:
         super().__init__()
+        self.wide = wide
         self.weights: Any = WeakIdKeyDictionary()
 
     def __torch_function__(
@@ -74,10 +76,10 @@ class _Packed(TorchFunctionMode):
         )
         if torch.is_autocast_enabled("cpu"):
             return self._in_bfloat16(input, weight, bias, conv, groups)
-        if input.dtype != torch.float32:
+        if input.dtype != torch.float32 or not self.wide:
             return None
         families = [chosen(weight, *conv, groups, back) for back in (False, True)]
-        if not any(families) or input.shape[1] != weight.shape[1]:
+        if not any(families) or input.shape[1] != groups * weight.shape[1]:
             return None
         forms = self.weights.get(weight)
         if forms is None or [form and form.family for form in forms] != families:
@@ -87,11 +89,14 @@ class _Packed(TorchFunctionMode):
         return _Convolution.apply(input, weight, bias, conv, forms)
 
     def _in_bfloat16(self, input, weight, bias, conv, groups):
-        if torch.get_autocast_dtype("cpu") != torch.bfloat16 or input.shape[1] != weight.shape[1]:
+        if (
+            torch.get_autocast_dtype("cpu") != torch.bfloat16
+            or input.shape[1] != groups * weight.shape[1]
+        ):
+            return None
+        if not self.wide and not one_column(weight, conv[0], columns_of(input, weight, *conv)):
             return None
         half = weight.detach().to(torch.bfloat16, memory_format=NHWC)
-        if not any(matrix.chosen(half, groups, back) for back in (False, True)):
-            return None
         return _MatrixConvolution.apply(
             input.to(torch.bfloat16), weight, bias, half, (*conv, groups)
         )
@@ -105,8 +110,9 @@ class _MatrixConvolution(torch.autograd.Function):
         x = x.contiguous(memory_format=NHWC)
         ctx.save_for_backward(x, half)
         ctx.conv, ctx.biased = conv, bias is not None
-        if not matrix.chosen(half, 1, back=False):
-            y = convolve(x, half, *conv)
+        if not matrix.chosen(half, conv[3], back=False):
+            with torch.autocast("cpu", enabled=False):
+                y = convolve(x, half, *conv)
             return y if bias is None else y.add_(bias[:, None, None])
         packed = MatrixConv(False)
         packed.refold(half)
@@ -118,17 +124,17 @@ class _MatrixConvolution(torch.autograd.Function):
         (x, half), grad = ctx.saved_tensors, grads[0].contiguous(memory_format=NHWC)
         grad_x = grad_weight = grad_bias = None
         if ctx.needs_input_grad[0]:
-            if matrix.chosen(half, 1, back=True):
+            if matrix.chosen(half, ctx.conv[3], back=True):
                 packed = MatrixConv(True)
                 packed.refold(half)
                 grad_x = packed.input_grad(grad, half, None, None, x.shape, *ctx.conv)
             else:
                 grad_x = convolve_back(grad, half, x.shape, *ctx.conv)
         if ctx.needs_input_grad[1]:
-            if min(half.shape[:2]) >= matrix.WEIGHT_GRAD:
+            if ctx.conv[3] == 1 and min(half.shape[:2]) >= matrix.WEIGHT_GRAD:
                 grad_weight = native.matrix_weight_grad(x, grad, half.shape[2:], ctx.conv[:3])
             else:
-                grad_weight = _library_weight_grad(x, half, grad, *ctx.conv).float()
+                grad_weight = convolve_weight_grad(grad, x, half, *ctx.conv).float()
         if ctx.biased and ctx.needs_input_grad[2]:
             grad_bias = grad.sum((0, 2, 3), dtype=torch.float32)
         return grad_x, grad_weight, grad_bias, None, None
@@ -171,10 +177,4 @@ def _weight_grad(x, weight, grad, conv):
     stride, padding, dilation, groups = conv
     if stride == (1, 1) and weight.shape[2:] == (3, 3) and min(weight.shape[:2]) >= 32:
         return native.conv_weight_grad(x, grad)
-    return _library_weight_grad(x, weight, grad, stride, padding, dilation, groups)
-
-
-def _library_weight_grad(x, weight, grad, stride, padding, dilation, groups):
-    return torch.ops.aten.convolution_backward(
-        grad, x, weight, None, stride, padding, dilation, False, [0, 0], groups, _WEIGHT_ONLY
-    )[1]
+    return convolve_weight_grad(grad, x, weight, stride, padding, dilation, groups)

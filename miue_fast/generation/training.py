@@ -51,7 +51,7 @@ class Trainer:
         self.network, self.images, self.labels = network, images, labels
         self.delta, self.options = delta, options.resolved(len(images))
         device = images.device
-        self.convolutions = packed_training(network, options.backend, device)
+        self.convolutions = packed_training(network, options.backend, device, self.options.dtype)
         self.captures = images.is_cuda and options.fused and self._has_kernel()
         self.graph, self.ran = None, False
         lr = torch.full((), options.lr, device=device) if self.captures else options.lr

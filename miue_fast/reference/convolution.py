@@ -8,10 +8,14 @@ NHWC, FP8 = torch.channels_last, torch.float8_e4m3fn
 
 
 def convolve(x, weight, stride, padding, dilation, groups):
-    """The convolution alone, by PyTorch's library: channels-last [B, K, P, Q]."""
-    return F.conv2d(x, weight, None, stride, padding, dilation, groups).contiguous(
-        memory_format=NHWC
-    )
+    """The convolution alone, by PyTorch's library: channels-last [B, K, P, Q]. bfloat16 on a CPU is
+    computed in float32, because oneDNN has wrong results of one column (`dispatch/library.py`).
+    """
+    dtype = x.dtype
+    if dtype == torch.bfloat16 and x.device.type == "cpu":
+        x, weight = x.float(), weight.float()
+    y = F.conv2d(x, weight, None, stride, padding, dilation, groups)
+    return y.to(dtype).contiguous(memory_format=NHWC)
 
 
 def convolve_back(grad, weight, size, stride, padding, dilation, groups):
