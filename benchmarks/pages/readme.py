@@ -24,7 +24,7 @@ SHIPPED = measured.TABLE
 # Where the kernels of each backend have really run; changed by hand when that changes.
 RUN_ON = {
     "reference": "CPU",
-    "cpu": "CPU (generic, AVX2 and AVX-512)",
+    "cpu": "CPU (generic, AVX2, AVX-512, AMX)",
     "triton": "interpreter on the CPU; compiled for sm_80 and sm_90; **never on a GPU**",
     "cuda": "host shim on the CPU; compiled for sm_80 and sm_90a; **never on a GPU**",
     "wgmma": "host shim on the CPU; compiled for sm_90a; **never on a GPU**",

@@ -150,7 +150,11 @@ def weight_rows(images, rounds, level):
             "library_s": theirs,
             "packed_s": ours,
             "times": ratio,
-            "taken": min(channels, count) >= (matrix.WEIGHT_GRAD if half else 32),
+            "taken": (
+                matrix.worth_weight_grad(channels, count, taps * taps)
+                if half
+                else min(channels, count) >= 32
+            ),
             "flops": 2 * images * small * small * channels * count * taps * taps,
             "weights_bytes": 0,
         }

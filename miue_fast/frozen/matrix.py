@@ -14,7 +14,6 @@ from ..dispatch import native
 from ..dispatch.masks import mask_bytes
 
 NHWC = torch.channels_last
-WEIGHT_GRAD = 64  # channels on both sides from which the weight gradient takes the tiles
 
 
 def worth(channels: int, results: int) -> bool:
@@ -24,6 +23,13 @@ def worth(channels: int, results: int) -> bool:
     Args: channels, results: of the convolution, or of the input gradient's own convolution.
     """
     return results >= 32 and (channels >= 32 or channels <= 4)
+
+
+def worth_weight_grad(channels: int, results: int, taps: int) -> bool:
+    """Whether the weight gradient of a convolution with so many taps was measured faster on the
+    matrix tiles: with one tap, laying out images and gradients takes too large a share.
+    """
+    return min(channels, results) >= (64 if taps > 1 else 256)
 
 
 def chosen(weight: torch.Tensor, groups: int, back: bool) -> bool:

@@ -131,8 +131,9 @@ class _MatrixConvolution(torch.autograd.Function):
             else:
                 grad_x = convolve_back(grad, half, x.shape, *ctx.conv)
         if ctx.needs_input_grad[1]:
-            if ctx.conv[3] == 1 and min(half.shape[:2]) >= matrix.WEIGHT_GRAD:
-                grad_weight = native.matrix_weight_grad(x, grad, half.shape[2:], ctx.conv[:3])
+            results, channels, *taps = half.shape
+            if ctx.conv[3] == 1 and matrix.worth_weight_grad(channels, results, taps[0] * taps[1]):
+                grad_weight = native.matrix_weight_grad(x, grad, taps, ctx.conv[:3])
             else:
                 grad_weight = convolve_weight_grad(grad, x, half, *ctx.conv).float()
         if ctx.biased and ctx.needs_input_grad[2]:
