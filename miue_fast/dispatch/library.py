@@ -23,11 +23,6 @@ def one_column(weight: torch.Tensor, stride: Sequence[int], columns: int) -> boo
     return columns == 1 and stride[1] > 1 and weight.shape[3] > 1
 
 
-def _as_float32(weight, stride, columns):
-    half = weight.dtype == torch.bfloat16 and weight.device.type == "cpu"
-    return half and one_column(weight, stride, columns)
-
-
 def convolve(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -38,7 +33,11 @@ def convolve(
 ) -> torch.Tensor:
     """The convolution [B, K, P, Q] of x [B, C, H, W] and weight [K, C / groups, R, S]."""
     dtype = weight.dtype
-    if _as_float32(weight, stride, columns_of(x, weight, stride, padding, dilation)):
+    if (
+        dtype == torch.bfloat16
+        and weight.device.type == "cpu"
+        and one_column(weight, stride, columns_of(x, weight, stride, padding, dilation))
+    ):
         x, weight = x.float(), weight.float()
     y = F.conv2d(x, weight, None, stride, padding, dilation, groups)
     return y.to(dtype).contiguous(memory_format=NHWC)
@@ -85,7 +84,7 @@ def convolve_weight_grad(
 ) -> torch.Tensor:
     """The gradient of `convolve` with respect to its weight, of which the sizes count."""
     dtype = weight.dtype
-    if _as_float32(weight, stride, grad.shape[3]):
+    if dtype == torch.bfloat16 and one_column(weight, stride, grad.shape[3]):
         grad, x, weight = grad.float(), x.float(), weight.float()
     conv = stride, padding, dilation, False, [0, 0], groups
     return _BACK(grad, x, weight, None, *conv, _WEIGHT_ONLY)[1].to(dtype)
