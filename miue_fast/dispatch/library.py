@@ -13,6 +13,23 @@ _BACK = torch.ops.aten.convolution_backward.default
 _INPUT_ONLY, _WEIGHT_ONLY = [True, False, False], [False, True, False]
 
 
+def out_size(
+    size: Sequence[int],
+    weight: torch.Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> list[int]:
+    """The size [B, K, P, Q] of the convolution of [B, C, H, W] with this weight."""
+    (b, _, h, w), (k, _, r, s) = size, weight.shape
+    return [
+        b,
+        k,
+        (h + 2 * padding[0] - dilation[0] * (r - 1) - 1) // stride[0] + 1,
+        (w + 2 * padding[1] - dilation[1] * (s - 1) - 1) // stride[1] + 1,
+    ]
+
+
 def one_column(weight: torch.Tensor, stride: Sequence[int], columns: int) -> bool:
     """Whether results of one column come from several columns with a stride. oneDNN (PyTorch 2.13)
     computes those, and the weight gradient, wrongly in bfloat16 on a processor with AMX, as
@@ -36,23 +53,11 @@ def convolve(
     if (
         dtype == torch.bfloat16
         and weight.device.type == "cpu"
-        and one_column(weight, stride, columns_of(x, weight, stride, padding, dilation))
+        and one_column(weight, stride, out_size(x.shape, weight, stride, padding, dilation)[3])
     ):
         x, weight = x.float(), weight.float()
     y = F.conv2d(x, weight, None, stride, padding, dilation, groups)
     return y.to(dtype).contiguous(memory_format=NHWC)
-
-
-def columns_of(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-) -> int:
-    """The number of columns of a convolution's result."""
-    reach = dilation[1] * (weight.shape[3] - 1) + 1
-    return (x.shape[3] + 2 * padding[1] - reach) // stride[1] + 1
 
 
 def convolve_back(

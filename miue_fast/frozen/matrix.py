@@ -7,10 +7,12 @@ docs/performance-notes.md and is measured again by `python -m benchmarks.studies
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 
 from ..dispatch import native
+from ..dispatch.library import out_size
 from ..dispatch.masks import mask_bytes
 
 NHWC = torch.channels_last
@@ -32,15 +34,21 @@ def worth_weight_grad(channels: int, results: int, taps: int) -> bool:
     return min(channels, results) >= (64 if taps > 1 else 256)
 
 
+def takes(weight: torch.Tensor, groups: int) -> bool:
+    """Whether the matrix tiles can compute a convolution with weight [K, C / groups, R, S], and its
+    gradients, here.
+    """
+    half = weight.dtype == torch.bfloat16 and weight.device.type == "cpu" and weight.numel() > 0
+    return half and groups == 1 and native.matrix_missing() is None
+
+
 def chosen(weight: torch.Tensor, groups: int, back: bool) -> bool:
     """Whether `auto` takes the matrix tiles for a convolution with weight [K, C / groups, R, S], or
     with `back` for its input gradient.
     """
-    if weight.dtype != torch.bfloat16 or weight.device.type != "cpu" or groups != 1:
-        return False
     results, channels = weight.shape[:2]
     sides = (results, channels) if back else (channels, results)
-    return weight.numel() > 0 and worth(*sides) and native.matrix_missing() is None
+    return takes(weight, groups) and worth(*sides)
 
 
 @dataclass(eq=False)
@@ -52,6 +60,7 @@ class MatrixConv:
     call and repetition. weights: in the order in which the kernel reads them.
     """
 
+    family: ClassVar[str] = "matrix"
     back: bool
     weights: torch.Tensor = field(init=False, repr=False)
 
@@ -75,11 +84,7 @@ class MatrixConv:
         scale: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """`conv_forward` with its arguments, of which `weight` gives the sizes alone."""
-        taps = weight.shape[2:]
-        size = [len(x), len(weight)] + [
-            (extent + 2 * p - d * (tap - 1) - 1) // s + 1
-            for extent, tap, s, p, d in zip(x.shape[2:], taps, stride, padding, dilation)
-        ]
+        taps, size = weight.shape[2:], out_size(x.shape, weight, stride, padding, dilation)
         y = torch.empty(size, dtype=x.dtype, memory_format=NHWC)
         mask = torch.empty(mask_bytes(y.numel()) if want_mask else 0, dtype=torch.uint8)
         kept, conv = mask if want_mask else None, (stride, padding, dilation)

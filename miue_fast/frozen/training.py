@@ -16,11 +16,12 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ..dispatch import native
-from ..dispatch.library import columns_of, convolve, convolve_back, convolve_weight_grad, one_column
+from ..dispatch.library import convolve, convolve_back, convolve_weight_grad, one_column, out_size
 from . import matrix
 from .matrix import MatrixConv
 from .packed import NHWC, PackedConv, chosen
 
+_WAYS = (False, True)  # the convolution, and its input gradient
 WIDE = 128  # channels on both sides of a network's widest convolutions
 
 
@@ -74,108 +75,87 @@ class _Packed(TorchFunctionMode):
         conv = tuple(
             tuple(v) if isinstance(v, Sequence) else (v, v) for v in (stride, padding, dilation)
         )
-        if torch.is_autocast_enabled("cpu"):
-            return self._in_bfloat16(input, weight, bias, conv, groups)
-        if input.dtype != torch.float32 or not self.wide:
+        half = torch.is_autocast_enabled("cpu")
+        if half and torch.get_autocast_dtype("cpu") != torch.bfloat16:
             return None
-        families = [chosen(weight, *conv, groups, back) for back in (False, True)]
-        if not any(families) or input.shape[1] != groups * weight.shape[1]:
+        if (not half and input.dtype != torch.float32) or input.shape[1] != groups * weight.shape[
+            1
+        ]:
             return None
+        must = half and one_column(weight, conv[0], out_size(input.shape, weight, *conv)[3])
+        if not (must or self.wide):
+            return None
+        used = weight.detach()
+        used = used.to(torch.bfloat16, memory_format=NHWC) if half else used
+        forms = self._forms(weight, used, conv, groups)
+        if not (must or any(forms)):
+            return None
+        return _Convolution.apply(input.to(used.dtype), weight, bias, used, (*conv, groups), forms)
+
+    def _forms(self, weight, used, conv, groups):
+        """This library's forms of the convolution and of its input gradient; None: PyTorch's."""
+        if used.dtype == torch.bfloat16:
+            wanted = [MatrixConv.family if matrix.chosen(used, groups, b) else None for b in _WAYS]
+        else:
+            wanted = [chosen(used, *conv, groups, back) for back in _WAYS]
         forms = self.weights.get(weight)
-        if forms is None or [form and form.family for form in forms] != families:
+        if forms is None or [form and form.family for form in forms] != wanted:
             forms = self.weights[weight] = [
-                family and PackedConv(family, back) for back, family in zip((False, True), families)
+                family and (MatrixConv(b) if family == MatrixConv.family else PackedConv(family, b))
+                for b, family in zip(_WAYS, wanted)
             ]
-        return _Convolution.apply(input, weight, bias, conv, forms)
-
-    def _in_bfloat16(self, input, weight, bias, conv, groups):
-        if (
-            torch.get_autocast_dtype("cpu") != torch.bfloat16
-            or input.shape[1] != groups * weight.shape[1]
-        ):
-            return None
-        if not self.wide and not one_column(weight, conv[0], columns_of(input, weight, *conv)):
-            return None
-        half = weight.detach().to(torch.bfloat16, memory_format=NHWC)
-        return _MatrixConvolution.apply(
-            input.to(torch.bfloat16), weight, bias, half, (*conv, groups)
-        )
-
-
-class _MatrixConvolution(torch.autograd.Function):
-    """half: the weight's values in bfloat16."""
-
-    @staticmethod
-    def forward(ctx, x, weight, bias, half, conv):
-        x = x.contiguous(memory_format=NHWC)
-        ctx.save_for_backward(x, half)
-        ctx.conv, ctx.biased = conv, bias is not None
-        if not matrix.chosen(half, conv[3], back=False):
-            with torch.autocast("cpu", enabled=False):
-                y = convolve(x, half, *conv)
-            return y if bias is None else y.add_(bias[:, None, None])
-        packed = MatrixConv(False)
-        packed.refold(half)
-        return packed.forward(x, half, bias, None, *conv, relu=False, want_mask=False)[0]
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, *grads):
-        (x, half), grad = ctx.saved_tensors, grads[0].contiguous(memory_format=NHWC)
-        grad_x = grad_weight = grad_bias = None
-        if ctx.needs_input_grad[0]:
-            if matrix.chosen(half, ctx.conv[3], back=True):
-                packed = MatrixConv(True)
-                packed.refold(half)
-                grad_x = packed.input_grad(grad, half, None, None, x.shape, *ctx.conv)
-            else:
-                grad_x = convolve_back(grad, half, x.shape, *ctx.conv)
-        if ctx.needs_input_grad[1]:
-            results, channels, *taps = half.shape
-            if ctx.conv[3] == 1 and matrix.worth_weight_grad(channels, results, taps[0] * taps[1]):
-                grad_weight = native.matrix_weight_grad(x, grad, taps, ctx.conv[:3])
-            else:
-                grad_weight = convolve_weight_grad(grad, x, half, *ctx.conv).float()
-        if ctx.biased and ctx.needs_input_grad[2]:
-            grad_bias = grad.sum((0, 2, 3), dtype=torch.float32)
-        return grad_x, grad_weight, grad_bias, None, None
+        return forms
 
 
 class _Convolution(torch.autograd.Function):
+    """used: the weight's values in the type that the convolution computes in. forms: of `_Packed`,
+    packed anew at every use.
+    """
+
     @staticmethod
-    def forward(ctx, x, weight, bias, conv, forms):
+    def forward(ctx, x, weight, bias, used, conv, forms):
         x = x.contiguous(memory_format=NHWC)
-        ctx.save_for_backward(x, weight)
-        stride, padding, dilation = conv
-        ctx.conv, ctx.back, ctx.biased = (*conv, 1), forms[1], bias is not None
-        packed = forms[0]
+        ctx.save_for_backward(x, used)
+        packed, ctx.back = forms
+        ctx.conv, ctx.biased = conv, bias is not None
         if packed is None:
-            y = convolve(x, weight, stride, padding, dilation, 1)
+            with torch.autocast("cpu", enabled=False):
+                y = convolve(x, used, *conv)
             return y if bias is None else y.add_(bias[:, None, None])
-        packed.refold(weight)
-        return packed.forward(x, weight, bias, None, *ctx.conv, False, False)[0]
+        packed.refold(used)
+        return packed.forward(x, used, bias, None, *conv, relu=False, want_mask=False)[0]
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *grads):
-        (x, weight), grad = ctx.saved_tensors, grads[0].contiguous(memory_format=NHWC)
+        (x, used), grad = ctx.saved_tensors, grads[0].contiguous(memory_format=NHWC)
         grad_x = grad_weight = grad_bias = None
         if ctx.needs_input_grad[0]:
             if ctx.back is None:
-                grad_x = convolve_back(grad, weight, x.shape, *ctx.conv)
+                grad_x = convolve_back(grad, used, x.shape, *ctx.conv)
             else:
-                ctx.back.refold(weight)
-                grad_x = ctx.back.input_grad(grad, weight, None, None, x.shape, *ctx.conv)
+                ctx.back.refold(used)
+                grad_x = ctx.back.input_grad(grad, used, None, None, x.shape, *ctx.conv)
         if ctx.needs_input_grad[1]:
-            grad_weight = _weight_grad(x, weight, grad, ctx.conv)
+            grad_weight = _weight_grad(x, used, grad, ctx.conv)
         if ctx.biased and ctx.needs_input_grad[2]:
-            grad_bias = grad.sum((0, 2, 3))
-        return grad_x, grad_weight, grad_bias, None, None
+            grad_bias = grad.sum((0, 2, 3), dtype=torch.float32)
+        return grad_x, grad_weight, grad_bias, None, None, None
 
 
-def _weight_grad(x, weight, grad, conv):
-    """Winograd's weight gradient from 32 channels on, at stride 1; else the library's."""
-    stride, padding, dilation, groups = conv
-    if stride == (1, 1) and weight.shape[2:] == (3, 3) and min(weight.shape[:2]) >= 32:
+def _weight_grad(x, used, grad, conv):
+    """float32, as the weight is: on matrix tiles, or by Winograd's transforms for 3x3 taps at
+    stride 1 from 32 channels on; else the library's.
+    """
+    stride, groups = conv[0], conv[3]
+    results, channels, *taps = used.shape
+    if matrix.takes(used, groups):
+        if matrix.worth_weight_grad(channels, results, taps[0] * taps[1]):
+            return native.matrix_weight_grad(x, grad, taps, conv[:3])
+    elif (
+        used.dtype == torch.float32
+        and (stride, taps, groups) == ((1, 1), [3, 3], 1)
+        and min(channels, results) >= 32
+    ):
         return native.conv_weight_grad(x, grad)
-    return convolve_weight_grad(grad, x, weight, stride, padding, dilation, groups)
+    return convolve_weight_grad(grad, x, used, *conv).float()

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from ..dispatch import checks, native, triton
+from ..dispatch.library import out_size
 from ..dispatch.masks import mask_bytes
 from ..dispatch.measured import faster
 from ..dispatch.registry import DOUBLES, FLOATS, OPS, Impl, define, log
@@ -20,7 +21,7 @@ from ..reference.convolution import conv_input_grad as reference_grad
 from ..reference.convolution import conv_input_grad_step_ as reference_step
 from ..support import messages
 from .conv_epilogue import aligned, check_bias, check_mask, dense
-from .geometry import FP8, OPERANDS, check_like, check_scale, geometry, out_size, result_dtype
+from .geometry import FP8, OPERANDS, check_like, check_scale, geometry, result_dtype
 from .projected_step import check_step
 
 NHWC, HALVES = torch.channels_last, frozenset({torch.float16, torch.bfloat16})

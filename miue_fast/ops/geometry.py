@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
+from ..dispatch.library import out_size
 from ..dispatch.registry import DOUBLES
 from ..support import messages
 
@@ -25,23 +26,6 @@ def quantised(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     largest = torch.maximum(-low, high).float()
     scale = torch.where(largest == 0, 1, largest / torch.finfo(FP8).max)
     return (x.float() / scale).to(FP8), scale
-
-
-def out_size(
-    size: Sequence[int],
-    weight: torch.Tensor,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-) -> list[int]:
-    """The size [B, K, P, Q] of the convolution of [B, C, H, W] with this weight."""
-    (b, _, h, w), (k, _, r, s) = size, weight.shape
-    return [
-        b,
-        k,
-        (h + 2 * padding[0] - dilation[0] * (r - 1) - 1) // stride[0] + 1,
-        (w + 2 * padding[1] - dilation[1] * (s - 1) - 1) // stride[1] + 1,
-    ]
 
 
 def _pair(op, name, value, least):

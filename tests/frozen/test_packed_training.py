@@ -98,6 +98,28 @@ def test_bfloat16_gradients(channels, count, kernel, stride, bias):
         assert error <= 1.5 * (other.double() - right).abs().max() + 1e-3 * right.abs().max(), name
 
 
+@pytest.mark.parametrize("channels", [64, 256])
+def test_bfloat16_without_matrix_tiles(channels, monkeypatch):
+    """Most processors: PyTorch's convolution, and none of the kernels that they do not have."""
+    monkeypatch.setattr(native, "matrix_missing", lambda: "no tiles here")
+    for name in ("matrix_conv", "matrix_weight_grad", "pack_matrix_weights", "packed_conv"):
+        monkeypatch.setattr(native, name, mock.Mock(side_effect=AssertionError(name)))
+    layer, x = nn.Conv2d(channels, channels, 3, 2, 1), drawn(2, channels, 5, 5)
+
+    def found(context):
+        half = torch.autocast("cpu", torch.bfloat16, cache_enabled=False)
+        with context, half:
+            y = layer(leaf := x.clone().requires_grad_())
+        y.sum().backward()
+        result = [y.detach(), leaf.grad, *(p.grad.clone() for p in layer.parameters())]
+        layer.zero_grad()
+        return result
+
+    theirs = found(contextlib.nullcontext())
+    for ours, right in zip(found(packed_training(WIDE, "auto", CPU, "bfloat16")), theirs):
+        assert torch.equal(ours, right)
+
+
 def test_the_bits_do_not_depend_on_the_number_of_threads():
     layer, x = nn.Conv2d(32, 48, 3, padding=1), drawn(5, 32, 9, 9)
     before, found = torch.get_num_threads(), []
