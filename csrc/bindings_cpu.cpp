@@ -3,12 +3,6 @@
 
 #include "bindings.h"
 
-namespace {
-struct MatrixConv {  // sizes and geometry of a convolution on matrix tiles
-    miue::MatrixConvArgs args;
-};
-}  // namespace
-
 PYBIND11_MODULE(_cpu, m) {
     using namespace miue;
     define_ops<int, nt_xent_cpu, intra_class_distance_cpu, class_covariance_cpu, projected_step_cpu,
@@ -67,57 +61,46 @@ PYBIND11_MODULE(_cpu, m) {
             pack_matrix_weights_cpu(args, threads);
         },
         release());
-    m.def("matrix_conv_workspace", [](const MatrixConv& conv, int threads) {
-        return matrix_conv_workspace_cpu(conv.args, threads);
-    });
-    m.def(
-        "matrix_conv",
-        [](const MatrixConv& conv, P x, P packed, P bias, P residual, bool relu, P mask_out,
-           P mask_in, P y, P workspace, int threads) {
-            MatrixConvArgs args = conv.args;
-            args.x = at<const uint16_t>(x), args.packed = at<const uint16_t>(packed);
-            args.bias = at<const float>(bias), args.residual = at<const uint16_t>(residual);
-            args.relu = relu, args.mask_out = at<uint8_t>(mask_out);
-            args.mask_in = at<const uint8_t>(mask_in), args.y = at<uint16_t>(y);
-            args.workspace = at<void>(workspace);
-            matrix_conv_cpu(args, threads);
-        },
-        release());
-    const auto weight_grad = [](const MatrixConv& conv) {
-        MatrixWeightGradArgs args{};
-        const MatrixConvArgs& a = conv.args;
-        args.B = a.B, args.H = a.H, args.W = a.W, args.C = a.C, args.P = a.P, args.Q = a.Q;
-        args.K = a.K, args.R = a.R, args.S = a.S, args.plain = a.plain;
-        for (int d = 0; d < 2; d++)
-            args.stride[d] = a.stride[d], args.padding[d] = a.padding[d],
-            args.dilation[d] = a.dilation[d];
-        return args;
-    };
-    m.def("matrix_weight_grad_workspace", [=](const MatrixConv& conv) {
-        return matrix_weight_grad_workspace_cpu(weight_grad(conv));
-    });
-    m.def(
-        "matrix_weight_grad",
-        [=](const MatrixConv& conv, P x, P grad, P to, P workspace, int threads) {
-            MatrixWeightGradArgs args = weight_grad(conv);
-            args.x = at<const uint16_t>(x), args.grad = at<const uint16_t>(grad);
-            args.grad_weight = at<float>(to), args.workspace = at<void>(workspace);
-            matrix_weight_grad_cpu(args, threads);
-        },
-        release());
-    pybind11::class_<MatrixConv>(m, "MatrixConv")
+    pybind11::class_<MatrixConvShape>(m, "MatrixConvShape")
         .def(pybind11::init([](std::array<int64_t, 7> size, std::array<int64_t, 2> taps,
                                std::array<int64_t, 2> stride, std::array<int64_t, 2> padding,
                                std::array<int64_t, 2> dilation, bool back, bool plain) {
-            MatrixConv conv{};
-            MatrixConvArgs& a = conv.args;
-            a.B = size[0], a.H = size[1], a.W = size[2], a.C = size[3];
-            a.P = size[4], a.Q = size[5], a.K = size[6], a.R = taps[0], a.S = taps[1];
-            for (int d = 0; d < 2; d++)
-                a.stride[d] = stride[d], a.padding[d] = padding[d], a.dilation[d] = dilation[d];
-            a.back = back, a.plain = plain;
-            return conv;
+            return MatrixConvShape{size[0],
+                                   size[1],
+                                   size[2],
+                                   size[3],
+                                   size[4],
+                                   size[5],
+                                   size[6],
+                                   taps[0],
+                                   taps[1],
+                                   {stride[0], stride[1]},
+                                   {padding[0], padding[1]},
+                                   {dilation[0], dilation[1]},
+                                   back,
+                                   plain};
         }));
+    m.def("matrix_conv_workspace", &matrix_conv_workspace_cpu);
+    m.def(
+        "matrix_conv",
+        [](const MatrixConvShape& shape, P x, P packed, P bias, P residual, bool relu, P mask_out,
+           P mask_in, P y, P workspace, int threads) {
+            matrix_conv_cpu(
+                {shape, at<const uint16_t>(x), at<const uint16_t>(packed), at<const float>(bias),
+                 at<const uint16_t>(residual), relu, at<uint8_t>(mask_out),
+                 at<const uint8_t>(mask_in), at<uint16_t>(y), at<void>(workspace)},
+                threads);
+        },
+        release());
+    m.def("matrix_weight_grad_workspace", &matrix_weight_grad_workspace_cpu);
+    m.def(
+        "matrix_weight_grad",
+        [](const MatrixConvShape& shape, P x, P grad, P to, P workspace, int threads) {
+            matrix_weight_grad_cpu({shape, at<const uint16_t>(x), at<const uint16_t>(grad),
+                                    at<float>(to), at<void>(workspace)},
+                                   threads);
+        },
+        release());
     m.def("conv_weight_grad_workspace", &conv_weight_grad_workspace_cpu);
     m.def(
         "conv_weight_grad",

@@ -246,7 +246,12 @@ struct ConvWeightGradArgs {
 //   x [B, H, W, C], y and residual [B, P, Q, K] bf16; bias [K] f32; masks as above; bias, residual and masks may be null
 //   R, S, stride, padding, dilation are the forward's; with `back` x is the gradient of its result and y that of its input
 //   packed matrix_weights_values() values by pack_matrix_weights_cpu(); plain: without AMX, slowly, for tests
-struct MatrixConvArgs {
+struct MatrixConvShape {
+    int64_t B, H, W, C, P, Q, K, R, S;
+    int64_t stride[2], padding[2], dilation[2];
+    bool back, plain;
+};
+struct MatrixConvArgs : MatrixConvShape {
     const uint16_t* x;
     const uint16_t* packed;
     const float* bias;
@@ -255,9 +260,6 @@ struct MatrixConvArgs {
     uint8_t* mask_out;
     const uint8_t* mask_in;
     uint16_t* y;
-    int64_t B, H, W, C, P, Q, K, R, S;
-    int64_t stride[2], padding[2], dilation[2];
-    bool back, plain;
     void* workspace;  // matrix_conv_workspace_cpu() bytes, 64-byte aligned
 };
 
@@ -270,23 +272,20 @@ struct PackMatrixWeightsArgs {
 };
 
 // The weight gradient of a convolution on matrix tiles: grad_weight [K][R][S][C] f32 from x [B, H, W, C] and grad [B, P, Q, K], both bf16.
-struct MatrixWeightGradArgs {
+struct MatrixWeightGradArgs : MatrixConvShape {  // of the forward: back is false
     const uint16_t* x;
     const uint16_t* grad;
     float* grad_weight;
-    int64_t B, H, W, C, P, Q, K, R, S;
-    int64_t stride[2], padding[2], dilation[2];
-    bool plain;
     void* workspace;  // matrix_weight_grad_workspace_cpu() bytes, 64-byte aligned
 };
 
-int64_t matrix_weight_grad_workspace_cpu(const MatrixWeightGradArgs&);
+int64_t matrix_weight_grad_workspace_cpu(const MatrixConvShape&);
 void matrix_weight_grad_cpu(const MatrixWeightGradArgs&, int threads);
 
 const char* matrix_missing_cpu();  // why this processor has no bf16 matrix tiles, or null
 int64_t matrix_weights_values_cpu(int64_t C, int64_t K, int64_t R, int64_t S);
 void pack_matrix_weights_cpu(const PackMatrixWeightsArgs&, int threads);
-int64_t matrix_conv_workspace_cpu(const MatrixConvArgs&, int threads);
+int64_t matrix_conv_workspace_cpu(const MatrixConvShape&, int threads);
 void matrix_conv_cpu(const MatrixConvArgs&, int threads);
 
 int64_t conv_weight_grad_workspace_cpu(int64_t C, int64_t K);

@@ -1,7 +1,8 @@
-// Convolutions on matrix tiles: what matrix_conv.cpp, which divides the work, asks of a processor with
-// AMX (matrix_amx.cpp) or of plain C++.
+// Convolutions on matrix tiles: what matrix_conv.cpp and matrix_weight_grad.cpp, which divide the
+// work, ask of a processor with AMX (matrix_amx.cpp) or of plain C++ (matrix_plain.cpp).
 #pragma once
 #include <cstdint>
+#include <vector>
 
 #include "../ops.h"
 
@@ -58,7 +59,24 @@ struct MatrixKernels {
                   float* sums);
 };
 
-extern const MatrixKernels amx_kernels;
+extern const MatrixKernels amx_kernels, plain_kernels;
 bool amx_starts();  // asks the system for the tiles, once; whether this process has them
+const MatrixKernels& matrix_kernels(const char* op, bool plain);
+
+inline int64_t parts(int64_t n, int64_t unit) { return (n + unit - 1) / unit; }
+
+// [result coordinate][tap]: the input coordinate that the tap reads, or -1; of one dimension d.
+inline std::vector<int64_t> tap_sources(const MatrixConvShape& a, int d) {
+    const int64_t results = d ? a.Q : a.P, taps = d ? a.S : a.R, extent = d ? a.W : a.H;
+    std::vector<int64_t> found;
+    for (int64_t at = 0; at < results; at++)
+        for (int64_t tap = 0; tap < taps; tap++) {
+            const int64_t reach = tap * a.dilation[d] - a.padding[d];
+            int64_t from = a.back ? at - reach : at * a.stride[d] + reach;
+            if (a.back) from = from >= 0 && from % a.stride[d] == 0 ? from / a.stride[d] : -1;
+            found.push_back(from >= 0 && from < extent ? from : -1);
+        }
+    return found;
+}
 
 }  // namespace miue

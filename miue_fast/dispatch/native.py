@@ -551,7 +551,7 @@ def matrix_conv(
     batch, channels, height, width = x.shape
     _, results, rows, columns = y.shape
     size = [batch, height, width, channels, rows, columns, results]
-    made = _cpu.MatrixConv(size, list(taps), *map(list, conv), back, plain)
+    made = _cpu.MatrixConvShape(size, list(taps), *map(list, conv), back, plain)
     threads = torch.get_num_threads()
     workspace = torch.empty(_cpu.matrix_conv_workspace(made, threads), dtype=torch.uint8)
     pointers = [_ptr(tensor) for tensor in (x, packed, bias, residual)]
@@ -572,7 +572,7 @@ def matrix_weight_grad(
     batch, channels, height, width = x.shape
     _, results, rows, columns = grad.shape
     size = [batch, height, width, channels, rows, columns, results]
-    made = _cpu.MatrixConv(size, list(taps), *map(list, conv), False, plain)
+    made = _cpu.MatrixConvShape(size, list(taps), *map(list, conv), False, plain)
     shape = results, channels, *taps
     out = torch.empty(shape, dtype=torch.float32, memory_format=torch.channels_last)
     workspace = torch.empty(_cpu.matrix_weight_grad_workspace(made), dtype=torch.uint8)
