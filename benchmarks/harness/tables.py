@@ -412,7 +412,7 @@ def markdown(record, *, details=True):
     if share := step.get("convolution_share"):
         agree = [r["agreement"] for r in step["rows"] if r["agreement"] and r["role"] == "ours"]
         parts.append(
-            f"PGD step: {share:.0%} of this library's time is PyTorch's convolutions; "
+            f"PGD step in float32: {share:.0%} of this library's time is PyTorch's convolutions; "
             f"{agree[0]:.4%} of delta's signs are as in the eager path."
         )
     if record.get("overhead"):

@@ -160,7 +160,7 @@ def weight_rows(images, rounds, level):
         }
 
 
-def network(images, rounds):
+def network(images):
     """ResNet-18 with untrained weights: signs of the image gradient against float64, and the cost
     of a refold, of every form that runs here.
     """
@@ -378,7 +378,7 @@ def main(argv=None):
         "rows": found,
     }
     torch.set_num_threads(2)
-    record["network"] = network(2 if args.quick else 64, 5)
+    record["network"] = network(2 if args.quick else 64)
     record["model_step"] = model_step(4 if args.quick else 128, 5)
     print(markdown(record))
     if args.out:
