@@ -110,6 +110,34 @@ PYBIND11_MODULE(_cpu, m) {
                                  threads);
         },
         release());
+    m.def("batch_norm_workspace", &batch_norm_workspace_cpu);
+    m.def(
+        "batch_norm",
+        [](int dtype, P x, P out, std::array<int64_t, 2> size, P weight, P bias, double eps,
+           std::array<P, 3> sums, P workspace, int threads) {
+            BatchNormTensors t{};
+            t.dtype = DType(dtype), t.x = at<const void>(x), t.out = at<void>(out);
+            t.rows = size[0], t.channels = size[1], t.eps = eps;
+            t.weight = at<const float>(weight), t.bias = at<const float>(bias);
+            t.mean = at<float>(sums[0]), t.variance = at<float>(sums[1]);
+            t.inverse = at<float>(sums[2]), t.workspace = at<void>(workspace);
+            batch_norm_cpu(t, threads);
+        },
+        release());
+    m.def(
+        "batch_norm_grad",
+        [](int dtype, P x, P grad, P out, std::array<int64_t, 2> size, P weight, P bias, bool relu,
+           std::array<P, 4> sums, P workspace, int threads) {
+            BatchNormTensors t{};
+            t.dtype = DType(dtype), t.x = at<const void>(x), t.grad = at<const void>(grad);
+            t.out = at<void>(out), t.rows = size[0], t.channels = size[1], t.relu = relu;
+            t.weight = at<const float>(weight), t.bias = at<const float>(bias);
+            t.mean = at<float>(sums[0]), t.inverse = at<float>(sums[1]);
+            t.grad_weight = at<float>(sums[2]), t.grad_bias = at<float>(sums[3]);
+            t.workspace = at<void>(workspace);
+            batch_norm_grad_cpu(t, threads);
+        },
+        release());
     m.def("level", &cpu_level);
     m.def("set_level", [](const std::string& name) { set_cpu_level(name.c_str()); });
     m.attr("build") = MIUE_BUILD_FLAGS;

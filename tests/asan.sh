@@ -27,6 +27,6 @@ import pytest
 sys.exit(pytest.main(["-x", "-p", "no:cacheprovider", *sys.argv[1:]]))
 EOF
 cd "$root"
-[ $# -gt 0 ] || set -- tests/ops/test_cpu_native.py tests/frozen/test_packed.py tests/frozen/test_matrix.py
+[ $# -gt 0 ] || set -- tests/ops/test_cpu_native.py tests/frozen/test_packed.py tests/frozen/test_matrix.py tests/frozen/test_batch_norm.py
 export ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1
 LD_PRELOAD="$($cxx -print-file-name=libasan.so) $($cxx -print-file-name=libubsan.so)" "$python" "$scratch/run.py" "$@"

@@ -144,6 +144,17 @@ struct TileKernels {
     TileFamily families[7];  // in the order of ConvFamily
 };
 
+// Batch norm in training: with `grad` its gradient, see batch_norm.h. centre: the mean, or what is
+// taken from x before it is summed.
+struct BatchNormArgs {
+    const void *x, *grad;
+    void* out;
+    DType dtype;
+    int64_t rows, channels;
+    bool relu;
+    const float *centre, *scale, *shift, *slope, *rest;
+};
+
 struct Kernels {
     const char* name;
     LossKernels<float> f32;
@@ -156,6 +167,9 @@ struct Kernels {
     // Values [from, to), `from` a multiple of 64. The bias repeats for 63 values past its end.
     void (*epilogue)(const ConvEpilogueArgs&, int64_t from, int64_t to);
     void (*grad_epilogue)(const ConvGradEpilogueArgs&, int64_t from, int64_t to);
+    // Both sums of each channel over rows [from, to); then the result there.
+    void (*batch_norm_sums)(const BatchNormArgs&, int64_t from, int64_t to, double* sums);
+    void (*batch_norm_out)(const BatchNormArgs&, int64_t from, int64_t to);
     TileKernels tiles;
 };
 

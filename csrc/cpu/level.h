@@ -20,6 +20,8 @@ namespace MIUE_LEVEL {
 #include "tiles.h"
 //
 #include "weight_grad.h"
+//
+#include "batch_norm.h"
 
 template <class T>
 constexpr LossKernels<T> loss_table() {
@@ -47,8 +49,9 @@ constexpr TileKernels tile_kernels() {
 #define MIUE_JOIN_(a, b) a##b
 #define MIUE_JOIN(a, b) MIUE_JOIN_(a, b)
 extern const Kernels MIUE_JOIN(MIUE_LEVEL, _kernels) = {
-    MIUE_TEXT(MIUE_LEVEL), MIUE_LEVEL::loss_table<float>(), MIUE_LEVEL::loss_table<double>(),
-    MIUE_LEVEL::step,      MIUE_LEVEL::step_inplace,        MIUE_LEVEL::input,
-    MIUE_LEVEL::epilogue,  MIUE_LEVEL::grad_epilogue,       MIUE_LEVEL::tile_kernels(),
+    MIUE_TEXT(MIUE_LEVEL),      MIUE_LEVEL::loss_table<float>(), MIUE_LEVEL::loss_table<double>(),
+    MIUE_LEVEL::step,           MIUE_LEVEL::step_inplace,        MIUE_LEVEL::input,
+    MIUE_LEVEL::epilogue,       MIUE_LEVEL::grad_epilogue,       MIUE_LEVEL::batch_norm_sums,
+    MIUE_LEVEL::batch_norm_out, MIUE_LEVEL::tile_kernels(),
 };
 }  // namespace miue

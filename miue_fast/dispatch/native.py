@@ -483,6 +483,62 @@ def packed_conv(
     )
 
 
+def batch_norm(
+    x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, eps: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(result, mean, variance, 1 / sqrt(variance + eps)) of batch norm in training: csrc/ops.h,
+    BatchNormTensors. x: channels-last [B, C, H, W], float32 or bfloat16, C a multiple of 16; the
+    rest float32 [C], the variance without Bessel's correction.
+    """
+    channels = x.shape[1]
+    size, out = [x.numel() // channels, channels], torch.empty_like(x)
+    mean, variance, inverse = torch.empty((3, channels), dtype=torch.float32).unbind()
+    workspace = torch.empty(_cpu.batch_norm_workspace(*size), dtype=torch.uint8)
+    tensors = [tensor.data_ptr() for tensor in (x, out)]
+    _cpu.batch_norm(
+        _CODES[x.dtype],
+        *tensors,
+        size,
+        _ptr(weight),
+        _ptr(bias),
+        eps,
+        [tensor.data_ptr() for tensor in (mean, variance, inverse)],
+        workspace.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return out, mean, variance, inverse
+
+
+def batch_norm_grad(
+    grad: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    mean: torch.Tensor,
+    inverse: torch.Tensor,
+    relu: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The gradients of x, weight and bias of `batch_norm`, from its mean and 1 / sqrt(variance +
+    eps). grad: channels-last, like x; with relu it is the gradient of the result's ReLU.
+    """
+    channels = x.shape[1]
+    size, out = [x.numel() // channels, channels], torch.empty_like(x)
+    of_weight, of_bias = torch.empty((2, channels), dtype=torch.float32).unbind()
+    workspace = torch.empty(_cpu.batch_norm_workspace(*size), dtype=torch.uint8)
+    _cpu.batch_norm_grad(
+        _CODES[x.dtype],
+        *(tensor.data_ptr() for tensor in (x, grad, out)),
+        size,
+        _ptr(weight),
+        _ptr(bias),
+        relu,
+        [tensor.data_ptr() for tensor in (mean, inverse, of_weight, of_bias)],
+        workspace.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return out, of_weight, of_bias
+
+
 def conv_weight_grad(x: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
     """The gradient [K, C, 3, 3] (channels-last) of the weights of a 3x3 convolution with stride 1
     and padding 1, from channels-last float32 x [B, C, H, W] and grad [B, K, H, W] on the CPU.

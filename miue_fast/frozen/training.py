@@ -1,6 +1,7 @@
-"""Training on the CPU with this library's convolutions, without a change to the network: inside
-`packed_training`, float32 convolutions that `packed.worth` names run on packed weights, and under
-bfloat16 autocast those that `matrix.worth` names run on matrix tiles, their weight gradients too.
+"""Training on the CPU with this library's convolutions and batch norm, without a change to the
+network: inside `packed_training`, float32 convolutions that `packed.worth` names run on packed
+weights, and under bfloat16 autocast those that `matrix.worth` names run on matrix tiles, their
+weight gradients too; batch norm that `batch_norm.takes` names runs with the ReLU behind it.
 Everything else is PyTorch's.
 """
 
@@ -17,7 +18,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from ..dispatch import native
 from ..dispatch.library import convolve, convolve_back, convolve_weight_grad, one_column, out_size
-from . import matrix
+from . import batch_norm, matrix
 from .matrix import MatrixConv
 from .packed import NHWC, PackedConv, chosen
 
@@ -29,10 +30,11 @@ def packed_training(
     network: nn.Module, backend: str, device: torch.device, dtype: str = "float32"
 ) -> contextlib.AbstractContextManager:
     """A context in which this thread's `torch.nn.functional.conv2d` takes packed weights where that
-    is faster, for the training of `network`. It changes nothing on a GPU, without the C++ kernels,
-    with another backend than "auto" and "cpu", or for a network without convolutions of WIDE
-    channels: there packing after each step costs more than it gains. With dtype "bfloat16", for
-    training under autocast, a narrow network gets right what the library computes wrongly, too.
+    is faster, and `batch_norm` this library's kernel, for the training of `network`. It changes
+    nothing on a GPU, without the C++ kernels, with another backend than "auto" and "cpu", or for a
+    network without convolutions of WIDE channels: there packing after each step costs more than it
+    gains. With dtype "bfloat16", for training under autocast, a narrow network gets right what the
+    library computes wrongly, too.
 
     The results are deterministic: the same bits for any number of threads on one instruction level.
     They differ from PyTorch's by roundings. A gradient can be taken once: the derivative of a
@@ -57,11 +59,17 @@ class _Packed(TorchFunctionMode):
     def __init__(self, wide: bool) -> None:
         super().__init__()
         self.wide = wide
+        self.normalised: batch_norm.Normalised | None = None  # by the last call
         self.weights: Any = WeakIdKeyDictionary()
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        last, self.normalised = self.normalised, None
+        if func is F.batch_norm and self.wide:
+            return self._batch_norm(*args, **(kwargs or {}))
+        if last is not None and _is_relu_of(last, func, args, kwargs):
+            return batch_norm.relu(last)
         if func is F.conv2d and (found := self._convolution(*args, **(kwargs or {}))) is not None:
             return found
         return func(*args, **(kwargs or {}))
@@ -92,6 +100,25 @@ class _Packed(TorchFunctionMode):
             return None
         return _Convolution.apply(input.to(used.dtype), weight, bias, used, (*conv, groups), forms)
 
+    def _batch_norm(
+        self,
+        input,
+        running_mean,
+        running_var,
+        weight=None,
+        bias=None,
+        training=False,
+        momentum=0.1,
+        eps=1e-5,
+    ) -> torch.Tensor:
+        if not batch_norm.takes(input, weight, bias, training, momentum):
+            rest = running_mean, running_var, weight, bias, training, momentum, eps
+            return F.batch_norm(input, *rest)
+        y, self.normalised = batch_norm.normalise(
+            input, running_mean, running_var, weight, bias, momentum, eps
+        )
+        return y
+
     def _forms(self, weight, used, conv, groups):
         """This library's forms of the convolution and of its input gradient; None: PyTorch's."""
         if used.dtype == torch.bfloat16:
@@ -105,6 +132,16 @@ class _Packed(TorchFunctionMode):
                 for b, family in zip(_WAYS, wanted)
             ]
         return forms
+
+
+def _is_relu_of(made, func, args, kwargs):
+    """Whether a call is the in-place ReLU of the result of batch norm that the call before made."""
+    if not args or args[0] is not made.result():
+        return False
+    if func is F.relu:
+        inplace = args[1:] == (True,) or kwargs == {"inplace": True}
+        return inplace and args[0].requires_grad
+    return func in (torch.relu_, torch.Tensor.relu_) and args[0].requires_grad
 
 
 class _Convolution(torch.autograd.Function):
