@@ -13,6 +13,9 @@ constexpr int64_t PAD = 96;
 // Rows of the other side handled at a time: such a slice of a panel stays in the level-2 cache.
 constexpr int64_t SLICE = 1024;
 
+// libjpeg repeats the chroma of images up to this width instead of interpolating it.
+constexpr int64_t JPEG_NARROW = 4;
+
 // One nt_xent call. Rows are grouped in panels of `width` (LossKernels::panel).
 template <class T>
 struct NtXentJob {
@@ -156,6 +159,9 @@ struct Kernels {
     // Values [from, to), `from` a multiple of 64. The bias repeats for 63 values past its end.
     void (*epilogue)(const ConvEpilogueArgs&, int64_t from, int64_t to);
     void (*grad_epilogue)(const ConvGradEpilogueArgs&, int64_t from, int64_t to);
+    // Image b, with 4 * h * w + 4 * w + 4 values of scratch, h and w the sides of halved chroma.
+    void (*jpeg)(const JpegRoundTripArgs&, int64_t b, float* scratch);
+    void (*jpeg_grad)(const JpegRoundTripGradArgs&, int64_t b, float* scratch);
     TileKernels tiles;
 };
 
