@@ -138,6 +138,22 @@ PYBIND11_MODULE(_cpu, m) {
             batch_norm_grad_cpu(t, threads);
         },
         release());
+    m.def(
+        "jpeg_round_trip",
+        [](P out, P images, int64_t B, int64_t H, int64_t W, const std::vector<float>& cosines,
+           const std::vector<float>& inverse, const std::vector<float>& steps, bool halved,
+           int threads) {
+            jpeg_round_trip_cpu({at<float>(out), at<const float>(images), B, H, W, cosines.data(),
+                                 inverse.data(), steps.data(), halved},
+                                threads);
+        },
+        release());
+    m.def(
+        "jpeg_round_trip_grad",
+        [](P out, P grad, int64_t B, int64_t H, int64_t W, int threads) {
+            jpeg_round_trip_grad_cpu({at<float>(out), at<const float>(grad), B, H, W}, threads);
+        },
+        release());
     m.def("level", &cpu_level);
     m.def("set_level", [](const std::string& name) { set_cpu_level(name.c_str()); });
     m.attr("build") = MIUE_BUILD_FLAGS;

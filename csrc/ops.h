@@ -168,6 +168,27 @@ struct ConvGradEpilogueArgs {
     int64_t count;
 };
 
+// What JPEG leaves of an image, on the [0, 1] scale, and the transpose of its linear parts with
+// halved chroma.
+//   images, grad, out [B, 3, H, W] contiguous, f32, H and W at least 1; `out` is other memory
+//   cosines  [8][8] in HOST memory: the share of sample k in coefficient u; inverse: its transpose
+//   steps    [2][8][8] in HOST memory: of the coefficients of luma, then of chroma
+//   halved   chroma has one value for 2 x 2 pixels (4:2:0)
+struct JpegRoundTripArgs {
+    float* out;
+    const float* images;
+    int64_t B, H, W;
+    const float* cosines;
+    const float* inverse;
+    const float* steps;
+    bool halved;
+};
+struct JpegRoundTripGradArgs {
+    float* out;
+    const float* grad;
+    int64_t B, H, W;
+};
+
 // A 3x3 convolution of 64 to 64 channels, stride 1, padding 1: y = relu(x * weight + bias +
 // residual), or its input gradient. Hopper only.
 //   x, residual, y: [B, H, W, 64] f16 or bf16, W in 4..64; residual may be null
@@ -327,6 +348,8 @@ void projected_step_inplace_cpu(const ProjectedStepInplaceArgs&, int threads);
 void perturbed_input_cpu(const PerturbedInputArgs&, int threads);
 void conv_epilogue_cpu(const ConvEpilogueArgs&, int threads);
 void conv_grad_epilogue_cpu(const ConvGradEpilogueArgs&, int threads);
+void jpeg_round_trip_cpu(const JpegRoundTripArgs&, int threads);
+void jpeg_round_trip_grad_cpu(const JpegRoundTripGradArgs&, int threads);
 
 // "generic", "avx2" or "avx512": the best this processor has unless MIUE_CPU_LEVEL or set_cpu_level
 // says otherwise.

@@ -14,6 +14,7 @@ from .generation import Options, generate, perturb
 from .ops import (
     class_covariance,
     intra_class_distance,
+    jpeg_round_trip,
     l2sim,
     mi_ue_value_and_grad,
     nt_xent,
@@ -35,6 +36,7 @@ __all__ = [
     "generate",
     "generation",
     "intra_class_distance",
+    "jpeg_round_trip",
     "l2sim",
     "mi_ue_value_and_grad",
     "models",

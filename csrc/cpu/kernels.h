@@ -13,6 +13,9 @@ constexpr int64_t PAD = 96;
 // Rows of the other side handled at a time: such a slice of a panel stays in the level-2 cache.
 constexpr int64_t SLICE = 1024;
 
+// libjpeg repeats the chroma of images up to this width instead of interpolating it.
+constexpr int64_t JPEG_NARROW = 4;
+
 // One nt_xent call. Rows are grouped in panels of `width` (LossKernels::panel).
 template <class T>
 struct NtXentJob {
@@ -170,6 +173,9 @@ struct Kernels {
     // Both sums of each channel over rows [from, to); then the result there.
     void (*batch_norm_sums)(const BatchNormArgs&, int64_t from, int64_t to, double* sums);
     void (*batch_norm_out)(const BatchNormArgs&, int64_t from, int64_t to);
+    // Image b, with 4 * h * w + 4 * w + 4 values of scratch, h and w the sides of halved chroma.
+    void (*jpeg)(const JpegRoundTripArgs&, int64_t b, float* scratch);
+    void (*jpeg_grad)(const JpegRoundTripGradArgs&, int64_t b, float* scratch);
     TileKernels tiles;
 };
 

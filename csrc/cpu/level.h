@@ -15,6 +15,7 @@ namespace MIUE_LEVEL {
 #include "covariance.h"
 //
 #include "epilogue.h"
+#include "jpeg.h"
 #include "transforms.h"
 //
 #include "tiles.h"
@@ -49,9 +50,18 @@ constexpr TileKernels tile_kernels() {
 #define MIUE_JOIN_(a, b) a##b
 #define MIUE_JOIN(a, b) MIUE_JOIN_(a, b)
 extern const Kernels MIUE_JOIN(MIUE_LEVEL, _kernels) = {
-    MIUE_TEXT(MIUE_LEVEL),      MIUE_LEVEL::loss_table<float>(), MIUE_LEVEL::loss_table<double>(),
-    MIUE_LEVEL::step,           MIUE_LEVEL::step_inplace,        MIUE_LEVEL::input,
-    MIUE_LEVEL::epilogue,       MIUE_LEVEL::grad_epilogue,       MIUE_LEVEL::batch_norm_sums,
-    MIUE_LEVEL::batch_norm_out, MIUE_LEVEL::tile_kernels(),
+    MIUE_TEXT(MIUE_LEVEL),
+    MIUE_LEVEL::loss_table<float>(),
+    MIUE_LEVEL::loss_table<double>(),
+    MIUE_LEVEL::step,
+    MIUE_LEVEL::step_inplace,
+    MIUE_LEVEL::input,
+    MIUE_LEVEL::epilogue,
+    MIUE_LEVEL::grad_epilogue,
+    MIUE_LEVEL::batch_norm_sums,
+    MIUE_LEVEL::batch_norm_out,
+    MIUE_LEVEL::jpeg,
+    MIUE_LEVEL::jpeg_grad,
+    MIUE_LEVEL::tile_kernels(),
 };
 }  // namespace miue

@@ -96,17 +96,21 @@ def differentiated(tensor: torch.Tensor | None) -> str | None:
         return None
     if tensor.requires_grad and torch.is_grad_enabled():
         return "a tensor that requires one"
-    dual = forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None
-    return "a tensor that carries a forward derivative" if dual else None
+    return "a tensor that carries a forward derivative" if forward(tensor) else None
+
+
+def forward(tensor: torch.Tensor) -> bool:
+    """Whether this tensor carries a derivative in forward mode."""
+    return forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None
 
 
 def no_gradient(op: str, **tensors: torch.Tensor | None) -> None:
     """For ops without a derivative: nobody takes one with respect to these tensors (or None)."""
-    forward = forward_ad._current_level >= 0
+    duals = forward_ad._current_level >= 0
     for name, tensor in tensors.items():
         if (
             tensor is not None
-            and (forward or tensor.requires_grad)
+            and (duals or tensor.requires_grad)
             and (how := differentiated(tensor))
         ):
             fail(op, name, "no gradient required (detach them)", how)

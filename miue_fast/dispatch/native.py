@@ -266,6 +266,36 @@ def perturbed_input(images, delta, index, flip, mean, std, eps, dtype, channels_
     return out
 
 
+def jpeg_round_trip(images, cosines, steps, halved):
+    """cosines: 8 lists of 8. steps: of luma and of chroma, 8 lists of 8 each."""
+    images = images.contiguous()
+    out = torch.empty_like(images)
+    batch, _, height, width = images.shape
+    _call(
+        images.device,
+        "jpeg_round_trip",
+        out.data_ptr(),
+        images.data_ptr(),
+        batch,
+        height,
+        width,
+        [value for row in cosines for value in row],
+        [value for column in zip(*cosines) for value in column],
+        [step for table in steps for row in table for step in row],
+        halved,
+    )
+    return out
+
+
+def jpeg_round_trip_grad(grad):
+    grad = grad.contiguous()
+    out = torch.empty_like(grad)
+    batch, _, height, width = grad.shape
+    sizes = batch, height, width
+    _call(grad.device, "jpeg_round_trip_grad", out.data_ptr(), grad.data_ptr(), *sizes)
+    return out
+
+
 def conv_epilogue_(y, bias, residual, relu, mask):
     _call(
         y.device,

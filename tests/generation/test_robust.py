@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import miue_fast
 from miue_fast import data, freeze
 from miue_fast.cli import arguments
 from miue_fast.generation import TRANSFORMS, Interrupted, Options, batches, generate
@@ -26,7 +27,8 @@ SMALL = {
     "width": 2,
     "device": "cpu",
 }
-LISTS = ["crop", "grid:4", "resize", "gray:0.5", "crop,grid:3,resize:0.4,gray:0.5"]
+JPEG = "jpeg:30:highest=80:share=1"
+LISTS = ["crop", "grid:4", "resize", "gray:0.5", JPEG, f"crop,grid:3,resize:0.4,{JPEG},gray:0.5"]
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +51,8 @@ SIZE = "size of grid: a whole number from 2 to 4096"
         ("grid:4:5", "option of grid: each at most once of size=", "'5'"),
         ("crop:4", "option of crop: each at most once of none", "'4'"),
         ("gray:1.5", "share of gray: a number from 0 to 1", "'1.5'"),
+        ("jpeg:0", "lowest of jpeg: a whole number from 1 to 100", "'0'"),
+        ("jpeg:96", "highest of jpeg: a whole number from lowest, 96, to 100", "95"),
         ("resize:big", "smallest of resize: a number from 0.05 to 1", "'big'"),
         (4, f"a text such as {KNOWN}", "4"),
     ],
@@ -68,10 +72,13 @@ def test_the_command_line_takes_the_same_text():
     assert Options().transforms.transforms == ()
 
 
-def test_gray_needs_three_channels():
+@pytest.mark.parametrize("name", ["gray", "jpeg"])
+def test_colours_need_three_channels(name):
     one = data.from_arrays(torch.zeros(8, 1, 16, 16).byte(), torch.arange(8) % 2)
-    with pytest.raises(ValueError, match=r"^option: robust: expected images of three channels"):
-        generate(one, robust="gray", **SMALL)
+    with pytest.raises(
+        ValueError, match=rf"^option: robust: expected images of three channels for {name}, got 1$"
+    ):
+        generate(one, robust=name, **SMALL)
 
 
 def test_crops_are_those_of_the_victims():
@@ -114,6 +121,18 @@ def test_gray_in_its_share_of_the_steps():
     grey = next(change for change in changes if change)(x)
     wanted = 0.299 * x[:, :1] + 0.587 * x[:, 1:2] + 0.114 * x[:, 2:]
     torch.testing.assert_close(grey, wanted.expand_as(x))
+
+
+def test_jpeg_of_every_quality_in_its_share_of_the_steps():
+    (jpeg,) = read("jpeg:60:highest=63:share=0.7").transforms
+    shape, x = torch.Size([2, 3, 16, 16]), torch.rand(2, 3, 16, 16)
+    changes = [jpeg.change(shape, batches.step_generator(7, 1, 1, step)) for step in range(400)]
+    assert 0.6 < sum(change is not None for change in changes) / 400 < 0.8
+    wanted = [miue_fast.jpeg_round_trip(x, quality) for quality in range(60, 64)]
+    found = [change(x) for change in changes if change]
+    often = [sum(torch.equal(each, one) for each in found) for one in wanted]
+    assert sum(often) == len(found) and min(often) > 40
+    assert read("jpeg").transforms == read("jpeg:60:highest=95:share=0.6").transforms
 
 
 class Plain(nn.Module):
@@ -236,5 +255,5 @@ def test_a_descent_asks_for_its_draws(images):
 
 
 def test_every_transform_says_what_it_is():
-    assert set(TRANSFORMS) >= {"crop", "grid", "resize", "gray"}
+    assert set(TRANSFORMS) >= {"crop", "grid", "resize", "gray", "jpeg"}
     assert all(kind.about and kind.__doc__ for kind in TRANSFORMS.values())

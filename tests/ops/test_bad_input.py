@@ -293,6 +293,28 @@ def convolution_cases():
 NO_NUMBERS = ["0.1", True, None, [0.1], 0.1j, torch.tensor(0.1)]
 
 
+def jpeg_cases():
+    images, call = torch.rand(2, 3, 4, 5), miue_fast.jpeg_round_trip
+    wrong = [
+        images.half(),
+        IMAGES,
+        images[0],
+        images[:, :2],
+        images[..., :0],
+        images[:, :, :0],
+        images.tolist(),
+    ]
+    yield from [("jpeg_round_trip", "images", call, (x, 50), {}) for x in wrong]
+    qualities = 0, 101, -1, 50.0, True, None, torch.tensor(50), "50"
+    yield from [("jpeg_round_trip", "quality", call, (images, q), {}) for q in qualities]
+    for chroma in ("4:2:2", 420, None):
+        yield "jpeg_round_trip", "chroma", call, (images, 50), {"chroma": chroma}
+    yield "jpeg_round_trip", "backend", call, (images, 50), {"backend": "fast"}
+    call = ops.jpeg_round_trip_grad
+    for grad in (*wrong, images.clone().requires_grad_()):
+        yield "jpeg_round_trip_grad", "grad", call, (grad,), {}
+
+
 def number_cases():
     """Strings, bools, None, lists, complex numbers and tensors where a number is wanted, NaN and
     Inf where it has to be finite.
@@ -435,6 +457,7 @@ CASES = [
     *input_cases(),
     *epilogue_cases(),
     *convolution_cases(),
+    *jpeg_cases(),
     *number_cases(),
 ]
 

@@ -196,6 +196,8 @@ def everything():
     yield OPS["conv_epilogue_"], (y, torch.linspace(-1, 1, 48), y.flip(0), True, mask)
     yield OPS["conv_epilogue_"], (y.bfloat16(), torch.linspace(-1, 1, 48), None, False, mask)
     yield OPS["conv_grad_epilogue_"], (y, y.flip(0), mask)
+    yield OPS["jpeg_round_trip"], (grad[:, :, :, 1:], 75, "4:2:0")
+    yield OPS["jpeg_round_trip_grad"], (grad[:, :, :, 1:],)
 
 
 def test_the_result_does_not_depend_on_the_thread_count(threads):
