@@ -3,7 +3,7 @@ VENV ?= .venv
 PY = $(VENV)/bin/python
 PYTHON ?= python3
 
-.PHONY: setup demo test lint bench busy full-size protection report fuzz asan install-check clean
+.PHONY: setup demo test lint bench busy full-size strength protection report fuzz asan install-check clean
 
 setup: $(VENV)/.ready
 
@@ -39,6 +39,11 @@ busy: setup
 full-size: setup
 	OMP_WAIT_POLICY=PASSIVE $(PY) -m benchmarks.studies.full_size --data "$(DATA)" --out "$(or $(WORK),scratch/full-size)"
 	$(PY) -m benchmarks.pages.readme --readme
+
+# An hour and a half, in pieces as above: what poisons of 3,000 images withstand.
+strength: setup
+	OMP_WAIT_POLICY=PASSIVE $(PY) -m benchmarks.studies.strength --data "$(DATA)"
+	$(PY) -m benchmarks.studies.strength --notes
 
 # Hours on a machine that does nothing else, in pieces as above.
 protection: setup

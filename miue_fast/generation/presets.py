@@ -36,7 +36,15 @@ PRESETS.add(
         Options(denominator="negatives", normalize_dim=False),
     )
 )
-_FAST = Options(steps=2, alpha_0=1 / 255, epochs=32, train_batch=None, robust="crop", dtype="auto")
+_FAST = Options(
+    denominator="negatives",  # pairs of a class go on attracting each other once they are close
+    steps=2,
+    alpha_0=1 / 255,
+    epochs=32,
+    train_batch=None,
+    robust="crop",
+    dtype="auto",
+)
 PRESETS.add(
     Preset("fast", "few large steps against random crops: the shortest way to a poison", _FAST)
 )
