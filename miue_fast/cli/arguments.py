@@ -37,6 +37,7 @@ HELP = {
     "random_start": "start from uniform noise in +-eps",
     "robust": "transforms in each poison step, as in crop,grid:4: "
     + "; ".join(f"{name}: {kind.about}" for name, kind in TRANSFORMS.items()),
+    "eot": "gradients that are averaged per poison step, each of its own draw of --robust",
     "width": "filters of the first stage of a built-in network",
     "network_chunk": "images per network launch; bounds memory, does not change the objective",
     "device": "cpu, cuda or cuda:N; default: cuda if there is one",

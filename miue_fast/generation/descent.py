@@ -1,6 +1,7 @@
 """The poison step of a contrastive batch: K projected sign steps on the perturbation."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -8,33 +9,13 @@ import torch.nn.functional as F
 
 from ..dispatch.registry import OPS
 from ..frozen import AutogradNet, FrozenNet
-from ..ops import conv_input_grad_step_, perturbed_input, projected_step_
-from ..ops.perturbed_input import transposed_view
+from ..ops import conv_input_grad_step_, projected_step_
 from ..support.calls import Turn
 from ..support.messages import fail
 from .graphs import Captured
 from .options import Options
 from .robust import Drawn
-
-
-def network_input(
-    images: torch.Tensor,
-    delta: torch.Tensor | None,
-    labels: torch.Tensor,
-    index: torch.Tensor | None,
-    flip: torch.Tensor | None,
-    mean: Sequence[float] | None = None,
-    std: Sequence[float] | None = None,
-    *,
-    classwise: bool,
-    **rest: Any,
-) -> torch.Tensor:
-    """`perturbed_input` of the rows `index` [B]; with `classwise`, delta has one row per class and
-    `labels` [B] choose it. `rest` are more arguments of `perturbed_input`.
-    """
-    if classwise and delta is not None:
-        images, delta, index = images[index], delta[labels], None
-    return perturbed_input(images, delta, index, flip, mean, std, **rest)
+from .seen import Seen
 
 
 class Descent:
@@ -48,8 +29,8 @@ class Descent:
     Errors: ValueError where options.robust does not fit the images.
     On CUDA a step of a fused network is captured in a CUDA graph once per batch size, step size and
     normalisation, and replayed, the view of each step being one of its inputs; a batch's first step
-    then runs as it is, on the graph's own inputs. Where options.robust computes new pixels nothing
-    is captured.
+    then runs as it is, on the graph's own inputs. Where options.robust computes new pixels, or a
+    gradient is the mean of several draws, nothing is captured.
     One thread at a time: a second one is refused (ValueError).
     """
 
@@ -66,7 +47,11 @@ class Descent:
         self.robust = options.transforms
         self.robust.check(images.shape)
         self.captured = (
-            images.is_cuda and network.fused and not self.robust.changes and self._has_kernels()
+            images.is_cuda
+            and network.fused
+            and not self.robust.changes
+            and options.eot == 1
+            and self._has_kernels()
         )
         self.graphs, self.pool, self.baked = {}, None, None
         self.turn = Turn("Descent")
@@ -104,17 +89,22 @@ class Descent:
             return self._descend(labels, index, flip, alpha, self._drawn(len(index), draws))
 
     def _drawn(self, batch, draws):
-        """What is random in each of the steps."""
+        """What is random in each of the steps, options.eot times."""
         steps, o = range(self.options.steps), self.options
         if not self.robust.draws:
-            return [Drawn()] * len(steps)
+            return [[Drawn()]] * len(steps)
         if draws is None:
             fail("Descent", "draws", "a generator for each step of options.robust", None)
-        drawn = [self.robust.draw(batch, self.images.shape, o.flip, draws(step)) for step in steps]
-        views = [step.view for step in drawn if step.view is not None]
-        if views:
-            views = torch.stack(views).to(self.images.device, non_blocking=True)
-            drawn = [step._replace(view=view) for step, view in zip(drawn, views)]
+        drawn = []
+        for generator in map(draws, steps):
+            each = [
+                self.robust.draw(batch, self.images.shape, o.flip, generator) for _ in range(o.eot)
+            ]
+            drawn.append(each)
+        if self.robust.moves:
+            views = torch.stack([one.view for each in drawn for one in each])
+            views = iter(views.to(self.images.device, non_blocking=True))
+            drawn = [[one._replace(view=next(views)) for one in each] for each in drawn]
         return drawn
 
     def _descend(self, labels, index, flip, alpha, drawn):
@@ -125,7 +115,8 @@ class Descent:
             for step in drawn:
                 loss = self._step(labels, index, flip, alpha, bad, step)
             return loss, bad
-        given = labels, index, flip, bad, drawn[0].view
+        views = [step[0].view for step in drawn]
+        given = labels, index, flip, bad, views[0]
         baked = alpha, self.network.mean, self.network.std
         key = len(index), flip is None
         if baked != self.baked:  # another epoch: these numbers are part of the captured launches
@@ -137,13 +128,13 @@ class Descent:
             inputs = [None if v is None else v.clone() for v in given]
             # Kernels are compiled and loaded in this step, because that is not allowed during a
             # capture; it runs on the inputs of the graph and counts as the first of the batch.
-            first = self._step(*inputs[:3], alpha, inputs[3], Drawn(inputs[4]))
+            first = self._step(*inputs[:3], alpha, inputs[3], [Drawn(inputs[4])])
             captured = self.graphs[key] = self._capture(inputs, alpha)
-            drawn = drawn[1:]
-        for step in drawn:
-            captured.load((None, None, None, None, step.view))
+            views = views[1:]
+        for view in views:
+            captured.load((None, None, None, None, view))
             captured.replay()
-        return captured.result.clone() if drawn else first, captured.inputs[3].clone()
+        return captured.result.clone() if views else first, captured.inputs[3].clone()
 
     def _capture(self, inputs, alpha):
         """One step on static inputs, whose result is the loss."""
@@ -151,7 +142,7 @@ class Descent:
             try:
                 captured = Captured(
                     lambda labels, index, flip, bad, view: self._step(
-                        labels, index, flip, alpha, bad, Drawn(view)
+                        labels, index, flip, alpha, bad, [Drawn(view)]
                     ),
                     inputs,
                     self.pool,
@@ -163,110 +154,86 @@ class Descent:
             self.network.forget()
             self.network.chunk.halve(min(self.network.chunk.size, len(inputs[1])))
 
-    def _step(self, labels, index, flip, alpha, bad, drawn):
+    def _step(self, labels, index, flip, alpha, bad, draws):
+        """One step along the mean gradient of the draws. Returns the mean of their losses."""
         o, network, grid = self.options, self.network, self.robust.grid
-        channels_last = isinstance(network, FrozenNet) or network.layout is torch.channels_last
-        mean, std = network.normalisation(self.images.shape[1])
-        form: dict[str, Any] = {
-            "dtype": network.dtype if network.fused else torch.float32,
-            "channels_last": channels_last,
+        seen = [
+            Seen(network, self.images, self.delta, o, labels, index, flip, drawn) for drawn in draws
+        ]
+        if o.classwise:
+            return self._class_step(seen, labels, alpha, bad)
+        rest: dict[str, Any] = {
+            "alpha": alpha,
+            "eps": o.eps,
+            "nonfinite": bad[1:],
             "backend": o.backend,
         }
-        view, changes = drawn
+        if len(seen) > 1:
+            sums = torch.zeros((len(index), *self.delta.shape[1:]), device=self.delta.device)
 
-        def of(rows, each):
-            return None if each is None else each[rows]
+            def add(each, rows, grad):
+                sums[rows] += each.back(rows, grad)
 
-        def picture(rows, *normalisation, **form):
-            """Image + delta."""
-            return network_input(
-                self.images,
-                self.delta,
-                labels[rows],
-                index[rows],
-                of(rows, flip),
-                *normalisation,
-                eps=o.eps,
-                classwise=o.classwise,
-                **form,
-            )
-
-        def plain(rows):
-            """The same on the [0, 1] scale, for the changes, which are computed twice: to keep
-            their values until the gradient is there would take the memory of a whole batch.
-            """
-            return picture(rows, channels_last=False, backend=o.backend)
-
-        def changed(x):
-            for change in changes:
-                x = change(x)
-            return x
-
-        def load(rows):
-            if not changes:
-                return picture(rows, mean, std, view=of(rows, view), **form)
-            x = changed(plain(rows)).contiguous()
-            return perturbed_input(x, mean=mean, std=std, view=of(rows, view), **form)
-
-        def of_picture(rows, grad):
-            """The gradient of `picture` from that of the network's input."""
-            if view is not None:
-                grad, back = grad.float().contiguous(), transposed_view(view[rows])
-                grad = perturbed_input(grad, view=back, channels_last=False, backend=o.backend)
-            if changes:
-                with torch.enable_grad():
-                    x = plain(rows).requires_grad_()
-                    (grad,) = torch.autograd.grad(changed(x), x, grad.float())
-            return grad
-
-        def take(rows, grad):
-            if o.classwise:
-                sums.add_(
-                    (members[:, rows] @ of_picture(rows, grad).flatten(1).float()).view_as(sums)
-                )
-                return
-            rest: dict[str, Any] = {
-                "alpha": alpha,
-                "eps": o.eps,
-                "nonfinite": bad[1:],
-                "backend": o.backend,
-            }
-            where = self.delta, index[rows]
-            if stem is not None:  # grad belongs to the first convolution's result
-                conv_input_grad_step_(
-                    *where,
-                    grad,
-                    stem.back_weight,
-                    self.images,
-                    of(rows, flip),
-                    **rest,
-                    **stem.geometry,
-                )
-            elif changes:
-                grad = of_picture(rows, grad)
-                projected_step_(*where, grad, self.images, of(rows, flip), grid=grid, **rest)
-            else:
-                rest |= {"view": of(rows, view), "grid": grid}
-                projected_step_(*where, grad, self.images, of(rows, flip), **rest)
-
-        outputs = network.run(len(index), load)
+            losses = [self._gradient(each, bad, partial(add, each)) for each in seen]
+            projected_step_(self.delta, index, sums, self.images, flip, grid=grid, **rest)
+            return torch.stack(losses).mean()
+        (one,) = seen
+        view, changes = one.drawn
         # The gradient of the images comes first where it is moved, or summed over cells.
         stem = None if changes or view is not None or grid > 1 else network.step_stem
-        loss, grad = o.chosen.value_and_grad(outputs, labels, self.num_classes, o)
-        bad[0] += ~loss.isfinite()
-        if outputs.dtype is torch.float16:
-            # Only signs count: a power of two lifts the gradient out of half precision's underflow.
-            grad = torch.ldexp(grad, -torch.frexp(grad.abs().amax()).exponent)
-        if not o.classwise:
-            network.back(grad.to(outputs.dtype), take, stem=stem is not None)
-            return loss
+
+        def take(rows, grad):
+            where, mirrored = (self.delta, index[rows]), None if flip is None else flip[rows]
+            if stem is not None:  # grad belongs to the first convolution's result
+                conv_input_grad_step_(
+                    *where, grad, stem.back_weight, self.images, mirrored, **rest, **stem.geometry
+                )
+            elif changes:
+                grad = one.back(rows, grad)
+                projected_step_(*where, grad, self.images, mirrored, grid=grid, **rest)
+            else:
+                moved = None if view is None else view[rows]
+                projected_step_(*where, grad, self.images, mirrored, view=moved, grid=grid, **rest)
+
+        return self._gradient(one, bad, take, stem=stem is not None)
+
+    def _class_step(self, seen, labels, alpha, bad):
+        """The step of one perturbation per class, along the sums of its images' gradients."""
+        o, grid = self.options, self.robust.grid
         sums = torch.zeros_like(self.delta, dtype=torch.float32)
         members = (torch.arange(len(sums), device=labels.device)[:, None] == labels).float()
-        network.back(grad.to(outputs.dtype), take)
+
+        def take(each, rows, grad):
+            grad = each.back(rows, grad).flatten(1).float()
+            sums.add_((members[:, rows] @ grad).view_as(sums))
+
+        losses = [self._gradient(each, bad, partial(take, each)) for each in seen]
         bad[1:] += (~sums.isfinite()).sum()
         if grid > 1:
             sums = _cell_means(sums, grid)
         self.delta.sub_((alpha * sums.sign_()).to(self.delta.dtype)).clamp_(-o.eps, o.eps)
+        return torch.stack(losses).mean()
+
+    def _gradient(self, seen, bad, take, stem=False):
+        """Calls take(rows, gradient of the network's input there) for all rows, and returns the
+        loss. stem: the gradient of the first convolution's result instead.
+        """
+        outputs = self.network.run(len(seen.index), seen.load)
+        loss, grad = self.options.chosen.value_and_grad(
+            outputs, seen.labels, self.num_classes, self.options
+        )
+        bad[0] += ~loss.isfinite()
+        if outputs.dtype is torch.float16:
+            # A power of two lifts the gradient out of half precision's underflow. Of one draw only
+            # signs count; among several each has to come back with its own size.
+            exponent = torch.frexp(grad.abs().amax()).exponent
+            grad = torch.ldexp(grad, -exponent)
+            if self.options.eot > 1:
+                self.network.back(
+                    grad.half(), lambda rows, grad: take(rows, torch.ldexp(grad.float(), exponent))
+                )
+                return loss
+        self.network.back(grad.to(outputs.dtype), take, stem=stem)
         return loss
 
 

@@ -57,6 +57,7 @@ class Options:
     # random changes of image + delta in each poison step, and cells of the perturbation: names of
     # `robust.TRANSFORMS`, separated by commas
     robust: str = ""
+    eot: int = 1  # gradients that are averaged in a poison step, each of its own draw of `robust`
     random_start: bool = False  # start from uniform noise in +-eps instead of 0
     width: int | None = None  # filters of a built-in network's first stage; None: its own
     network_chunk: int | None = (
@@ -77,7 +78,7 @@ class Options:
     backend: str = "auto"  # of the ops
 
     def __post_init__(self) -> None:
-        for name, least in (("steps", 1), ("epochs", 1), ("batch", 2)):
+        for name, least in (("steps", 1), ("epochs", 1), ("batch", 2), ("eot", 1)):
             ranges.whole("option", name, getattr(self, name), least)
         checks.seed("option", self.seed)
         optional = ("train_batch", 2), ("network_chunk", 2), ("width", 1, ranges.WIDEST)
@@ -117,7 +118,13 @@ class Options:
             ranges.switch("option", name, getattr(self, name))
         if self.channels_last is not None:
             ranges.switch("option", "channels_last", self.channels_last)
-        read_robust(self.robust)
+        if not read_robust(self.robust).draws and self.eot > 1:
+            messages.fail(
+                "option",
+                "eot",
+                "1 where robust draws nothing (the same gradient again)",
+                messages.short(self.eot),
+            )
         for objective in OBJECTIVES.values():
             objective.check_options(self)
         if self.fp8 and self.dtype != "bfloat16":

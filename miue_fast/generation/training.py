@@ -15,9 +15,9 @@ from ..support.calls import Turn, borrowed, ordinary
 from ..support.draws import Draws, backward_of
 from ..support.written import shown
 from . import batches
-from .descent import network_input
 from .graphs import Captured
 from .options import Options
+from .seen import network_input
 
 # keeps the gradients of a float16 network out of underflow; a power of two, taken out again before
 # the update

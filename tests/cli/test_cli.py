@@ -363,6 +363,7 @@ def test_every_option_reaches_generate(monkeypatch, root, tmp_path):
         flip=0.0,
         random_start=True,
         robust="crop,grid:3",
+        eot=2,
         width=3,
         network_chunk=7,
         device="cpu",

@@ -66,6 +66,7 @@ def test_presets_are_the_table():
         "seed": 7,
         "flip": 0.5,
         "random_start": False,
+        "eot": 1,
     }
     table = {
         "published": {"zeta": 0, "denominator": "all", "normalize_dim": True},

@@ -427,7 +427,11 @@ def run(net, images, labels, flip, options, chunk):
             flip,
             0.01,
             torch.zeros(2, dtype=torch.int64, device="meta"),
-            Drawn(torch.empty(24, 3, dtype=torch.int32, device="meta") if options.robust else None),
+            [
+                Drawn(
+                    torch.empty(24, 3, dtype=torch.int32, device="meta") if options.robust else None
+                )
+            ],
         )
     assert loss.device.type == "meta"
 

@@ -1,0 +1,208 @@
+"""The options that the published program has beside those of the paper: each against plain PyTorch
+in float64, within the budget, and resumed to the same bits.
+"""
+
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from miue_fast import data, freeze
+from miue_fast.generation import (
+    OBJECTIVES,
+    Interrupted,
+    Objective,
+    Options,
+    batches,
+    generate,
+    register,
+)
+from miue_fast.generation.descent import Descent
+from miue_fast.generation.objectives.cross_entropy import cross_entropy
+from miue_fast.reference.projected_step import cell_sums, viewed
+
+SMALL = {
+    "model": "small_resnet",
+    "progress": False,
+    "steps": 2,
+    "epochs": 4,
+    "batch": 16,
+    "train_batch": 16,
+    "width": 2,
+    "device": "cpu",
+}
+
+
+@pytest.fixture(scope="module")
+def images():
+    return data.shapes(40, seed=5, size=16, classes=4)
+
+
+class Plain(nn.Module):
+    """Two convolutions, so that the step is fused into the first one where it can be."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 8, 3, padding=1)
+        self.conv2 = nn.Conv2d(8, 8, 3, stride=2, padding=1)
+        self.avgpool, self.fc = nn.AdaptiveAvgPool2d(1), nn.Linear(8, 4)
+
+    def forward(self, x):
+        x = self.conv2(torch.relu(self.conv1((x - 0.45) * 4)))
+        return self.fc(self.avgpool(torch.relu(x)).flatten(1))
+
+
+def run(dataset, out=None, **options):
+    return generate(dataset, out, **{**SMALL, **options})
+
+
+def test_each_default_is_the_run_without_the_option(images):
+    """The bits of tests/generation/test_generation.py, whose loop by hand has none of them."""
+    plain = run(images).delta
+    for option in ({"eot": 1, "robust": ""},):
+        assert torch.equal(run(images, **option).delta, plain), option
+
+
+# a wrong value
+
+
+REFUSED = {
+    "no draw": ({"eot": 2}, "eot: expected 1 where robust draws nothing (the same gradient again)"),
+    "a grid draws nothing": ({"eot": 3, "robust": "grid:4"}, "eot: expected 1 where robust draws"),
+    "no gradient": ({"eot": 0, "robust": "crop"}, "eot: expected a whole number >= 1, got 0"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_wrong_value_is_refused_in_one_line(name):
+    options, part = REFUSED[name]
+    with pytest.raises(ValueError) as error:
+        Options(**options)
+    assert str(error.value).startswith(f"option: {part}") and "\n" not in str(error.value)
+
+
+# the mean of several draws
+
+
+@pytest.mark.parametrize("classwise", [False, True])
+@pytest.mark.parametrize("fused, dtype", [(True, "float32"), (False, "float32"), (True, "float16")])
+@pytest.mark.parametrize("text", ["crop", "crop,grid:3", "gray:0.5,resize", "crop,gray:0.5"])
+def test_a_step_follows_the_mean_gradient_of_its_draws(images, text, fused, dtype, classwise):
+    """One step of three draws against float64 autograd through all of them."""
+    torch.manual_seed(1)
+    network, count = Plain().eval(), len(images.images)
+    options = Options(
+        objective="em", robust=text, steps=1, eot=3, classwise=classwise, dtype=dtype, device="cpu"
+    )
+    labels, index = images.labels, torch.randperm(count)
+    inside = images.images.clamp(40, 215)  # no pixel reaches 0 or 255
+    delta = torch.zeros((4 if classwise else count, *inside.shape[1:]))
+    frozen = freeze(network, "fc", fused=fused, chunk=16, dtype=getattr(torch, dtype))
+    frozen.chunk.size = 16
+    draws = partial(batches.step_generator, 3, 1, 1)
+    loss, bad = Descent(frozen, inside, delta, options, 4)(labels[index], index, None, 0.01, draws)
+    robust, generator, losses = options.transforms, draws(0), []
+    leaf, network = (
+        torch.zeros(delta.shape, dtype=torch.float64, requires_grad=True),
+        network.double(),
+    )
+    for _ in range(3):
+        x = (inside[index] / 255).double() + leaf[labels[index] if classwise else index]
+        drawn = robust.draw(count, inside.shape, options.flip, generator)
+        for change in drawn.changes:
+            x = change(x.float()).double()
+        losses.append(F.cross_entropy(network(viewed(x, drawn.view)), labels[index]))
+    mean = torch.stack(losses).mean()
+    (grad,) = torch.autograd.grad(mean, leaf)
+    if robust.grid > 1:
+        grad = cell_sums(grad, robust.grid)
+    half = dtype == "float16"
+    rough = 0.02 if half else 1e-4
+    sure = grad.abs() > rough * grad.abs().max()
+    assert sure.double().mean() > 0.5 and bad.tolist() == [0, 0]
+    right = (delta.double() + 0.01 * grad.sign())[sure].abs() < 1e-6
+    assert right.double().mean() > 0.995 if half else right.all()
+    assert float(loss) == pytest.approx(float(mean.detach()), rel=rough)
+
+
+class Unequal(Objective):
+    """Cross-entropy whose draws count 1, 64 and 1/64 times."""
+
+    name, about, outputs = "unequal", "cross-entropy of unequal draws", "logits"
+    weights = 1.0, 64.0, 1 / 64
+
+    def __init__(self):
+        self.left = iter(self.weights)
+
+    def value_and_grad(self, outputs, labels, num_classes, options):
+        loss, grad = cross_entropy(outputs, labels)
+        weight = next(self.left)
+        return weight * loss, weight * grad
+
+
+def test_draws_keep_their_sizes_in_half_precision(images):
+    """Each gradient is lifted out of underflow by a power of two of its own, and comes back."""
+    torch.manual_seed(1)
+    network, index = Plain().eval(), torch.arange(40)
+    register(Unequal())
+    try:
+        options = Options(objective="unequal", robust="crop", steps=1, eot=3, dtype="float16")
+        delta, draws = torch.zeros(images.images.shape), partial(batches.step_generator, 3, 1, 1)
+        frozen = freeze(network, "fc", dtype=torch.float16)
+        Descent(frozen, images.images, delta, options, 4)(images.labels, index, None, 0.01, draws)
+    finally:
+        del OBJECTIVES["unequal"]
+    x, generator, network = (images.images / 255).double(), draws(0), network.double()
+    x.requires_grad_()
+    views = [options.transforms.draw(40, x.shape, 0.5, generator).view for _ in range(3)]
+    parts = [F.cross_entropy(network(viewed(x, view)), images.labels) for view in views]
+    (grad,) = torch.autograd.grad(sum(w * part for w, part in zip(Unequal.weights, parts)), x)
+    inside = (x > 0.02) & (x < 0.98) & (grad.abs() > 0.05 * grad.abs().max())
+    assert inside.sum() > 1000
+    assert (delta.sign() == -grad.sign())[inside].double().mean() > 0.995
+
+
+def test_one_draw_of_several_is_that_of_one(images):
+    """The first draw of a step is the only one of eot=1; the others differ from it and among each
+    other.
+    """
+    options = Options(robust="crop", eot=3, steps=2)
+    frozen = freeze(Plain().eval(), "fc")
+    descent = Descent(frozen, images.images, torch.zeros(images.images.shape), options, 4)
+    draws = partial(batches.step_generator, 3, 1, 1)
+    several = [[drawn.view for drawn in step] for step in descent._drawn(40, draws)]
+    descent.options = Options(robust="crop", steps=2)
+    first = [step[0].view for step in descent._drawn(40, draws)]
+    assert [len(step) for step in several] == [3, 3]
+    assert all(torch.equal(step[0], view) for step, view in zip(several, first))
+    views = [view for step in several for view in step]
+    assert all(not torch.equal(a, b) for k, a in enumerate(views) for b in views[:k])
+
+
+# going on
+
+
+@pytest.mark.parametrize("options", [{"eot": 2, "robust": "crop,gray"}])
+def test_a_resumed_run_has_the_same_bits(images, options, tmp_path, monkeypatch):
+    whole = run(images, **options)
+    real, calls = Descent.__call__, []
+
+    def stopping(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 5:  # of three batches per epoch
+            raise KeyboardInterrupt
+        return real(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Descent, "__call__", stopping)
+        with pytest.raises(Interrupted):
+            run(images, tmp_path, **options)
+    (name, value), *_ = options.items()
+    default = getattr(Options(), name)
+    with pytest.raises(ValueError, match=rf"got {name} = {value!r} \(now {default!r}\)"):
+        run(images, tmp_path, **{**options, name: default})
+    rest = run(images, tmp_path, **options)
+    assert torch.equal(rest.delta, whole.delta)
+    assert not torch.equal(whole.delta, run(images, **{**options, name: default}).delta)
