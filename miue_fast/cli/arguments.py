@@ -23,6 +23,7 @@ HELP = {
     "objective": "what the perturbation lowers",
     "classwise": "one perturbation per class",
     "eps": "L-inf budget on the [0, 1] scale",
+    "eps_0": "budget of the first epoch, which rises linearly to eps; default: eps throughout",
     "alpha_0": "step size of the first epoch",
     "alpha_K": "step size it anneals to; default 4 / (255 * steps)",
     "steps": "sign steps per poison batch and epoch",

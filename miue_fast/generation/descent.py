@@ -16,6 +16,7 @@ from .graphs import Captured
 from .options import Options
 from .robust import Drawn
 from .seen import Seen
+from .store import levels
 
 
 class Descent:
@@ -75,18 +76,21 @@ class Descent:
         flip: torch.Tensor | None,
         alpha: float,
         draws: Callable[[int], torch.Generator] | None = None,
+        eps: float | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Takes options.steps steps on the rows `index`. labels, index (int64), flip (bool or
         None): [B] in one order; a crop of options.robust mirrors in place of flip. alpha: step size
         on the [0, 1] scale. draws: step number -> the generator, on the CPU, of what is random in
-        that step; needed where options.robust draws anything.
+        that step; needed where options.robust draws anything. eps: the budget of these steps, at
+        most options.eps, which None stands for.
 
         Returns: the last step's loss (before its update), and int64 [2]: how often the loss, and
             the gradient, was NaN or Inf.
         """
         with self.turn, self.network.alone():
             self.network.check()
-            return self._descend(labels, index, flip, alpha, self._drawn(len(index), draws))
+            sizes = {"alpha": alpha, "eps": self.options.eps if eps is None else eps}
+            return self._descend(labels, index, flip, sizes, self._drawn(len(index), draws))
 
     def _drawn(self, batch, draws):
         """What is random in each of the steps, options.eot times."""
@@ -101,23 +105,24 @@ class Descent:
                 self.robust.draw(batch, self.images.shape, o.flip, generator) for _ in range(o.eot)
             ]
             drawn.append(each)
-        if self.robust.moves:
-            views = torch.stack([one.view for each in drawn for one in each])
+        views = [one.view for each in drawn for one in each if one.view is not None]
+        if views:
+            views = torch.stack(views)
             views = iter(views.to(self.images.device, non_blocking=True))
             drawn = [[one._replace(view=next(views)) for one in each] for each in drawn]
         return drawn
 
-    def _descend(self, labels, index, flip, alpha, drawn):
+    def _descend(self, labels, index, flip, sizes, drawn):
         bad = torch.zeros(2, dtype=torch.int64, device=self.images.device)
         if self.robust.moves:
             flip = None
         if not self.captured:
             for step in drawn:
-                loss = self._step(labels, index, flip, alpha, bad, step)
+                loss = self._step(labels, index, flip, sizes, bad, step)
             return loss, bad
         views = [step[0].view for step in drawn]
         given = labels, index, flip, bad, views[0]
-        baked = alpha, self.network.mean, self.network.std
+        baked = sizes, self.network.mean, self.network.std
         key = len(index), flip is None
         if baked != self.baked:  # another epoch: these numbers are part of the captured launches
             self.graphs, self.pool, self.baked = {}, None, baked
@@ -128,21 +133,21 @@ class Descent:
             inputs = [None if v is None else v.clone() for v in given]
             # Kernels are compiled and loaded in this step, because that is not allowed during a
             # capture; it runs on the inputs of the graph and counts as the first of the batch.
-            first = self._step(*inputs[:3], alpha, inputs[3], [Drawn(inputs[4])])
-            captured = self.graphs[key] = self._capture(inputs, alpha)
+            first = self._step(*inputs[:3], sizes, inputs[3], [Drawn(inputs[4])])
+            captured = self.graphs[key] = self._capture(inputs, sizes)
             views = views[1:]
         for view in views:
             captured.load((None, None, None, None, view))
             captured.replay()
         return captured.result.clone() if views else first, captured.inputs[3].clone()
 
-    def _capture(self, inputs, alpha):
+    def _capture(self, inputs, sizes):
         """One step on static inputs, whose result is the loss."""
         while True:
             try:
                 captured = Captured(
                     lambda labels, index, flip, bad, view: self._step(
-                        labels, index, flip, alpha, bad, [Drawn(view)]
+                        labels, index, flip, sizes, bad, [Drawn(view)]
                     ),
                     inputs,
                     self.pool,
@@ -154,20 +159,28 @@ class Descent:
             self.network.forget()
             self.network.chunk.halve(min(self.network.chunk.size, len(inputs[1])))
 
-    def _step(self, labels, index, flip, alpha, bad, draws):
-        """One step along the mean gradient of the draws. Returns the mean of their losses."""
+    def _step(self, labels, index, flip, sizes, bad, draws):
+        """One step along the mean gradient of the draws, of the alpha and within the eps of
+        `sizes`. Returns the mean of their losses.
+        """
+        if self.delta.dtype is not torch.int8 or sizes["eps"] == self.options.eps:
+            return self._project(labels, index, flip, sizes, bad, draws)
+        # The levels of the store are those of the whole budget. Both ranges of the projection hold
+        # 0, so that the narrower one may come last.
+        whole = {**sizes, "eps": self.options.eps}
+        loss = self._project(labels, index, flip, whole, bad, draws)
+        most = levels(sizes["eps"], self.options)
+        self.delta[index] = self.delta[index].clamp_(-most, most)
+        return loss
+
+    def _project(self, labels, index, flip, sizes, bad, draws):
         o, network, grid = self.options, self.network, self.robust.grid
         seen = [
             Seen(network, self.images, self.delta, o, labels, index, flip, drawn) for drawn in draws
         ]
         if o.classwise:
-            return self._class_step(seen, labels, alpha, bad)
-        rest: dict[str, Any] = {
-            "alpha": alpha,
-            "eps": o.eps,
-            "nonfinite": bad[1:],
-            "backend": o.backend,
-        }
+            return self._class_step(seen, labels, sizes, bad)
+        rest: dict[str, Any] = {**sizes, "nonfinite": bad[1:], "backend": o.backend}
         if len(seen) > 1:
             sums = torch.zeros((len(index), *self.delta.shape[1:]), device=self.delta.device)
 
@@ -197,9 +210,9 @@ class Descent:
 
         return self._gradient(one, bad, take, stem=stem is not None)
 
-    def _class_step(self, seen, labels, alpha, bad):
+    def _class_step(self, seen, labels, sizes, bad):
         """The step of one perturbation per class, along the sums of its images' gradients."""
-        o, grid = self.options, self.robust.grid
+        grid, alpha, eps = self.robust.grid, sizes["alpha"], sizes["eps"]
         sums = torch.zeros_like(self.delta, dtype=torch.float32)
         members = (torch.arange(len(sums), device=labels.device)[:, None] == labels).float()
 
@@ -211,7 +224,7 @@ class Descent:
         bad[1:] += (~sums.isfinite()).sum()
         if grid > 1:
             sums = _cell_means(sums, grid)
-        self.delta.sub_((alpha * sums.sign_()).to(self.delta.dtype)).clamp_(-o.eps, o.eps)
+        self.delta.sub_((alpha * sums.sign_()).to(self.delta.dtype)).clamp_(-eps, eps)
         return torch.stack(losses).mean()
 
     def _gradient(self, seen, bad, take, stem=False):

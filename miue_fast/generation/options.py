@@ -41,6 +41,8 @@ class Options:
     normalize_dim: bool = True  # 1/D inside the distance term
     temperature: float = 0.1
     eps: float = 8 / 255  # L-inf budget
+    # budget of the first epoch, which rises linearly to eps in the last one; None: eps in all
+    eps_0: float | None = None
     alpha_0: float = 0.2 / 255  # step size of the first epoch
     alpha_K: float | None = None  # where the step size anneals to; None: 4 / (255 * steps)
     steps: int = 10  # sign steps per poison batch and epoch
@@ -86,6 +88,9 @@ class Options:
             if getattr(self, name) is not None:
                 ranges.whole("option", name, getattr(self, name), *limits)
         ranges.budget("option", "eps", self.eps)
+        if self.eps_0 is not None:
+            ranges.budget("option", "eps_0", self.eps_0)
+            self._number("eps_0", lambda v: v <= self.eps, f"at most eps = {self.eps:g}")
         self._number(
             "weight_decay",
             lambda v: 0 <= v <= ranges.LARGEST,
@@ -168,6 +173,13 @@ class Options:
         return (self.epochs - epoch + 1) / self.epochs * (
             self.alpha_0 - self.last_alpha
         ) + self.last_alpha
+
+    def budget(self, epoch: int) -> float:
+        """L-inf budget of epoch 1..epochs: linear from eps_0 to eps."""
+        if self.eps_0 is None or epoch == self.epochs:
+            return self.eps
+        left = (self.epochs - epoch) / (self.epochs - 1)
+        return self.eps - left * (self.eps - self.eps_0)
 
     def learning_rate(self, epoch: int) -> float:
         """Learning rate of epoch 1..epochs: a cosine from lr towards 1e-5 lr."""

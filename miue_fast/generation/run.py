@@ -226,7 +226,9 @@ class BiLevelRun:
         for number, part in enumerate(slices, 1):
             index = order[part]
             draws = partial(batches.step_generator, o.seed, epoch, number)
-            loss, bad = self.descend(self.labels[index], index, flips[part], o.alpha(epoch), draws)
+            loss, bad = self.descend(
+                self.labels[index], index, flips[part], o.alpha(epoch), draws, o.budget(epoch)
+            )
             check_finite(
                 f"generate: epoch {epoch}, batch {number} of {len(slices)} of the poison step",
                 bad,

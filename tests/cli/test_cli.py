@@ -350,6 +350,7 @@ def test_every_option_reaches_generate(monkeypatch, root, tmp_path):
         normalize_dim=False,
         temperature=0.25,
         eps=4 / 255,
+        eps_0=1 / 255,
         alpha_0=1 / 255,
         alpha_K=0.5 / 255,
         steps=3,

@@ -67,6 +67,7 @@ def test_presets_are_the_table():
         "flip": 0.5,
         "random_start": False,
         "eot": 1,
+        "eps_0": None,
     }
     table = {
         "published": {"zeta": 0, "denominator": "all", "normalize_dim": True},

@@ -425,7 +425,7 @@ def run(net, images, labels, flip, options, chunk):
             labels,
             torch.empty(24, dtype=torch.int64, device="meta"),
             flip,
-            0.01,
+            {"alpha": 0.01, "eps": options.eps},
             torch.zeros(2, dtype=torch.int64, device="meta"),
             [
                 Drawn(

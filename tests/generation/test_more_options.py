@@ -21,6 +21,7 @@ from miue_fast.generation import (
 )
 from miue_fast.generation.descent import Descent
 from miue_fast.generation.objectives.cross_entropy import cross_entropy
+from miue_fast.generation.run import BiLevelRun
 from miue_fast.reference.projected_step import cell_sums, viewed
 
 SMALL = {
@@ -61,7 +62,7 @@ def run(dataset, out=None, **options):
 def test_each_default_is_the_run_without_the_option(images):
     """The bits of tests/generation/test_generation.py, whose loop by hand has none of them."""
     plain = run(images).delta
-    for option in ({"eot": 1, "robust": ""},):
+    for option in ({"eot": 1, "robust": ""}, {"eps_0": 8 / 255}):
         assert torch.equal(run(images, **option).delta, plain), option
 
 
@@ -72,6 +73,9 @@ REFUSED = {
     "no draw": ({"eot": 2}, "eot: expected 1 where robust draws nothing (the same gradient again)"),
     "a grid draws nothing": ({"eot": 3, "robust": "grid:4"}, "eot: expected 1 where robust draws"),
     "no gradient": ({"eot": 0, "robust": "crop"}, "eot: expected a whole number >= 1, got 0"),
+    "larger than eps": ({"eps_0": 9 / 255}, "eps_0: expected at most eps = 0.0313725, got 0.035"),
+    "no budget": ({"eps_0": 0}, "eps_0: expected a number in (0, 1]"),
+    "levels": ({"eps_0": 2}, "eps_0: expected a number in (0, 1] ([0, 1] image scale: 8/255, not"),
 }
 
 
@@ -181,10 +185,85 @@ def test_one_draw_of_several_is_that_of_one(images):
     assert all(not torch.equal(a, b) for k, a in enumerate(views) for b in views[:k])
 
 
+# an annealed budget
+
+
+def test_the_budget_rises_linearly_to_that_of_the_run():
+    options = Options(epochs=5, eps=8 / 255, eps_0=2 / 255)
+    wanted = [2 / 255, 3.5 / 255, 5 / 255, 6.5 / 255, 8 / 255]
+    assert [options.budget(e) for e in range(1, 6)] == pytest.approx(wanted, rel=1e-12)
+    assert options.budget(5) == 8 / 255 == Options(epochs=1, eps_0=1 / 255).budget(1)
+    assert {Options(epochs=5).budget(e) for e in range(1, 6)} == {8 / 255}
+
+
+@pytest.mark.parametrize("plain", [False, True])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"classwise": True},
+        {"random_start": True},
+        {"robust": "crop,grid:3", "random_start": True},
+        {"robust": "crop,gray:0.5", "eot": 2},
+        {"delta_dtype": "int8"},
+        {"delta_dtype": "int8", "random_start": True, "robust": "crop"},
+        {"delta_dtype": "float16"},
+    ],
+)
+def test_every_epoch_fills_its_own_budget_and_no_more(images, options, plain, monkeypatch):
+    """Steps of 32 levels reach any bound. plain: without the first convolution's fused step."""
+    reached, real = [], BiLevelRun.poison_step
+
+    def watched(self, number, tick):
+        scale = self.options.eps / 127 if self.delta.dtype is torch.int8 else 1
+        before = float(self.delta.float().abs().max()) * scale
+        loss = real(self, number, tick)
+        reached.append((before, float(self.delta.float().abs().max()) * scale))
+        return loss
+
+    monkeypatch.setattr(BiLevelRun, "poison_step", watched)
+    large = {"alpha_0": 32 / 255, "alpha_K": 32 / 255, "eps_0": 2 / 255, "backend": "auto"}
+    made = run(images, fused=not plain, **large, **options)
+    for number, (_, after) in enumerate(reached, 1):
+        budget = made.options.budget(number)
+        least = budget - (8 / 255 / 127 if "delta_dtype" in options else 0)
+        assert least - 1e-6 <= after <= budget * (1 + 1e-3), (number, after * 255)
+    start = 0.9 * 2 / 255 if "random_start" in options else 0
+    assert start <= reached[0][0] <= 2 / 255 * (1 + 1e-6) and made.delta.abs().max() <= 8 / 255
+
+
+def test_a_narrow_budget_projects_like_a_run_of_that_budget(images):
+    """One epoch at 3/255 is the epoch of a run whose eps is that, also among int8 levels of 8/255:
+    there to half a level.
+    """
+    network, index = Plain().eval(), torch.arange(40)
+    found = {}
+    for store, eps, budget in (
+        ("float32", 3 / 255, None),
+        ("float32", 8 / 255, 3 / 255),
+        ("int8", 8 / 255, 3 / 255),
+    ):
+        options = Options(objective="em", eps=eps, steps=4, delta_dtype=store)
+        delta = torch.zeros(images.images.shape, dtype=getattr(torch, store))
+        descent = Descent(freeze(network, "fc"), images.images, delta, options, 4)
+        descent(images.labels, index, None, 8 / 255, None, budget)
+        found[store, eps] = delta.float() * (eps / 127 if store == "int8" else 1)
+    assert torch.equal(found["float32", 3 / 255], found["float32", 8 / 255])
+    gap = (found["int8", 8 / 255] - found["float32", 8 / 255]).abs()
+    assert gap.median() <= 8 / 255 / 127 and found["int8", 8 / 255].abs().max() <= 3 / 255
+
+
 # going on
 
 
-@pytest.mark.parametrize("options", [{"eot": 2, "robust": "crop,gray"}])
+NOT_DEFAULT = [
+    {"eot": 2, "robust": "crop,gray"},
+    {"eps_0": 1 / 255, "alpha_0": 4 / 255},
+    {"eps_0": 1 / 255, "alpha_0": 4 / 255, "delta_dtype": "int8"},
+]
+
+
+@pytest.mark.parametrize("options", NOT_DEFAULT)
 def test_a_resumed_run_has_the_same_bits(images, options, tmp_path, monkeypatch):
     whole = run(images, **options)
     real, calls = Descent.__call__, []
