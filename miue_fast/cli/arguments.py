@@ -28,6 +28,7 @@ HELP = {
     "alpha_K": "step size it anneals to; default 4 / (255 * steps)",
     "steps": "sign steps per poison batch and epoch",
     "epochs": "rounds of model step and poison step",
+    "poison_every": "a poison step after every so many epochs, and after the last one",
     "batch": "images per contrastive batch",
     "train_batch": "images per batch of the model step; fast, publish: 8 to 128, by the images",
     "lr": "learning rate of the source network, a cosine over the epochs",

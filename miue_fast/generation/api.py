@@ -27,7 +27,8 @@ from .run import BiLevelRun
 @dataclass(repr=False)
 class Result:
     """delta: float32 [N, C, H, W] on the CPU, within +-eps. history: one dict per epoch, as in
-    metrics.csv; empty for an objective without a network.
+    metrics.csv, with None for what an epoch without a poison step does not have; empty for an
+    objective without a network.
     """
 
     delta: torch.Tensor

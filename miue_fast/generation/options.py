@@ -47,6 +47,7 @@ class Options:
     alpha_K: float | None = None  # where the step size anneals to; None: 4 / (255 * steps)
     steps: int = 10  # sign steps per poison batch and epoch
     epochs: int = 100
+    poison_every: int = 1  # a poison step after every so many epochs, and after the last one
     batch: int = 512  # images per contrastive batch
     # images per batch of the model step; None: what gives about 390 batches an epoch, from 8 to
     # 128 images
@@ -80,7 +81,13 @@ class Options:
     backend: str = "auto"  # of the ops
 
     def __post_init__(self) -> None:
-        for name, least in (("steps", 1), ("epochs", 1), ("batch", 2), ("eot", 1)):
+        for name, least in (
+            ("steps", 1),
+            ("epochs", 1),
+            ("batch", 2),
+            ("eot", 1),
+            ("poison_every", 1),
+        ):
             ranges.whole("option", name, getattr(self, name), least)
         checks.seed("option", self.seed)
         optional = ("train_batch", 2), ("network_chunk", 2), ("width", 1, ranges.WIDEST)
@@ -173,6 +180,10 @@ class Options:
         return (self.epochs - epoch + 1) / self.epochs * (
             self.alpha_0 - self.last_alpha
         ) + self.last_alpha
+
+    def poisons(self, epoch: int) -> bool:
+        """Whether epoch 1..epochs has a poison step."""
+        return epoch % self.poison_every == 0 or epoch == self.epochs
 
     def budget(self, epoch: int) -> float:
         """L-inf budget of epoch 1..epochs: linear from eps_0 to eps."""

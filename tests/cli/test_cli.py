@@ -355,6 +355,7 @@ def test_every_option_reaches_generate(monkeypatch, root, tmp_path):
         alpha_K=0.5 / 255,
         steps=3,
         epochs=4,
+        poison_every=2,
         batch=20,
         train_batch=10,
         lr=0.02,

@@ -67,6 +67,7 @@ def test_presets_are_the_table():
         "flip": 0.5,
         "random_start": False,
         "eot": 1,
+        "poison_every": 1,
         "eps_0": None,
     }
     table = {
@@ -122,7 +123,22 @@ def test_schedules():
     )
 
 
-def loop_by_hand(images, labels, epochs, steps, batch, train_batch, seed, alpha_0, lr, zeta, eps):
+def loop_by_hand(
+    images,
+    labels,
+    *,
+    epochs,
+    steps,
+    batch,
+    train_batch,
+    seed,
+    alpha_0,
+    lr,
+    zeta,
+    eps,
+    poison_every=1,
+    eps_0=None,
+):
     """docs/method.md in plain PyTorch; only the random orders and flips are the library's."""
     torch.manual_seed(batches.derive(seed, 0, "network"))
     model = Plain(4)
@@ -144,7 +160,10 @@ def loop_by_hand(images, labels, epochs, steps, batch, train_batch, seed, alpha_
                 model(torch.where(m, x[i].flip(3), x[i]) + delta[i]), labels[i]
             ).backward()
             sgd.step()
+        if e % poison_every and e < epochs:
+            continue
         model.eval()
+        budget = eps if eps_0 is None else eps - (epochs - e) / (epochs - 1) * (eps - eps_0)
         alpha = (epochs - e + 1) / epochs * (alpha_0 - last) + last
         order, flips = batches.order_and_flips(count, 0.5, seed, e, "poison step")
         for s in range(0, count, batch):
@@ -155,16 +174,24 @@ def loop_by_hand(images, labels, epochs, steps, batch, train_batch, seed, alpha_
                 point = (image + d).requires_grad_()
                 f = model.body((point - 0.5) * 4)
                 _, g = mi_ue_value_and_grad(f.detach(), labels[i], 0.1, zeta, "all", True)
-                d = (d - alpha * torch.autograd.grad(f, point, g)[0].sign()).clamp(-eps, eps)
+                d = (d - alpha * torch.autograd.grad(f, point, g)[0].sign()).clamp(-budget, budget)
                 d = ((image + d).clamp(0, 1) - image).clamp(
-                    -eps, eps
+                    -budget, budget
                 )  # the difference may round to more
             delta[i] = d
     return delta.clamp(-eps, eps)
 
 
-@pytest.mark.parametrize("zeta", [0.1, 0.0])
-def test_equal_to_a_loop_by_hand_bit_for_bit(images, zeta):
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"zeta": 0.1},
+        {"zeta": 0.0},
+        {"zeta": 0.1, "poison_every": 2},
+        {"zeta": 0.1, "eps_0": 1 / 255},
+    ],
+)
+def test_equal_to_a_loop_by_hand_bit_for_bit(images, options):
     numbers = {
         "epochs": 3,
         "steps": 3,
@@ -179,13 +206,13 @@ def test_equal_to_a_loop_by_hand_bit_for_bit(images, zeta):
         images,
         model=Plain,
         feature="body.4",
-        zeta=zeta,
         channels_last=False,
         fused=False,
         backend="reference",
         **numbers,
+        **options,
     )
-    expected = loop_by_hand(images.images, images.labels, zeta=zeta, **numbers)
+    expected = loop_by_hand(images.images, images.labels, **numbers, **options)
     assert torch.equal(got.delta, expected)
     assert got.delta.dtype == torch.float32 and got.delta.abs().max() > 3.9 / 255
 

@@ -2,6 +2,7 @@
 in float64, within the budget, and resumed to the same bits.
 """
 
+import csv
 from functools import partial
 
 import pytest
@@ -16,13 +17,17 @@ from miue_fast.generation import (
     Objective,
     Options,
     batches,
+    checkpoint,
     generate,
     register,
 )
+from miue_fast.generation import run as generation_run
 from miue_fast.generation.descent import Descent
 from miue_fast.generation.objectives.cross_entropy import cross_entropy
 from miue_fast.generation.run import BiLevelRun
+from miue_fast.generation.training import Trainer
 from miue_fast.reference.projected_step import cell_sums, viewed
+from miue_fast.support import output
 
 SMALL = {
     "model": "small_resnet",
@@ -62,7 +67,7 @@ def run(dataset, out=None, **options):
 def test_each_default_is_the_run_without_the_option(images):
     """The bits of tests/generation/test_generation.py, whose loop by hand has none of them."""
     plain = run(images).delta
-    for option in ({"eot": 1, "robust": ""}, {"eps_0": 8 / 255}):
+    for option in ({"eot": 1, "robust": ""}, {"eps_0": 8 / 255}, {"poison_every": 1}):
         assert torch.equal(run(images, **option).delta, plain), option
 
 
@@ -75,6 +80,7 @@ REFUSED = {
     "no gradient": ({"eot": 0, "robust": "crop"}, "eot: expected a whole number >= 1, got 0"),
     "larger than eps": ({"eps_0": 9 / 255}, "eps_0: expected at most eps = 0.0313725, got 0.035"),
     "no budget": ({"eps_0": 0}, "eps_0: expected a number in (0, 1]"),
+    "no epoch": ({"poison_every": 0}, "poison_every: expected a whole number >= 1, got 0"),
     "levels": ({"eps_0": 2}, "eps_0: expected a number in (0, 1] ([0, 1] image scale: 8/255, not"),
 }
 
@@ -253,12 +259,60 @@ def test_a_narrow_budget_projects_like_a_run_of_that_budget(images):
     assert gap.median() <= 8 / 255 / 127 and found["int8", 8 / 255].abs().max() <= 3 / 255
 
 
+# a poison step after some epochs only
+
+
+@pytest.mark.parametrize("every, with_step", [(2, [2, 4, 5]), (3, [3, 5]), (9, [5])])
+def test_other_epochs_have_no_poison_step_and_say_so(images, every, with_step, tmp_path):
+    made = run(images, tmp_path, epochs=5, poison_every=every)
+    with open(tmp_path / "metrics.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["epoch"] for row in made.history] == [1, 2, 3, 4, 5] and len(rows) == 5
+    for row, saved in zip(made.history, rows):
+        without = {name for name, value in row.items() if value is None}
+        stepped = row["epoch"] in with_step
+        assert without == (set() if stepped else {"poison_loss", "alpha", "image_steps_per_s"})
+        assert {name for name, text in saved.items() if text == ""} == without
+        assert row["alpha"] == (made.options.alpha(row["epoch"]) if stepped else None)
+    assert checkpoint.load(tmp_path / checkpoint.NAME)[1]["history"] == made.history
+    assert made.delta.any()
+
+
+@pytest.mark.parametrize("every", [1, 2, 9])
+def test_the_bar_ends_at_its_total_and_begins_where_a_resumed_run_does(
+    images, every, tmp_path, monkeypatch
+):
+    bars, real, calls = [], output.progress_bar, []
+
+    def bar(**options):
+        bars.append(real(**{**options, "disable": False}))
+        return bars[-1]
+
+    def stopping(self, number, tick, epoch=BiLevelRun.epoch):
+        calls.append(number)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return epoch(self, number, tick)
+
+    monkeypatch.setattr(generation_run, "progress_bar", bar)
+    with monkeypatch.context() as patch:
+        patch.setattr(BiLevelRun, "epoch", stopping)
+        with pytest.raises(Interrupted):
+            run(images, tmp_path, epochs=5, poison_every=every)
+    run(images, tmp_path, epochs=5, poison_every=every)
+    first, second = bars
+    steps = [number % every == 0 or number == 5 for number in range(1, 6)]
+    assert first.total == second.total == second.n == 40 * (5 + 2 * sum(steps))
+    assert first.n == second.initial == 40 * (3 + 2 * sum(steps[:3]))
+
+
 # going on
 
 
 NOT_DEFAULT = [
     {"eot": 2, "robust": "crop,gray"},
     {"eps_0": 1 / 255, "alpha_0": 4 / 255},
+    {"poison_every": 3},
     {"eps_0": 1 / 255, "alpha_0": 4 / 255, "delta_dtype": "int8"},
 ]
 
@@ -266,16 +320,16 @@ NOT_DEFAULT = [
 @pytest.mark.parametrize("options", NOT_DEFAULT)
 def test_a_resumed_run_has_the_same_bits(images, options, tmp_path, monkeypatch):
     whole = run(images, **options)
-    real, calls = Descent.__call__, []
+    real, calls = Trainer.epoch, []
 
-    def stopping(*args, **kwargs):
+    def stopping(*args):
         calls.append(1)
-        if len(calls) == 5:  # of three batches per epoch
+        if len(calls) == 3:
             raise KeyboardInterrupt
-        return real(*args, **kwargs)
+        return real(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Descent, "__call__", stopping)
+        patch.setattr(Trainer, "epoch", stopping)
         with pytest.raises(Interrupted):
             run(images, tmp_path, **options)
     (name, value), *_ = options.items()
@@ -283,5 +337,5 @@ def test_a_resumed_run_has_the_same_bits(images, options, tmp_path, monkeypatch)
     with pytest.raises(ValueError, match=rf"got {name} = {value!r} \(now {default!r}\)"):
         run(images, tmp_path, **{**options, name: default})
     rest = run(images, tmp_path, **options)
-    assert torch.equal(rest.delta, whole.delta)
+    assert torch.equal(rest.delta, whole.delta) and len(rest.history) == 4
     assert not torch.equal(whole.delta, run(images, **{**options, name: default}).delta)
