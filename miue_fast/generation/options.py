@@ -53,6 +53,11 @@ class Options:
     # 128 images
     train_batch: int | None = 128
     lr: float = 0.1
+    mixed: float = 0.0  # share of the images without perturbation in the loss of the model step
+    # L-inf budget of an attack on the images of the model step, which is trained on what it finds,
+    # and the attack's sign steps, each of 2.5 * attack / attack_steps
+    attack: float = 0.0
+    attack_steps: int = 5
     momentum: float = 0.9
     weight_decay: float = 1e-4
     seed: int = 7
@@ -81,14 +86,9 @@ class Options:
     backend: str = "auto"  # of the ops
 
     def __post_init__(self) -> None:
-        for name, least in (
-            ("steps", 1),
-            ("epochs", 1),
-            ("batch", 2),
-            ("eot", 1),
-            ("poison_every", 1),
-        ):
-            ranges.whole("option", name, getattr(self, name), least)
+        for name in ("steps", "epochs", "eot", "poison_every", "attack_steps"):
+            ranges.whole("option", name, getattr(self, name))
+        ranges.whole("option", "batch", self.batch, 2)
         checks.seed("option", self.seed)
         optional = ("train_batch", 2), ("network_chunk", 2), ("width", 1, ranges.WIDEST)
         for name, *limits in optional:
@@ -107,6 +107,8 @@ class Options:
             ranges.budget("option", name, getattr(self, name), zero=True)
         ranges.positive("option", "lr", self.lr)
         self._number("momentum", lambda v: 0 <= v < 1, "a number in [0, 1)")
+        self._number("mixed", lambda v: 0 <= v <= 1, "a share from 0 to 1")
+        ranges.budget("option", "attack", self.attack, zero=True)
         self._number("flip", lambda v: 0 <= v <= 1, "a probability from 0 to 1")
         if self.alpha_0 == 0 == self.last_alpha:
             messages.fail(

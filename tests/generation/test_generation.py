@@ -67,6 +67,8 @@ def test_presets_are_the_table():
         "flip": 0.5,
         "random_start": False,
         "eot": 1,
+        "mixed": 0.0,
+        "attack": 0.0,
         "poison_every": 1,
         "eps_0": None,
     }
@@ -123,6 +125,20 @@ def test_schedules():
     )
 
 
+def attacked_by_hand(model, images, labels, eps, steps, generator):
+    """Projected sign ascent in eval mode, from a uniform start."""
+    model.eval()
+    point = images + (2 * torch.rand(images.shape, generator=generator) - 1) * eps
+    for step in range(steps + 1):
+        if step:
+            (grad,) = torch.autograd.grad(F.cross_entropy(model(point), labels), point)
+            point = point.detach() + 2.5 * eps / steps * grad.sign()
+        point = torch.max(torch.min(point, (images + eps).clamp(0, 1)), (images - eps).clamp(0, 1))
+        point.requires_grad_()
+    model.train()
+    return point.detach()
+
+
 def loop_by_hand(
     images,
     labels,
@@ -138,6 +154,9 @@ def loop_by_hand(
     eps,
     poison_every=1,
     eps_0=None,
+    mixed=0,
+    attack=0,
+    attack_steps=5,
 ):
     """docs/method.md in plain PyTorch; only the random orders and flips are the library's."""
     torch.manual_seed(batches.derive(seed, 0, "network"))
@@ -153,12 +172,18 @@ def loop_by_hand(
         )
         model.train()
         order, flips = batches.order_and_flips(count, 0.5, seed, e, "model step")
+        noise = batches.generator(seed, e, "attack")
         for s in range(0, count, train_batch):
             i, m = order[s : s + train_batch], flips[s : s + train_batch, None, None, None]
+            image = torch.where(m, x[i].flip(3), x[i])
+            point = image + delta[i]
+            if attack:
+                point = attacked_by_hand(model, point, labels[i], attack, attack_steps, noise)
             sgd.zero_grad()
-            F.cross_entropy(
-                model(torch.where(m, x[i].flip(3), x[i]) + delta[i]), labels[i]
-            ).backward()
+            loss = F.cross_entropy(model(point), labels[i])
+            if mixed:
+                loss = (1 - mixed) * loss + mixed * F.cross_entropy(model(image), labels[i])
+            loss.backward()
             sgd.step()
         if e % poison_every and e < epochs:
             continue
@@ -189,6 +214,10 @@ def loop_by_hand(
         {"zeta": 0.0},
         {"zeta": 0.1, "poison_every": 2},
         {"zeta": 0.1, "eps_0": 1 / 255},
+        {"zeta": 0.1, "mixed": 0.3},
+        {"zeta": 0.1, "mixed": 1.0},
+        {"zeta": 0.1, "attack": 4 / 255},
+        {"zeta": 0.1, "attack": 8 / 255, "attack_steps": 2, "mixed": 0.5},
     ],
 )
 def test_equal_to_a_loop_by_hand_bit_for_bit(images, options):

@@ -67,7 +67,8 @@ def run(dataset, out=None, **options):
 def test_each_default_is_the_run_without_the_option(images):
     """The bits of tests/generation/test_generation.py, whose loop by hand has none of them."""
     plain = run(images).delta
-    for option in ({"eot": 1, "robust": ""}, {"eps_0": 8 / 255}, {"poison_every": 1}):
+    off = {"eot": 1, "robust": "", "eps_0": 8 / 255, "poison_every": 1, "mixed": 0, "attack": 0}
+    for option in ({name: value} for name, value in [*off.items(), ("attack_steps", 9)]):
         assert torch.equal(run(images, **option).delta, plain), option
 
 
@@ -80,6 +81,9 @@ REFUSED = {
     "no gradient": ({"eot": 0, "robust": "crop"}, "eot: expected a whole number >= 1, got 0"),
     "larger than eps": ({"eps_0": 9 / 255}, "eps_0: expected at most eps = 0.0313725, got 0.035"),
     "no budget": ({"eps_0": 0}, "eps_0: expected a number in (0, 1]"),
+    "share": ({"mixed": 1.5}, "mixed: expected a share from 0 to 1, got 1.5"),
+    "attack": ({"attack": 8}, "attack: expected a number from 0 to 1 ([0, 1] image scale: 8/255,"),
+    "no step": ({"attack_steps": 0}, "attack_steps: expected a whole number >= 1, got 0"),
     "no epoch": ({"poison_every": 0}, "poison_every: expected a whole number >= 1, got 0"),
     "levels": ({"eps_0": 2}, "eps_0: expected a number in (0, 1] ([0, 1] image scale: 8/255, not"),
 }
@@ -313,6 +317,9 @@ NOT_DEFAULT = [
     {"eot": 2, "robust": "crop,gray"},
     {"eps_0": 1 / 255, "alpha_0": 4 / 255},
     {"poison_every": 3},
+    {"mixed": 0.5},
+    {"attack": 4 / 255},
+    {"attack": 4 / 255, "dtype": "float16", "mixed": 0.2},
     {"eps_0": 1 / 255, "alpha_0": 4 / 255, "delta_dtype": "int8"},
 ]
 
