@@ -13,7 +13,7 @@ from ..data.export import FORMATS
 from ..dispatch.precision import UNSCALED
 from ..evaluation import DEFENCES, NOISES
 from ..evaluation.defences.none import NoDefence
-from ..generation import OBJECTIVES, PRESETS, TRANSFORMS, Options
+from ..generation import OBJECTIVES, PRESETS, TRANSFORMS, Objective, Options
 from ..generation.presets import DEFAULT
 from ..models import NETWORKS
 from ..support.messages import short
@@ -430,9 +430,14 @@ def _generate_options(sub):
     )
     sub.add_argument(
         "--model",
-        default="resnet18",
+        default=None,
         choices=list(NETWORKS),
-        help="source network; default: resnet18",
+        help=f"source network; default: {Objective.network}"
+        + "".join(
+            f", for {each.name}: {each.network}"
+            for each in OBJECTIVES.values()
+            if each.network != Objective.network
+        ),
     )
     sub.add_argument(
         "--feature",

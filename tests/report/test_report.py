@@ -658,7 +658,12 @@ def test_differences_to_the_paper():
             paper.PAPER["CIFAR-10"], {**same, "setting": {**setting, **change}}
         )
         assert part in found
-    for options in ({"model": "small_resnet"}, {"width": 16}, {"epochs": 8}):
+    for options in (
+        {"model": "small_resnet"},
+        {"width": 16},
+        {"epochs": 8},
+        {"objective": "linear"},
+    ):
         (found,) = paper.differences(
             paper.PAPER["CIFAR-10"], {**same, "poisons": [{"options": options}]}
         )
