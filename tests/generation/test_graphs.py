@@ -132,6 +132,10 @@ def test_the_graph_path_is_the_plain_loop(case, steps, cuda):
             and torch.equal(bad, other_bad)
         ), k
     assert OnCpu.made == 4, "one capture per batch size, kind of flip and step size"
+    for descent in (plain, graphs):
+        descent(labels[:12], torch.arange(12), flip[:12], 0.02, eps=0.01)
+    assert torch.equal(plain.delta, graphs.delta) and graphs.delta[:12].abs().max() <= 0.01
+    assert OnCpu.made == 5, "and per budget"
 
 
 @pytest.mark.parametrize("robust", ["crop", "crop,grid:4"])
