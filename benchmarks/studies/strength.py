@@ -25,7 +25,7 @@ from miue_fast.evaluation import run_cell
 from miue_fast.generation import Interrupted, presets
 from miue_fast.generation.objectives.em import Em
 
-RESULT, PAGE = tables.RESULTS / "strength.json", tables.ROOT / "docs" / "benchmarks.md"
+RESULT, PAGE = tables.RESULTS / "strength.json", tables.ROOT / "docs/benchmarks.md"
 BEGIN, END = "<!-- strength:begin -->\n", "<!-- strength:end -->"
 MODEL, WIDTH, VICTIM_EPOCHS, VICTIMS, SEEDS = "small_resnet", 16, 12, (0, 1, 2), (7, 11, 3)
 CLEAN = "clean"

@@ -13,7 +13,7 @@ from ..data.export import FORMATS
 from ..dispatch.precision import UNSCALED
 from ..evaluation import DEFENCES, NOISES
 from ..evaluation.defences.none import NoDefence
-from ..generation import OBJECTIVES, PRESETS, TRANSFORMS, Options
+from ..generation import OBJECTIVES, PRESETS, TRANSFORMS, Objective, Options
 from ..generation.presets import DEFAULT
 from ..models import NETWORKS
 from ..support.messages import short
@@ -23,13 +23,18 @@ HELP = {
     "objective": "what the perturbation lowers",
     "classwise": "one perturbation per class",
     "eps": "L-inf budget on the [0, 1] scale",
+    "eps_0": "budget of the first epoch, which rises linearly to eps; default: eps throughout",
     "alpha_0": "step size of the first epoch",
     "alpha_K": "step size it anneals to; default 4 / (255 * steps)",
     "steps": "sign steps per poison batch and epoch",
     "epochs": "rounds of model step and poison step",
+    "poison_every": "a poison step after every so many epochs, and after the last one",
     "batch": "images per contrastive batch",
     "train_batch": "images per batch of the model step; fast, publish: 8 to 128, by the images",
     "lr": "learning rate of the source network, a cosine over the epochs",
+    "mixed": "share of the loss of the model step that is of images without perturbation",
+    "attack": "budget of an attack on the images of the model step; 0: none",
+    "attack_steps": "sign steps of that attack",
     "momentum": "momentum of the SGD that trains the source network",
     "weight_decay": "weight decay of that SGD",
     "seed": "seed of everything random",
@@ -37,6 +42,7 @@ HELP = {
     "random_start": "start from uniform noise in +-eps",
     "robust": "transforms in each poison step, as in crop,grid:4: "
     + "; ".join(f"{name}: {kind.about}" for name, kind in TRANSFORMS.items()),
+    "eot": "gradients that are averaged per poison step, each of its own draw of --robust",
     "width": "filters of the first stage of a built-in network",
     "network_chunk": "images per network launch; bounds memory, does not change the objective",
     "device": "cpu, cuda or cuda:N; default: cuda if there is one",
@@ -424,9 +430,14 @@ def _generate_options(sub):
     )
     sub.add_argument(
         "--model",
-        default="resnet18",
+        default=None,
         choices=list(NETWORKS),
-        help="source network; default: resnet18",
+        help=f"source network; default: {Objective.network}"
+        + "".join(
+            f", for {each.name}: {each.network}"
+            for each in OBJECTIVES.values()
+            if each.network != Objective.network
+        ),
     )
     sub.add_argument(
         "--feature",

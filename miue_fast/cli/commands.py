@@ -122,8 +122,9 @@ def _check_generate(args):
     if args.export == "pickle":
         data.check_pickle(options.eps)
     if options.chosen.outputs is not None:
+        model = options.chosen.source("generate", args.model)
         with torch.device("meta"):  # no memory for its weights
-            network = models.build(args.model, 2, width=options.width, size=args.size or 32)
+            network = models.build(model, 2, width=options.width, size=args.size or 32)
         if args.feature is not None:
             find_layer("generate", network, args.feature)
         args.weights = sum(tensor.nbytes for tensor in network.state_dict().values())

@@ -27,7 +27,8 @@ from .run import BiLevelRun
 @dataclass(repr=False)
 class Result:
     """delta: float32 [N, C, H, W] on the CPU, within +-eps. history: one dict per epoch, as in
-    metrics.csv; empty for an objective without a network.
+    metrics.csv, with None for what an epoch without a poison step does not have; empty for an
+    objective without a network.
     """
 
     delta: torch.Tensor
@@ -50,7 +51,7 @@ def generate(
     out: str | os.PathLike[str] | None = None,
     *,
     preset: str = DEFAULT.name,
-    model: str | nn.Module | Callable[[int], nn.Module] = "resnet18",
+    model: str | nn.Module | Callable[[int], nn.Module] | None = None,
     feature: str | None = None,
     device: str | torch.device | None = None,
     resume: bool = True,
@@ -70,7 +71,8 @@ def generate(
         preset: a name of `generation.PRESETS`; **options change single fields of `Options`.
         model: a name of `models.NETWORKS`, an nn.Module (trained in place: no other thread may use
             it meanwhile), or a callable: number of classes -> nn.Module. It takes images
-            [B, C, H, W] on the [0, 1] scale and normalises them itself.
+            [B, C, H, W] on the [0, 1] scale and normalises them itself. None: the objective's own,
+            "resnet18", or for the objective linear "linear".
         feature: name of the layer whose flattened output the objective looks at; None: for
             objectives on features that of a named model, else "avgpool"; for objectives on logits
             "fc", or the last nn.Linear of a model of your own.
@@ -88,6 +90,7 @@ def generate(
     calls.default_dtype("generate")
     wanted = choose(preset, {**({} if device is None else {"device": device}), **options})
     objective = wanted.chosen
+    model = objective.source("generate", model)
     with contextlib.ExitStack() as held:
         keep = None
         if out is not None:

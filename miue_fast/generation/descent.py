@@ -1,6 +1,7 @@
 """The poison step of a contrastive batch: K projected sign steps on the perturbation."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -8,33 +9,14 @@ import torch.nn.functional as F
 
 from ..dispatch.registry import OPS
 from ..frozen import AutogradNet, FrozenNet
-from ..ops import conv_input_grad_step_, perturbed_input, projected_step_
-from ..ops.perturbed_input import transposed_view
+from ..ops import conv_input_grad_step_, projected_step_
 from ..support.calls import Turn
 from ..support.messages import fail
 from .graphs import Captured
 from .options import Options
 from .robust import Drawn
-
-
-def network_input(
-    images: torch.Tensor,
-    delta: torch.Tensor | None,
-    labels: torch.Tensor,
-    index: torch.Tensor | None,
-    flip: torch.Tensor | None,
-    mean: Sequence[float] | None = None,
-    std: Sequence[float] | None = None,
-    *,
-    classwise: bool,
-    **rest: Any,
-) -> torch.Tensor:
-    """`perturbed_input` of the rows `index` [B]; with `classwise`, delta has one row per class and
-    `labels` [B] choose it. `rest` are more arguments of `perturbed_input`.
-    """
-    if classwise and delta is not None:
-        images, delta, index = images[index], delta[labels], None
-    return perturbed_input(images, delta, index, flip, mean, std, **rest)
+from .seen import Seen
+from .store import levels
 
 
 class Descent:
@@ -48,8 +30,8 @@ class Descent:
     Errors: ValueError where options.robust does not fit the images.
     On CUDA a step of a fused network is captured in a CUDA graph once per batch size, step size and
     normalisation, and replayed, the view of each step being one of its inputs; a batch's first step
-    then runs as it is, on the graph's own inputs. Where options.robust computes new pixels nothing
-    is captured.
+    then runs as it is, on the graph's own inputs. Where options.robust computes new pixels, or a
+    gradient is the mean of several draws, nothing is captured.
     One thread at a time: a second one is refused (ValueError).
     """
 
@@ -66,7 +48,11 @@ class Descent:
         self.robust = options.transforms
         self.robust.check(images.shape)
         self.captured = (
-            images.is_cuda and network.fused and not self.robust.changes and self._has_kernels()
+            images.is_cuda
+            and network.fused
+            and not self.robust.changes
+            and options.eot == 1
+            and self._has_kernels()
         )
         self.graphs, self.pool, self.baked = {}, None, None
         self.turn = Turn("Descent")
@@ -90,43 +76,53 @@ class Descent:
         flip: torch.Tensor | None,
         alpha: float,
         draws: Callable[[int], torch.Generator] | None = None,
+        eps: float | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Takes options.steps steps on the rows `index`. labels, index (int64), flip (bool or
         None): [B] in one order; a crop of options.robust mirrors in place of flip. alpha: step size
         on the [0, 1] scale. draws: step number -> the generator, on the CPU, of what is random in
-        that step; needed where options.robust draws anything.
+        that step; needed where options.robust draws anything. eps: the budget of these steps, at
+        most options.eps, which None stands for.
 
         Returns: the last step's loss (before its update), and int64 [2]: how often the loss, and
             the gradient, was NaN or Inf.
         """
         with self.turn, self.network.alone():
             self.network.check()
-            return self._descend(labels, index, flip, alpha, self._drawn(len(index), draws))
+            sizes = {"alpha": alpha, "eps": self.options.eps if eps is None else eps}
+            return self._descend(labels, index, flip, sizes, self._drawn(len(index), draws))
 
     def _drawn(self, batch, draws):
-        """What is random in each of the steps."""
+        """What is random in each of the steps, options.eot times."""
         steps, o = range(self.options.steps), self.options
         if not self.robust.draws:
-            return [Drawn()] * len(steps)
+            return [[Drawn()]] * len(steps)
         if draws is None:
             fail("Descent", "draws", "a generator for each step of options.robust", None)
-        drawn = [self.robust.draw(batch, self.images.shape, o.flip, draws(step)) for step in steps]
-        views = [step.view for step in drawn if step.view is not None]
+        drawn = []
+        for generator in map(draws, steps):
+            each = [
+                self.robust.draw(batch, self.images.shape, o.flip, generator) for _ in range(o.eot)
+            ]
+            drawn.append(each)
+        views = [one.view for each in drawn for one in each if one.view is not None]
         if views:
-            views = torch.stack(views).to(self.images.device, non_blocking=True)
-            drawn = [step._replace(view=view) for step, view in zip(drawn, views)]
+            views = torch.stack(views)
+            views = iter(views.to(self.images.device, non_blocking=True))
+            drawn = [[one._replace(view=next(views)) for one in each] for each in drawn]
         return drawn
 
-    def _descend(self, labels, index, flip, alpha, drawn):
+    def _descend(self, labels, index, flip, sizes, drawn):
         bad = torch.zeros(2, dtype=torch.int64, device=self.images.device)
         if self.robust.moves:
             flip = None
         if not self.captured:
             for step in drawn:
-                loss = self._step(labels, index, flip, alpha, bad, step)
+                loss = self._step(labels, index, flip, sizes, bad, step)
             return loss, bad
-        given = labels, index, flip, bad, drawn[0].view
-        baked = alpha, self.network.mean, self.network.std
+        views = [step[0].view for step in drawn]
+        given = labels, index, flip, bad, views[0]
+        baked = sizes, self.network.mean, self.network.std
         key = len(index), flip is None
         if baked != self.baked:  # another epoch: these numbers are part of the captured launches
             self.graphs, self.pool, self.baked = {}, None, baked
@@ -137,21 +133,21 @@ class Descent:
             inputs = [None if v is None else v.clone() for v in given]
             # Kernels are compiled and loaded in this step, because that is not allowed during a
             # capture; it runs on the inputs of the graph and counts as the first of the batch.
-            first = self._step(*inputs[:3], alpha, inputs[3], Drawn(inputs[4]))
-            captured = self.graphs[key] = self._capture(inputs, alpha)
-            drawn = drawn[1:]
-        for step in drawn:
-            captured.load((None, None, None, None, step.view))
+            first = self._step(*inputs[:3], sizes, inputs[3], [Drawn(inputs[4])])
+            captured = self.graphs[key] = self._capture(inputs, sizes)
+            views = views[1:]
+        for view in views:
+            captured.load((None, None, None, None, view))
             captured.replay()
-        return captured.result.clone() if drawn else first, captured.inputs[3].clone()
+        return captured.result.clone() if views else first, captured.inputs[3].clone()
 
-    def _capture(self, inputs, alpha):
+    def _capture(self, inputs, sizes):
         """One step on static inputs, whose result is the loss."""
         while True:
             try:
                 captured = Captured(
                     lambda labels, index, flip, bad, view: self._step(
-                        labels, index, flip, alpha, bad, Drawn(view)
+                        labels, index, flip, sizes, bad, [Drawn(view)]
                     ),
                     inputs,
                     self.pool,
@@ -163,110 +159,94 @@ class Descent:
             self.network.forget()
             self.network.chunk.halve(min(self.network.chunk.size, len(inputs[1])))
 
-    def _step(self, labels, index, flip, alpha, bad, drawn):
+    def _step(self, labels, index, flip, sizes, bad, draws):
+        """One step along the mean gradient of the draws, of the alpha and within the eps of
+        `sizes`. Returns the mean of their losses.
+        """
+        if self.delta.dtype is not torch.int8 or sizes["eps"] == self.options.eps:
+            return self._project(labels, index, flip, sizes, bad, draws)
+        # The levels of the store are those of the whole budget. Both ranges of the projection hold
+        # 0, so that the narrower one may come last.
+        whole = {**sizes, "eps": self.options.eps}
+        loss = self._project(labels, index, flip, whole, bad, draws)
+        most = levels(sizes["eps"], self.options)
+        self.delta[index] = self.delta[index].clamp_(-most, most)
+        return loss
+
+    def _project(self, labels, index, flip, sizes, bad, draws):
         o, network, grid = self.options, self.network, self.robust.grid
-        channels_last = isinstance(network, FrozenNet) or network.layout is torch.channels_last
-        mean, std = network.normalisation(self.images.shape[1])
-        form: dict[str, Any] = {
-            "dtype": network.dtype if network.fused else torch.float32,
-            "channels_last": channels_last,
-            "backend": o.backend,
-        }
-        view, changes = drawn
+        seen = [
+            Seen(network, self.images, self.delta, o, labels, index, flip, drawn) for drawn in draws
+        ]
+        if o.classwise:
+            return self._class_step(seen, labels, sizes, bad)
+        rest: dict[str, Any] = {**sizes, "nonfinite": bad[1:], "backend": o.backend}
+        if len(seen) > 1:
+            sums = torch.zeros((len(index), *self.delta.shape[1:]), device=self.delta.device)
 
-        def of(rows, each):
-            return None if each is None else each[rows]
+            def add(each, rows, grad):
+                sums[rows] += each.back(rows, grad)
 
-        def picture(rows, *normalisation, **form):
-            """Image + delta."""
-            return network_input(
-                self.images,
-                self.delta,
-                labels[rows],
-                index[rows],
-                of(rows, flip),
-                *normalisation,
-                eps=o.eps,
-                classwise=o.classwise,
-                **form,
-            )
-
-        def plain(rows):
-            """The same on the [0, 1] scale, for the changes, which are computed twice: to keep
-            their values until the gradient is there would take the memory of a whole batch.
-            """
-            return picture(rows, channels_last=False, backend=o.backend)
-
-        def changed(x):
-            for change in changes:
-                x = change(x)
-            return x
-
-        def load(rows):
-            if not changes:
-                return picture(rows, mean, std, view=of(rows, view), **form)
-            x = changed(plain(rows)).contiguous()
-            return perturbed_input(x, mean=mean, std=std, view=of(rows, view), **form)
-
-        def of_picture(rows, grad):
-            """The gradient of `picture` from that of the network's input."""
-            if view is not None:
-                grad, back = grad.float().contiguous(), transposed_view(view[rows])
-                grad = perturbed_input(grad, view=back, channels_last=False, backend=o.backend)
-            if changes:
-                with torch.enable_grad():
-                    x = plain(rows).requires_grad_()
-                    (grad,) = torch.autograd.grad(changed(x), x, grad.float())
-            return grad
-
-        def take(rows, grad):
-            if o.classwise:
-                sums.add_(
-                    (members[:, rows] @ of_picture(rows, grad).flatten(1).float()).view_as(sums)
-                )
-                return
-            rest: dict[str, Any] = {
-                "alpha": alpha,
-                "eps": o.eps,
-                "nonfinite": bad[1:],
-                "backend": o.backend,
-            }
-            where = self.delta, index[rows]
-            if stem is not None:  # grad belongs to the first convolution's result
-                conv_input_grad_step_(
-                    *where,
-                    grad,
-                    stem.back_weight,
-                    self.images,
-                    of(rows, flip),
-                    **rest,
-                    **stem.geometry,
-                )
-            elif changes:
-                grad = of_picture(rows, grad)
-                projected_step_(*where, grad, self.images, of(rows, flip), grid=grid, **rest)
-            else:
-                rest |= {"view": of(rows, view), "grid": grid}
-                projected_step_(*where, grad, self.images, of(rows, flip), **rest)
-
-        outputs = network.run(len(index), load)
+            losses = [self._gradient(each, bad, partial(add, each)) for each in seen]
+            projected_step_(self.delta, index, sums, self.images, flip, grid=grid, **rest)
+            return torch.stack(losses).mean()
+        (one,) = seen
+        view, changes = one.drawn
         # The gradient of the images comes first where it is moved, or summed over cells.
         stem = None if changes or view is not None or grid > 1 else network.step_stem
-        loss, grad = o.chosen.value_and_grad(outputs, labels, self.num_classes, o)
-        bad[0] += ~loss.isfinite()
-        if outputs.dtype is torch.float16:
-            # Only signs count: a power of two lifts the gradient out of half precision's underflow.
-            grad = torch.ldexp(grad, -torch.frexp(grad.abs().amax()).exponent)
-        if not o.classwise:
-            network.back(grad.to(outputs.dtype), take, stem=stem is not None)
-            return loss
+
+        def take(rows, grad):
+            where, mirrored = (self.delta, index[rows]), None if flip is None else flip[rows]
+            if stem is not None:  # grad belongs to the first convolution's result
+                conv_input_grad_step_(
+                    *where, grad, stem.back_weight, self.images, mirrored, **rest, **stem.geometry
+                )
+            elif changes:
+                grad = one.back(rows, grad)
+                projected_step_(*where, grad, self.images, mirrored, grid=grid, **rest)
+            else:
+                moved = None if view is None else view[rows]
+                projected_step_(*where, grad, self.images, mirrored, view=moved, grid=grid, **rest)
+
+        return self._gradient(one, bad, take, stem=stem is not None)
+
+    def _class_step(self, seen, labels, sizes, bad):
+        """The step of one perturbation per class, along the sums of its images' gradients."""
+        grid, alpha, eps = self.robust.grid, sizes["alpha"], sizes["eps"]
         sums = torch.zeros_like(self.delta, dtype=torch.float32)
         members = (torch.arange(len(sums), device=labels.device)[:, None] == labels).float()
-        network.back(grad.to(outputs.dtype), take)
+
+        def take(each, rows, grad):
+            grad = each.back(rows, grad).flatten(1).float()
+            sums.add_((members[:, rows] @ grad).view_as(sums))
+
+        losses = [self._gradient(each, bad, partial(take, each)) for each in seen]
         bad[1:] += (~sums.isfinite()).sum()
         if grid > 1:
             sums = _cell_means(sums, grid)
-        self.delta.sub_((alpha * sums.sign_()).to(self.delta.dtype)).clamp_(-o.eps, o.eps)
+        self.delta.sub_((alpha * sums.sign_()).to(self.delta.dtype)).clamp_(-eps, eps)
+        return torch.stack(losses).mean()
+
+    def _gradient(self, seen, bad, take, stem=False):
+        """Calls take(rows, gradient of the network's input there) for all rows, and returns the
+        loss. stem: the gradient of the first convolution's result instead.
+        """
+        outputs = self.network.run(len(seen.index), seen.load)
+        loss, grad = self.options.chosen.value_and_grad(
+            outputs, seen.labels, self.num_classes, self.options
+        )
+        bad[0] += ~loss.isfinite()
+        if outputs.dtype is torch.float16:
+            # A power of two lifts the gradient out of half precision's underflow. Of one draw only
+            # signs count; among several each has to come back with its own size.
+            exponent = torch.frexp(grad.abs().amax()).exponent
+            grad = torch.ldexp(grad, -exponent)
+            if self.options.eot > 1:
+                self.network.back(
+                    grad.half(), lambda rows, grad: take(rows, torch.ldexp(grad.float(), exponent))
+                )
+                return loss
+        self.network.back(grad.to(outputs.dtype), take, stem=stem)
         return loss
 
 

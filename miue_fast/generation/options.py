@@ -41,15 +41,23 @@ class Options:
     normalize_dim: bool = True  # 1/D inside the distance term
     temperature: float = 0.1
     eps: float = 8 / 255  # L-inf budget
+    # budget of the first epoch, which rises linearly to eps in the last one; None: eps in all
+    eps_0: float | None = None
     alpha_0: float = 0.2 / 255  # step size of the first epoch
     alpha_K: float | None = None  # where the step size anneals to; None: 4 / (255 * steps)
     steps: int = 10  # sign steps per poison batch and epoch
     epochs: int = 100
+    poison_every: int = 1  # a poison step after every so many epochs, and after the last one
     batch: int = 512  # images per contrastive batch
     # images per batch of the model step; None: what gives about 390 batches an epoch, from 8 to
     # 128 images
     train_batch: int | None = 128
     lr: float = 0.1
+    mixed: float = 0.0  # share of the images without perturbation in the loss of the model step
+    # L-inf budget of an attack on the images of the model step, which is trained on what it finds,
+    # and the attack's sign steps, each of 2.5 * attack / attack_steps
+    attack: float = 0.0
+    attack_steps: int = 5
     momentum: float = 0.9
     weight_decay: float = 1e-4
     seed: int = 7
@@ -57,6 +65,7 @@ class Options:
     # random changes of image + delta in each poison step, and cells of the perturbation: names of
     # `robust.TRANSFORMS`, separated by commas
     robust: str = ""
+    eot: int = 1  # gradients that are averaged in a poison step, each of its own draw of `robust`
     random_start: bool = False  # start from uniform noise in +-eps instead of 0
     width: int | None = None  # filters of a built-in network's first stage; None: its own
     network_chunk: int | None = (
@@ -77,14 +86,18 @@ class Options:
     backend: str = "auto"  # of the ops
 
     def __post_init__(self) -> None:
-        for name, least in (("steps", 1), ("epochs", 1), ("batch", 2)):
-            ranges.whole("option", name, getattr(self, name), least)
+        for name in ("steps", "epochs", "eot", "poison_every", "attack_steps"):
+            ranges.whole("option", name, getattr(self, name))
+        ranges.whole("option", "batch", self.batch, 2)
         checks.seed("option", self.seed)
         optional = ("train_batch", 2), ("network_chunk", 2), ("width", 1, ranges.WIDEST)
         for name, *limits in optional:
             if getattr(self, name) is not None:
                 ranges.whole("option", name, getattr(self, name), *limits)
         ranges.budget("option", "eps", self.eps)
+        if self.eps_0 is not None:
+            ranges.budget("option", "eps_0", self.eps_0)
+            self._number("eps_0", lambda v: v <= self.eps, f"at most eps = {self.eps:g}")
         self._number(
             "weight_decay",
             lambda v: 0 <= v <= ranges.LARGEST,
@@ -94,6 +107,8 @@ class Options:
             ranges.budget("option", name, getattr(self, name), zero=True)
         ranges.positive("option", "lr", self.lr)
         self._number("momentum", lambda v: 0 <= v < 1, "a number in [0, 1)")
+        self._number("mixed", lambda v: 0 <= v <= 1, "a share from 0 to 1")
+        ranges.budget("option", "attack", self.attack, zero=True)
         self._number("flip", lambda v: 0 <= v <= 1, "a probability from 0 to 1")
         if self.alpha_0 == 0 == self.last_alpha:
             messages.fail(
@@ -117,7 +132,13 @@ class Options:
             ranges.switch("option", name, getattr(self, name))
         if self.channels_last is not None:
             ranges.switch("option", "channels_last", self.channels_last)
-        read_robust(self.robust)
+        if not read_robust(self.robust).draws and self.eot > 1:
+            messages.fail(
+                "option",
+                "eot",
+                "1 where robust draws nothing (the same gradient again)",
+                messages.short(self.eot),
+            )
         for objective in OBJECTIVES.values():
             objective.check_options(self)
         if self.fp8 and self.dtype != "bfloat16":
@@ -161,6 +182,17 @@ class Options:
         return (self.epochs - epoch + 1) / self.epochs * (
             self.alpha_0 - self.last_alpha
         ) + self.last_alpha
+
+    def poisons(self, epoch: int) -> bool:
+        """Whether epoch 1..epochs has a poison step."""
+        return epoch % self.poison_every == 0 or epoch == self.epochs
+
+    def budget(self, epoch: int) -> float:
+        """L-inf budget of epoch 1..epochs: linear from eps_0 to eps."""
+        if self.eps_0 is None or epoch == self.epochs:
+            return self.eps
+        left = (self.epochs - epoch) / (self.epochs - 1)
+        return self.eps - left * (self.eps - self.eps_0)
 
     def learning_rate(self, epoch: int) -> float:
         """Learning rate of epoch 1..epochs: a cosine from lr towards 1e-5 lr."""

@@ -158,11 +158,10 @@ class BiLevelRun:
         """Runs the epochs that are left and returns the perturbation, float32 [N, C, H, W] on the
         CPU. board: a tensorboard writer or None. Errors: as for `generate`.
         """
-        o, count = self.options, len(self.images)
-        done = len(self.history)
+        o, done = self.options, len(self.history)
         with progress_bar(
-            total=o.epochs * count * (o.steps + 1),
-            initial=done * count * (o.steps + 1),
+            total=self._work(o.epochs),
+            initial=self._work(done),
             unit="image-step",
             unit_scale=True,
             disable=not progress,
@@ -173,30 +172,42 @@ class BiLevelRun:
                 for number in range(done + 1, o.epochs + 1):
                     bar.set_description(f"epoch {number}/{o.epochs}")
                     row = self.epoch(number, bar.update)
+                    loss = row["poison_loss"]
                     bar.set_postfix(
-                        train=f"{row['train_accuracy']:.1f}%", poison=f"{row['poison_loss']:.3g}"
+                        train=f"{row['train_accuracy']:.1f}%",
+                        poison="-" if loss is None else f"{loss:.3g}",
                     )
                     self.history.append(row)
                     self._save()
                     for name, value in row.items():
-                        if board is not None and name != "epoch":
+                        if board is not None and name != "epoch" and value is not None:
                             board.add_scalar(name, value, number)
                 return self._result()
             except KeyboardInterrupt:
                 raise Interrupted(self._interrupted()) from None
 
+    def _work(self, epochs):
+        """The image-steps of the first epochs: one per image of a model step, options.steps per
+        image of a poison step.
+        """
+        o = self.options
+        poisons = sum(o.poisons(number) for number in range(1, epochs + 1))
+        return len(self.images) * (epochs + o.steps * poisons)
+
     def epoch(self, number: int, tick: Callable[[int], object]) -> dict[str, Any]:
-        """One model step and one poison step, without saving anything. Returns the row of
-        metrics.csv. `tick(images done)` is called after each batch. Errors: ValueError.
+        """One model step and, where options.poison_every wants it, one poison step, without saving
+        anything. Returns the row of metrics.csv; what only a poison step has is None without one.
+        `tick(images done)` is called after each batch. Errors: ValueError.
         """
         o, start = self.options, time.perf_counter()
         if self.draws is not None:
             self.draws.manual_seed(batches.derive(o.seed, number, "dropout"))
         train_loss, accuracy = self.trainer.epoch(number, tick)
-        middle = time.perf_counter()
+        middle, poisons, poison_loss = time.perf_counter(), o.poisons(number), None
         with (self.draws if self.draws_in_eval else None) or contextlib.nullcontext():
-            poison_loss = self.poison_step(number, tick)
-        if o.alpha(number) and not self.delta.any():
+            if poisons:
+                poison_loss = self.poison_step(number, tick)
+        if poisons and o.alpha(number) and not self.delta.any():
             raise ValueError(
                 f"generate: epoch {number}: delta: expected a perturbation, got zeros: "
                 f"every gradient is zero or below half a level of the {o.delta_dtype} store"
@@ -207,9 +218,9 @@ class BiLevelRun:
             "train_loss": train_loss,
             "train_accuracy": accuracy,
             "poison_loss": poison_loss,
-            "alpha": o.alpha(number),
+            "alpha": o.alpha(number) if poisons else None,
             "lr": o.learning_rate(number),
-            "image_steps_per_s": len(self.images) * o.steps / (end - middle),
+            "image_steps_per_s": len(self.images) * o.steps / (end - middle) if poisons else None,
             "seconds": end - start,
         }
 
@@ -226,7 +237,9 @@ class BiLevelRun:
         for number, part in enumerate(slices, 1):
             index = order[part]
             draws = partial(batches.step_generator, o.seed, epoch, number)
-            loss, bad = self.descend(self.labels[index], index, flips[part], o.alpha(epoch), draws)
+            loss, bad = self.descend(
+                self.labels[index], index, flips[part], o.alpha(epoch), draws, o.budget(epoch)
+            )
             check_finite(
                 f"generate: epoch {epoch}, batch {number} of {len(slices)} of the poison step",
                 bad,

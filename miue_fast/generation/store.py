@@ -22,11 +22,17 @@ def empty(dataset: datasets.Dataset, options: Options, device: torch.device) -> 
     )
 
 
+def levels(eps: float, options: Options) -> int:
+    """How many levels of an int8 store, options.eps / 127 each, the budget `eps` holds."""
+    return int(127 * (eps / options.eps))
+
+
 def start_randomly(delta: torch.Tensor, images: torch.Tensor, options: Options) -> None:
-    """Puts uniform noise in +-eps (or its levels) into the store, projected so that image + delta
-    stays in [0, 1]. images: [N, C, H, W] on the device of the store.
+    """Puts uniform noise in the budget of the first epoch (or its levels) into the store, projected
+    so that image + delta stays in [0, 1]. images: [N, C, H, W] on the device of the store.
     """
     o, g = options, batches.generator(options.seed, 0, "random start")
+    budget, whole = o.budget(1), o.delta_dtype == "int8"
     grid = o.transforms.grid
     for start in range(0, len(delta), o.batch):
         rows = slice(start, start + o.batch)
@@ -36,13 +42,19 @@ def start_randomly(delta: torch.Tensor, images: torch.Tensor, options: Options) 
             noise = noise[:, :, ::grid, ::grid].repeat_interleave(grid, 2)[:, :, :height]
             noise = noise.repeat_interleave(grid, 3)[..., :width]
         delta[rows] = (
-            (noise * 127).round().to(torch.int8) if o.delta_dtype == "int8" else noise * o.eps
+            (noise * levels(budget, o)).round().to(torch.int8) if whole else noise * budget
         )
         if o.classwise:  # a class has no image of its own to stay within
             continue
         still = torch.zeros(noise.shape, device=delta.device)
         projected_step_(
-            delta[rows], None, still, images[rows], alpha=0.0, eps=o.eps, backend=o.backend
+            delta[rows],
+            None,
+            still,
+            images[rows],
+            alpha=0.0,
+            eps=o.eps if whole else budget,
+            backend=o.backend,
         )
 
 

@@ -11,13 +11,14 @@ from torch import nn
 
 from ..dispatch.registry import OPS, BackendError
 from ..frozen.training import packed_training
+from ..models import attacked
 from ..support.calls import Turn, borrowed, ordinary
 from ..support.draws import Draws, backward_of
 from ..support.written import shown
 from . import batches
-from .descent import network_input
 from .graphs import Captured
 from .options import Options
+from .seen import network_input
 
 # keeps the gradients of a float16 network out of underflow; a power of two, taken out again before
 # the update
@@ -31,7 +32,7 @@ class Trainer:
 
     On CUDA the training step of whole batches is captured in one CUDA graph and replayed; the
     learning rate is then a number on the device. A network that cannot be captured (it waits for
-    the device) trains call by call, and one log line says so.
+    the device) trains call by call, and one log line says so; so does every network with an attack.
 
     draws: `Draws` that a network with random operations takes its numbers from; None: it has none.
     One thread at a time, and no other thread with the same network: the second is refused
@@ -52,7 +53,9 @@ class Trainer:
         self.delta, self.options = delta, options.resolved(len(images))
         device = images.device
         self.convolutions = packed_training(network, options.backend, device, self.options.dtype)
-        self.captures = images.is_cuda and options.fused and self._has_kernel()
+        self.captures = (
+            images.is_cuda and options.fused and not options.attack and self._has_kernel()
+        )
         self.graph, self.ran = None, False
         lr = torch.full((), options.lr, device=device) if self.captures else options.lr
         parameters = [p for p in network.parameters() if p.requires_grad]
@@ -95,6 +98,7 @@ class Trainer:
             for t in batches.order_and_flips(count, o.flip, o.seed, number, "model step")
         )
         slices = batches.train_slices(count, cast(int, o.train_batch))
+        self.noise = batches.generator(o.seed, number, "attack")
         losses, correct = [], torch.zeros((), dtype=torch.int64, device=device)
         self._set_learning_rate(o.learning_rate(number))
         self.network.train()
@@ -168,26 +172,38 @@ class Trainer:
         o, device, labels = self.options, self.images.device, self.labels[index]
         dtype = getattr(torch, o.dtype)
         scale = _HALF_SCALE if dtype is torch.float16 else 1.0
-        x = network_input(
-            self.images,
-            self.delta,
-            labels,
-            index,
-            flip,
-            eps=o.eps,
-            channels_last=o.channels_last,
-            backend=o.backend,
-            classwise=o.classwise,
-        )
-        if self.draws is not None:
-            self.draws.drew = False
+
+        def load(delta):
+            return network_input(
+                self.images,
+                delta,
+                labels,
+                index,
+                flip,
+                eps=o.eps,
+                channels_last=o.channels_last,
+                backend=o.backend,
+                classwise=o.classwise,
+            )
+
         # No cache of cast weights: within a caller's autocast it would outlive their update.
         autocast = torch.autocast(
             device.type, dtype, enabled=dtype != torch.float32, cache_enabled=False
         )
+        x = load(self.delta)
+        if o.attack:
+            with self.draws or contextlib.nullcontext(), autocast:
+                x = self._attacked(x, labels, scale)
+        if self.draws is not None:
+            self.draws.drew = False
         with self.draws or contextlib.nullcontext(), autocast:
             logits = self.network(x)
         loss = F.cross_entropy(logits.float(), labels)
+        if o.mixed and self.delta is not None:
+            with self.draws or contextlib.nullcontext(), autocast:
+                clean = self.network(load(None))
+            clean_loss = F.cross_entropy(clean.float(), labels)
+            loss = (1 - o.mixed) * loss + o.mixed * clean_loss
         self.optimizer.zero_grad(set_to_none=True)
         with backward_of(self.draws):
             (loss * scale).backward()
@@ -197,6 +213,22 @@ class Trainer:
             )
         self.optimizer.step()
         return loss.detach(), (logits.detach().argmax(1) == labels).sum()
+
+    def _attacked(self, x, labels, scale):
+        """x within options.attack of itself, with a larger loss."""
+        o = self.options
+        noise = 2 * torch.rand(x.shape, generator=self.noise).to(x.device) - 1
+        step = 2.5 * o.attack / o.attack_steps
+        return attacked(
+            self.network,
+            x,
+            labels,
+            noise,
+            eps=o.attack,
+            step=step,
+            steps=o.attack_steps,
+            scale=scale,
+        )
 
 
 def _apart(step, *args):

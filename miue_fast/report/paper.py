@@ -5,7 +5,7 @@ and the setting they were measured in.
 from collections.abc import Mapping
 from typing import Any
 
-from ..generation import OBJECTIVES, Options
+from ..generation import OBJECTIVES, Objective, Options
 from ..generation.objectives.em import Em
 from ..generation.objectives.mi_ue import MiUe
 from ..generation.objectives.random import Random
@@ -71,13 +71,20 @@ def differences(paper: Mapping[str, Any], report: Mapping[str, Any]) -> list[str
         if not (options := entry["options"]).keys() & {"of", "made"}
     ]
     sources = [options for options in sources if _trains(options)]
-    usual = {"model": "resnet18", "width": None, "epochs": 100}
+    usual = {"width": None, "epochs": 100}
     if any(
-        {key: options.get(key, usual[key]) for key in usual} != paper["source"]
+        {"model": _network(options), **{key: options.get(key, usual[key]) for key in usual}}
+        != paper["source"]
         for options in sources
     ):
         found.append("other source models or epochs than ResNet-18 and 100")
     return found
+
+
+def _network(options):
+    """The name of the source network of a poison."""
+    objective = OBJECTIVES.get(options.get("objective", Options.objective), Objective)
+    return options.get("model", objective.network)
 
 
 def _trains(options):

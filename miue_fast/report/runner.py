@@ -154,7 +154,7 @@ def _check_source_model(entry, classes, shape):
     arguments, options = split(entry)
     if options.chosen.outputs is None:
         return
-    name = arguments.get("model", "resnet18")
+    name = options.chosen.source("report", arguments.get("model"))
     model = models.build(name, classes, width=options.width, size=min(shape[1:]), channels=shape[0])
     if models.NETWORKS[name].square and shape[1] != shape[2]:
         fail(

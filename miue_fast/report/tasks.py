@@ -238,7 +238,8 @@ def make_poison(sources: Sources, name: str) -> None:
             sources.clean, folder, progress=False, overwrite=again, **arguments, **options.as_dict()
         ).history
         if history:
-            rates = sorted(row["image_steps_per_s"] for row in history)
+            # An epoch without a poison step has no rate.
+            rates = sorted(filter(None, (row["image_steps_per_s"] for row in history)))
             cost = {
                 "seconds": sum(row["seconds"] for row in history),
                 "image_steps_per_s": rates[len(rates) // 2],

@@ -66,6 +66,11 @@ def test_presets_are_the_table():
         "seed": 7,
         "flip": 0.5,
         "random_start": False,
+        "eot": 1,
+        "mixed": 0.0,
+        "attack": 0.0,
+        "poison_every": 1,
+        "eps_0": None,
     }
     table = {
         "published": {"zeta": 0, "denominator": "all", "normalize_dim": True},
@@ -120,7 +125,39 @@ def test_schedules():
     )
 
 
-def loop_by_hand(images, labels, epochs, steps, batch, train_batch, seed, alpha_0, lr, zeta, eps):
+def attacked_by_hand(model, images, labels, eps, steps, generator):
+    """Projected sign ascent in eval mode, from a uniform start."""
+    model.eval()
+    point = images + (2 * torch.rand(images.shape, generator=generator) - 1) * eps
+    for step in range(steps + 1):
+        if step:
+            (grad,) = torch.autograd.grad(F.cross_entropy(model(point), labels), point)
+            point = point.detach() + 2.5 * eps / steps * grad.sign()
+        point = torch.max(torch.min(point, (images + eps).clamp(0, 1)), (images - eps).clamp(0, 1))
+        point.requires_grad_()
+    model.train()
+    return point.detach()
+
+
+def loop_by_hand(
+    images,
+    labels,
+    *,
+    epochs,
+    steps,
+    batch,
+    train_batch,
+    seed,
+    alpha_0,
+    lr,
+    zeta,
+    eps,
+    poison_every=1,
+    eps_0=None,
+    mixed=0,
+    attack=0,
+    attack_steps=5,
+):
     """docs/method.md in plain PyTorch; only the random orders and flips are the library's."""
     torch.manual_seed(batches.derive(seed, 0, "network"))
     model = Plain(4)
@@ -135,14 +172,23 @@ def loop_by_hand(images, labels, epochs, steps, batch, train_batch, seed, alpha_
         )
         model.train()
         order, flips = batches.order_and_flips(count, 0.5, seed, e, "model step")
+        noise = batches.generator(seed, e, "attack")
         for s in range(0, count, train_batch):
             i, m = order[s : s + train_batch], flips[s : s + train_batch, None, None, None]
+            image = torch.where(m, x[i].flip(3), x[i])
+            point = image + delta[i]
+            if attack:
+                point = attacked_by_hand(model, point, labels[i], attack, attack_steps, noise)
             sgd.zero_grad()
-            F.cross_entropy(
-                model(torch.where(m, x[i].flip(3), x[i]) + delta[i]), labels[i]
-            ).backward()
+            loss = F.cross_entropy(model(point), labels[i])
+            if mixed:
+                loss = (1 - mixed) * loss + mixed * F.cross_entropy(model(image), labels[i])
+            loss.backward()
             sgd.step()
+        if e % poison_every and e < epochs:
+            continue
         model.eval()
+        budget = eps if eps_0 is None else eps - (epochs - e) / (epochs - 1) * (eps - eps_0)
         alpha = (epochs - e + 1) / epochs * (alpha_0 - last) + last
         order, flips = batches.order_and_flips(count, 0.5, seed, e, "poison step")
         for s in range(0, count, batch):
@@ -153,16 +199,28 @@ def loop_by_hand(images, labels, epochs, steps, batch, train_batch, seed, alpha_
                 point = (image + d).requires_grad_()
                 f = model.body((point - 0.5) * 4)
                 _, g = mi_ue_value_and_grad(f.detach(), labels[i], 0.1, zeta, "all", True)
-                d = (d - alpha * torch.autograd.grad(f, point, g)[0].sign()).clamp(-eps, eps)
+                d = (d - alpha * torch.autograd.grad(f, point, g)[0].sign()).clamp(-budget, budget)
                 d = ((image + d).clamp(0, 1) - image).clamp(
-                    -eps, eps
+                    -budget, budget
                 )  # the difference may round to more
             delta[i] = d
     return delta.clamp(-eps, eps)
 
 
-@pytest.mark.parametrize("zeta", [0.1, 0.0])
-def test_equal_to_a_loop_by_hand_bit_for_bit(images, zeta):
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"zeta": 0.1},
+        {"zeta": 0.0},
+        {"zeta": 0.1, "poison_every": 2},
+        {"zeta": 0.1, "eps_0": 1 / 255},
+        {"zeta": 0.1, "mixed": 0.3},
+        {"zeta": 0.1, "mixed": 1.0},
+        {"zeta": 0.1, "attack": 4 / 255},
+        {"zeta": 0.1, "attack": 8 / 255, "attack_steps": 2, "mixed": 0.5},
+    ],
+)
+def test_equal_to_a_loop_by_hand_bit_for_bit(images, options):
     numbers = {
         "epochs": 3,
         "steps": 3,
@@ -177,13 +235,13 @@ def test_equal_to_a_loop_by_hand_bit_for_bit(images, zeta):
         images,
         model=Plain,
         feature="body.4",
-        zeta=zeta,
         channels_last=False,
         fused=False,
         backend="reference",
         **numbers,
+        **options,
     )
-    expected = loop_by_hand(images.images, images.labels, zeta=zeta, **numbers)
+    expected = loop_by_hand(images.images, images.labels, **numbers, **options)
     assert torch.equal(got.delta, expected)
     assert got.delta.dtype == torch.float32 and got.delta.abs().max() > 3.9 / 255
 

@@ -132,6 +132,10 @@ def test_the_graph_path_is_the_plain_loop(case, steps, cuda):
             and torch.equal(bad, other_bad)
         ), k
     assert OnCpu.made == 4, "one capture per batch size, kind of flip and step size"
+    for descent in (plain, graphs):
+        descent(labels[:12], torch.arange(12), flip[:12], 0.02, eps=0.01)
+    assert torch.equal(plain.delta, graphs.delta) and graphs.delta[:12].abs().max() <= 0.01
+    assert OnCpu.made == 5, "and per budget"
 
 
 @pytest.mark.parametrize("robust", ["crop", "crop,grid:4"])
@@ -425,9 +429,13 @@ def run(net, images, labels, flip, options, chunk):
             labels,
             torch.empty(24, dtype=torch.int64, device="meta"),
             flip,
-            0.01,
+            {"alpha": 0.01, "eps": options.eps},
             torch.zeros(2, dtype=torch.int64, device="meta"),
-            Drawn(torch.empty(24, 3, dtype=torch.int32, device="meta") if options.robust else None),
+            [
+                Drawn(
+                    torch.empty(24, 3, dtype=torch.int32, device="meta") if options.robust else None
+                )
+            ],
         )
     assert loss.device.type == "meta"
 

@@ -190,7 +190,7 @@ def test_tap_needs_another_class(shapes):
 
 
 BAD = [
-    ({"objective": "rem"}, "objective: expected one of em, mi-ue, random, tap"),
+    ({"objective": "rem"}, "objective: expected one of em, linear, mi-ue, random, tap"),
     ({"target_shift": 0}, "target_shift: expected a whole number >= 1"),
     ({"classwise": True, "delta_dtype": "int8"}, "delta_dtype: expected float32 or float16"),
 ]
@@ -200,3 +200,50 @@ BAD = [
 def test_bad_options(options, part):
     with pytest.raises(ValueError, match=part):
         Options(**options)
+
+
+# linear
+
+
+def test_linear_is_em_with_a_linear_classifier_of_its_own(shapes, tmp_path):
+    """The network, and no other, is chosen by the objective; a run of it resumes."""
+    short = {**SHORT, "model": None, "width": None, "robust": "crop,grid:4", "lr": 0.001}
+    made = generate(shapes, tmp_path, objective="linear", **short)
+    same = generate(shapes, objective="em", **{**short, "model": "linear"})
+    assert torch.equal(made.delta, same.delta) and made.delta.any()
+    assert torch.equal(
+        made.delta, generate(shapes, objective="linear", **{**short, "model": "linear"}).delta
+    )
+    _, manifest = data.load_poison(tmp_path)
+    assert manifest["options"]["model"] == "linear" and manifest["options"]["feature"] == "fc"
+    for model, got in (("resnet18", "'resnet18'"), (torch.nn.Linear(2, 2), "Linear")):
+        with pytest.raises(ValueError) as error:
+            generate(shapes, objective="linear", **{**short, "model": model})
+        wanted = "generate: model: expected none, or linear, for the objective linear, got "
+        assert str(error.value) == wanted + got
+
+
+@pytest.mark.parametrize("grid", [1, 4])
+def test_a_linear_step_follows_the_weights(shapes, grid):
+    """The gradient of an image is W' (softmax - label), whatever its place: by hand in float64."""
+    torch.manual_seed(1)
+    model, count = models.build("linear", CLASSES, size=16).eval(), len(shapes.images)
+    robust = f"grid:{grid}" if grid > 1 else ""
+    options = Options(objective="linear", robust=robust, steps=1, device="cpu")
+    delta = torch.zeros(shapes.images.shape)
+    descent = Descent(freeze(model, "fc"), shapes.images, delta, options, CLASSES)
+    loss, _ = descent(shapes.labels, torch.arange(count), None, ALPHA)
+    x = (shapes.images / 255).double()
+    pixels = ((x - model.mean) * model.inv_std).flatten(1)
+    weight, bias = model.fc.weight.double(), model.fc.bias.double()
+    wrong = (pixels @ weight.T + bias).softmax(1)
+    named = wrong[torch.arange(count), shapes.labels]
+    assert float(loss) == pytest.approx(float(-named.log().mean().detach()), rel=1e-4)
+    wrong = wrong - F.one_hot(shapes.labels, CLASSES)
+    grad = (wrong @ weight).view(x.shape) * model.inv_std
+    if grid > 1:
+        grad = F.avg_pool2d(grad, grid).repeat_interleave(grid, 2).repeat_interleave(grid, 3)
+    wanted = ((x - ALPHA * grad.sign()).clamp(0, 1) - x).detach()
+    sure = grad.abs() > 1e-4 * grad.abs().max()
+    assert sure.double().mean() > 0.9
+    assert (delta - wanted)[sure].abs().max() < 1e-6

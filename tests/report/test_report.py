@@ -174,7 +174,7 @@ def test_finished_cells_are_kept(finished, place, monkeypatch, tmp_path):
     report.run(report.check(changed), out, progress=False)
     assert done == [(p, "lenet5", "none", 1) for p in ("clean", "mi-ue", "em")]
     done.clear()
-    changed["poisons"]["em"] = {"objective": "em", "steps": 2}
+    changed["poisons"]["em"] = {"objective": "em", "epochs": 2, "poison_every": 2}
     changed["runs"], changed["analysis"]["victims"] = changed["runs"][:1], ["small_resnet"]
     report.run(report.check(changed), out, progress=False)
     assert done == [("em",), ("em", "small_resnet", "none", 0), ("em", "small_resnet", "none", 1)]
@@ -658,7 +658,12 @@ def test_differences_to_the_paper():
             paper.PAPER["CIFAR-10"], {**same, "setting": {**setting, **change}}
         )
         assert part in found
-    for options in ({"model": "small_resnet"}, {"width": 16}, {"epochs": 8}):
+    for options in (
+        {"model": "small_resnet"},
+        {"width": 16},
+        {"epochs": 8},
+        {"objective": "linear"},
+    ):
         (found,) = paper.differences(
             paper.PAPER["CIFAR-10"], {**same, "poisons": [{"options": options}]}
         )

@@ -3,10 +3,9 @@
 from dataclasses import dataclass, replace
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
-from ...models import Recipe
+from ...models import Recipe, attacked
 from ...ops import perturbed_input
 from ...support.messages import fail
 from .base import Defence, Stage, option, register
@@ -64,21 +63,11 @@ class Adversarial(Defence):
         leaves as they are) and then in its former mode. Draws from torch's global generator, within
         `Draws` from the cell's.
         """
-        training, eps, step = network.training, self.eps / 255, self.step / 255
-        network.eval()
-        low, high = (images - eps).clamp_(0, 1), (images + eps).clamp_(0, 1)
-        start = images + (2 * torch.rand(images.shape).to(images.device) - 1) * eps
-        attacked = torch.minimum(torch.maximum(start, low), high)
-        for _ in range(self.steps if steps is None else steps):
-            with torch.enable_grad():
-                attacked.requires_grad_()
-                loss = F.cross_entropy(network(attacked), labels, reduction="sum")
-                (grad,) = torch.autograd.grad(loss, attacked)
-            attacked = torch.minimum(
-                torch.maximum(attacked.detach() + step * grad.sign(), low), high
-            )
-        network.train(training)
-        return attacked
+        noise = 2 * torch.rand(images.shape).to(images.device) - 1
+        steps = self.steps if steps is None else steps
+        return attacked(
+            network, images, labels, noise, eps=self.eps / 255, step=self.step / 255, steps=steps
+        )
 
     def batch(
         self, network: nn.Module, images: torch.Tensor, labels: torch.Tensor, num_classes: int

@@ -11,6 +11,8 @@ from ...data import Dataset
 from ...support.messages import fail
 from ...support.named import Named
 
+Model = TypeVar("Model")  # a name, a network, or a callable that makes one
+
 
 class Objective:
     """A loss of the source network's outputs that the perturbation lowers, and its gradient.
@@ -19,6 +21,7 @@ class Objective:
     outputs: what the loss is computed from: the "features" of a layer, the "logits", or None where
         no network is trained; such an objective has `perturbation` instead of `value_and_grad`.
     trains_on_delta: whether the source network is trained on image + delta, else on the image.
+    network: the source network where the caller names none, a name of `models.NETWORKS`.
     ops: the ops that `value_and_grad` calls. Where one of them has no kernel the poison step is not
         captured in a CUDA graph, because a reference may wait for the device.
     options: the fields of `Options` that only this objective reads, each with its help text. An
@@ -29,6 +32,7 @@ class Objective:
     about: ClassVar[str]
     outputs: ClassVar[Literal["features", "logits"] | None]
     trains_on_delta: ClassVar[bool] = True
+    network: ClassVar[str] = "resnet18"
     ops: ClassVar[tuple[str, ...]] = ()
     options: ClassVar[Mapping[str, str]] = {}
 
@@ -39,6 +43,12 @@ class Objective:
         """Judges whether the options fit the data set. `op` begins the message. Errors:
         ValueError.
         """
+
+    def source(self, op: str, model: Model | None) -> Model | str:
+        """The argument `model` of `generate`, or its default where it is None. `op` begins the
+        message. Errors: ValueError where the objective is for another network only.
+        """
+        return self.network if model is None else model
 
     def layer(self, model: str | nn.Module) -> str:
         """The name of the layer whose output the loss is computed from, where the caller names
