@@ -3,7 +3,7 @@ epilogue pass: the table from which `packed.worth` and `matrix.worth` are rules.
 
 python -m benchmarks.studies.packed --out benchmarks/results/packed.json
 python -m benchmarks.studies.packed --victims FOLDER --out benchmarks/results/packed.json
-python -m benchmarks.studies.packed --notes     # put both into docs/performance-notes.md
+python -m benchmarks.studies.packed --notes     # put both into docs/performance-notes.md; a picture
 
 One thread and processor time, interleaved rounds, medians; about four minutes. PyTorch's library
 runs at the instruction level of the row, too (ONEDNN_MAX_CPU_ISA in a process of its own); the
@@ -43,6 +43,7 @@ BEGIN, END = "<!-- packed:begin -->\n", "<!-- packed:end -->"
 NHWC = torch.channels_last
 ISA = {"avx512": "AVX512_CORE", "avx2": "AVX2", "amx": "DEFAULT"}
 HALF = "amx"  # the level of bfloat16
+PICTURE = tables.ROOT / "docs" / "packed-roofline.svg"
 # (channels, results, side of the input, taps, stride) of ResNet-18 and of narrow networks
 LAYERS = [
     (3, 64, 32, 3, 1),
@@ -107,8 +108,10 @@ def rows(images, rounds, level):
                 args = (x, weight, bias, y, *conv, True, True)
                 forms = partial(native.conv_forward, *args), partial(packed.forward, *args)
             (library, ours), ratio = timed(forms, rounds)
+            moved = x.nbytes + y.nbytes * (1 if back else 2) + mask.nbytes + weight.nbytes
             yield {
                 "level": level,
+                "bytes": moved,
                 "layer": f"{channels} -> {count} @{side}, {taps}x{taps}/{stride}",
                 "direction": "input gradient" if back else "forward",
                 "family": family,
@@ -144,6 +147,7 @@ def weight_rows(images, rounds, level):
         (theirs, ours), ratio = timed((library, own), rounds)
         yield {
             "level": level,
+            "bytes": x.nbytes + grad.nbytes + weight.nbytes,
             "layer": f"{channels} -> {count} @{side}, {taps}x{taps}/{stride}",
             "direction": "weight gradient",
             "family": "matrix" if half else "three4",
@@ -158,6 +162,16 @@ def weight_rows(images, rounds, level):
             "flops": 2 * images * small * small * channels * count * taps * taps,
             "weights_bytes": 0,
         }
+
+
+def ceilings(rounds, level, side):
+    """FLOP/s of PyTorch's product of two matrices, and bytes/s read and written by a copy."""
+    dtype = torch.bfloat16 if level == HALF else torch.float32
+    a, b = torch.rand(side, side).to(dtype), torch.rand(side, side).to(dtype)
+    source = torch.rand(16 * side * side)
+    to = torch.empty_like(source)
+    (product, copy_), _ = timed((partial(torch.mm, a, b), partial(to.copy_, source)), rounds)
+    return {"product": 2 * side**3 / product, "copy": 2 * source.nbytes / copy_}
 
 
 def network(images):
@@ -338,7 +352,10 @@ def main(argv=None):
     parser.add_argument("--level", choices=list(ISA), help=argparse.SUPPRESS)  # one process each
     args = parser.parse_args(argv)
     if args.notes:
+        from benchmarks.pages import packed_plot
+
         NOTES.write_text(with_table(NOTES.read_text(), tables.load(RESULT)))
+        packed_plot.draw(tables.load(RESULT), PICTURE)
         return 0
     if args.victims:
         torch.set_num_threads(2)
@@ -354,9 +371,10 @@ def main(argv=None):
             return 1
         images, rounds = (2, 5) if args.quick else (64, 7)
         found = rows(images, rounds, args.level), weight_rows(images, rounds, args.level)
-        print(json.dumps([row for part in found for row in part]))
+        peaks = ceilings(rounds, args.level, 128 if args.quick else 1536)
+        print(json.dumps([[row for part in found for row in part], peaks]))
         return 0
-    environment, found = machine.environment(), []
+    environment, found, peaks = machine.environment(), [], {}
     for level, isa in ISA.items():
         command = [sys.executable, "-m", "benchmarks.studies.packed", "--level", level]
         done = subprocess.run(
@@ -369,13 +387,15 @@ def main(argv=None):
         if done.returncode:
             print(f"{level}: {done.stderr.strip().splitlines()[-1]}", file=sys.stderr)
         else:
-            found += json.loads(done.stdout)
+            made, peaks[level] = json.loads(done.stdout)
+            found += made
     record = {
         "format": tables.FORMAT,
         "kind": "packed",
         "quick": args.quick,
         "environment": environment,
         "rows": found,
+        "ceilings": peaks,
     }
     torch.set_num_threads(2)
     record["network"] = network(2 if args.quick else 64)
