@@ -14,6 +14,7 @@ from ..evaluation.defences.adversarial import Adversarial
 from ..evaluation.defences.jpeg import Jpeg
 from .cells import STANDARD, Cells, duels, gaps, spread
 from .paper import ORDER, PAPER, differences
+from .summary import sentences
 
 Section = tuple[str, list[tuple[Any, ...]]]  # heading, parts
 TEXT, TABLE, FIGURE = "text", "table", "figure"
@@ -23,6 +24,7 @@ def sections(report: Mapping[str, Any]) -> list[Section]:
     """[(heading, [(kind, ...)])]: ("text", str), ("table", header, rows) or ("figure", name)."""
     cells = Cells(report)
     parts = [
+        _summary(report, cells),
         _setting(report, cells),
         _standard(report, cells),
         _defences(report, cells),
@@ -36,6 +38,10 @@ def sections(report: Mapping[str, Any]) -> list[Section]:
         _cost(report, cells),
     ]
     return [part for part in parts if part]
+
+
+def _summary(report, cells):
+    return "In short", [(TEXT, " ".join(sentences(report, cells))), (FIGURE, "summary")]
 
 
 def _setting(report, cells):

@@ -30,6 +30,7 @@ def draw(report: Mapping[str, Any], sources: Any = None) -> dict[str, bytes]:
     cells = Cells(report)
     with plain_text():
         made = {
+            "summary": _summary(report, cells),
             "jpeg": _jpeg(cells),
             "gap": _gap(report, cells),
             "scatter": _scatter(report, cells),
@@ -54,6 +55,33 @@ def _png(canvas):
 
 def _colour(cells, poison):
     return COLOURS[cells.order.index(poison) % len(COLOURS)]
+
+
+def _summary(report, cells):
+    found = {p: cells.values(p, cells.main, STANDARD) for p in cells.order}
+    found = {poison: values for poison, values in found.items() if values}
+    if not found:
+        return None
+    canvas = _figure(6.4, 0.9 + 0.3 * len(found))
+    axis = canvas.subplots()
+    for row, (poison, values) in enumerate(found.items()):
+        mean = statistics.fmean(values)
+        axis.barh(row, mean, height=0.6, color=_colour(cells, poison))
+        axis.plot([min(values), max(values)], [row, row], color="#222222", linewidth=1.2)
+        axis.annotate(
+            f"{mean:.1f}",
+            (max(values), row),
+            textcoords="offset points",
+            xytext=(4, 0),
+            va="center",
+            fontsize=8,
+        )
+    axis.axvline(100 / report["classes"], color="#555555", linestyle="--", linewidth=0.9)
+    axis.set_yticks(range(len(found)), [label(poison, NAME) for poison in found], fontsize=8)
+    axis.invert_yaxis()
+    axis.set(xlabel="clean test accuracy, %", xlim=(0, 1.1 * max(map(max, found.values()))))
+    axis.grid(axis="x", alpha=0.25)
+    return _png(canvas)
 
 
 def _jpeg(cells):

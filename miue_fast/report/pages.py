@@ -15,6 +15,10 @@ from .figures import draw, missing
 from .schema import check_report
 
 CAPTIONS = {
+    "summary": (
+        "Clean test accuracy of the first victim by what it was trained on, mean over the seeds; "
+        "lines from the smallest to the largest seed. Dashed: chance."
+    ),
     "jpeg": (
         "Clean test accuracy against the JPEG quality of the training images; "
         "bands from the smallest to the largest seed."
@@ -29,12 +33,17 @@ CAPTIONS = {
 }
 NUMBERS = "report.json"
 PAGES = {"report.md", "report.html", *(f"{name}.png" for name in CAPTIONS)}
-STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:72em;margin:2em auto;\
-padding:0 1em;color:#222}
-table{border-collapse:collapse;margin:1em 0;font-size:13px}\
-td,th{border:1px solid #ccc;padding:.25em .6em;text-align:left}
-th{background:#f3f3f3}img{max-width:100%}figure{margin:1em 0}\
-figcaption{font-size:13px;color:#555}"""
+STYLE = """:root{color-scheme:light dark;--text:#222;--ground:#fff;--soft:#555;--line:#ccc;\
+--head:#f3f3f3}
+@media (prefers-color-scheme:dark){:root{--text:#ddd;--ground:#181a1b;--soft:#aaa;--line:#444;\
+--head:#26292b}}
+body{font:15px/1.5 system-ui,sans-serif;max-width:72em;margin:2em auto;padding:0 1em;\
+color:var(--text);background:var(--ground);overflow-wrap:anywhere}
+div{overflow-x:auto}table{border-collapse:collapse;margin:1em 0;font-size:13px;\
+overflow-wrap:normal}
+td,th{border:1px solid var(--line);padding:.25em .6em;text-align:left}
+th{background:var(--head)}img{max-width:100%;background:#fff}figure{margin:1em 0}\
+figcaption{font-size:13px;color:var(--soft)}"""
 
 
 def render(report: Mapping[str, Any], folder: str | Path, sources: Any = None) -> list[Path]:
@@ -138,12 +147,12 @@ def _html(report, parts, figures):
             elif kind == TABLE:
                 head, rows = rest
                 body.append(
-                    "<table><tr>" + "".join(f"<th>{_plain(c)}</th>" for c in head) + "</tr>"
+                    "<div><table><tr>" + "".join(f"<th>{_plain(c)}</th>" for c in head) + "</tr>"
                 )
                 body += [
                     "<tr>" + "".join(f"<td>{_plain(c)}</td>" for c in row) + "</tr>" for row in rows
                 ]
-                body.append("</table>")
+                body.append("</table></div>")
             else:
                 picture = base64.b64encode(figures[rest[0]]).decode()
                 caption = _plain(CAPTIONS[rest[0]])
@@ -156,6 +165,7 @@ def _html(report, parts, figures):
     return (
         (
             '<!doctype html><html lang="en"><meta charset="utf-8">'
+            '<meta name="viewport" content="width=device-width,initial-scale=1">'
             f"<title>{_plain(_title(report))}</title><style>{STYLE}</style>"
         )
         + "\n".join(body)

@@ -18,7 +18,7 @@ from miue_fast import BackendError, data, report
 from miue_fast.cli import commands
 from miue_fast.data.kept import checksum
 from miue_fast.generation import Interrupted
-from miue_fast.report import content, figures, pages, paper, tasks
+from miue_fast.report import content, figures, pages, paper, summary, tasks
 from miue_fast.report.cells import Cells, duels
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -138,6 +138,7 @@ def test_the_pages(finished):
     out = finished[0]
     page, text = (out / "report.html").read_text(), (out / "report.md").read_text()
     for heading in (
+        "In short",
         "Setting",
         "Standard training",
         "JPEG quality",
@@ -153,9 +154,67 @@ def test_the_pages(finished):
     ) in text
     assert not re.search(r'(src|href)="(?!data:)', page), "self-contained"
     pictures = [base64.b64decode(found) for found in re.findall(r"base64,([A-Za-z0-9+/=]+)", page)]
-    assert len(pictures) == 5 and all(picture.startswith(b"\x89PNG") for picture in pictures)
+    assert len(pictures) == 6 and all(picture.startswith(b"\x89PNG") for picture in pictures)
     for name in re.findall(r"\]\((\w+\.png)\)", text):
         assert (out / name).read_bytes() in pictures
+
+
+def accuracy(poison, value, seed=0, defence="none", victim="v"):
+    return {
+        "poison": poison,
+        "victim": victim,
+        "defence": defence,
+        "seed": seed,
+        "test": value,
+        "analysis": {
+            "layers": [
+                {"mutual_information": {"knn": {"value": value}, "kde": {"value": 1 - value}}}
+            ]
+        },
+    }
+
+
+def test_the_summary():
+    cells = [
+        accuracy("clean", 0.9),
+        accuracy("random", 0.8),
+        accuracy("em", 0.2),
+        accuracy("mi-ue", 0.1),
+        accuracy("mi-ue", 0.14, seed=1),
+        accuracy("clean", 0.7, defence="grayscale"),
+        accuracy("mi-ue", 0.6, defence="grayscale"),
+        accuracy("em", 0.5, defence="grayscale"),
+        accuracy("mi-ue", 0.3, defence="cutout"),
+    ]
+    found = {
+        "classes": 4,
+        "order": ["clean", "random", "em", "mi-ue"],
+        "cells": cells,
+        "poisons": [
+            {"name": name, "options": {"objective": name}} for name in ("random", "em", "mi-ue")
+        ],
+        "missing": [],
+        "setting": {
+            "victims": ["v"],
+            "train_images": 3000,
+            "analysis": {"estimators": ["knn", "kde"]},
+        },
+    }
+    assert summary.sentences(found, Cells(found)) == [
+        "A v that was trained on 3,000 clean images gets 90.0 % of clean test images right, and "
+        "12.0 % where they were poisoned by mi-ue, the strongest poison here (chance: 25.0 %).",
+        "MI-UE leaves 12.0 % (10.0 to 14.0 by seed); another poison leaves less in 1 of 2 pairs of "
+        "victim and defence.",
+        "Of 2 defences grayscale undoes most, with 60.0 % (70.0 % on clean images), and cutout "
+        "least, with 30.0 %.",
+        "The paper's order of the mutual information (random > em > mi-ue) holds by 1 of 2 "
+        "estimators.",
+        "Poisons: 3; trained victims: 9.",
+    ]
+    found["cells"], found["missing"] = cells[:1], [["a cell", "a reason"]]
+    assert summary.sentences(found, Cells(found)) == [
+        "Poisons: 3; trained victims: 1 (1 more did not finish)."
+    ]
 
 
 def test_finished_cells_are_kept(finished, place, monkeypatch, tmp_path):

@@ -171,7 +171,7 @@ def test_markdown_shows_names_and_makes_nothing_of_them(forged):
             mark
         )
     assert re.findall(r"(?<!\\)\]\(([^)]*)\)", text) == [
-        f"{name}.png" for name in ("scatter", "noise")
+        f"{name}.png" for name in ("summary", "scatter", "noise")
     ]
     assert re.findall(r"^#+ .*", text, re.M)[1:] == [
         line for line in re.findall(r"^## [A-Z][\w ]+$", text, re.M)
@@ -203,8 +203,26 @@ def test_html_shows_names_and_makes_nothing_of_them(forged):
     text = (forged[0] / "report.html").read_text()
     tags = Tags()
     tags.feed(text)
-    simple = ["title", "style", "h1", "h2", "p", "table", "tr", "td", "th", "figure", "figcaption"]
-    attributes = {("html", "lang"), ("meta", "charset"), ("img", "alt", "src")}
+    simple = [
+        "title",
+        "style",
+        "h1",
+        "h2",
+        "p",
+        "div",
+        "table",
+        "tr",
+        "td",
+        "th",
+        "figure",
+        "figcaption",
+    ]
+    attributes = {
+        ("html", "lang"),
+        ("meta", "charset"),
+        ("meta", "name", "content"),
+        ("img", "alt", "src"),
+    }
     assert {*tags.seen} <= attributes | {(tag,) for tag in simple}
     for name in (EVIL[4], EVIL[5], "&lt;b&gt;", "a|b|c", "`rm -rf`", "$x_$"):
         assert any(name in content for content in tags.text), name
@@ -235,7 +253,7 @@ def test_the_terminal_gets_one_line_each(tmp_path, forged, capsys):
     )
     found = capsys.readouterr()
     lines = found.out.split("\n")[:-1]
-    assert len(lines) == 4 and all(
+    assert len(lines) == 5 and all(
         line.isprintable() and "a\\nmiue-fast: ok\\x1b[1m" in line for line in lines
     )
     lines = [line for line in found.err.split("\n")[:-1] if line.startswith("miue-fast: ")]
