@@ -50,11 +50,12 @@ def draw(record, path):
             xscale="log",
             yscale="log",
             xlim=reach,
-            xlabel="FLOP of the direct form per byte that the layer must move",
+            xlabel="FLOP per byte that the layer must move",
             title=f"{level}, {kind}",
         )
         axes.grid(True, which="both", alpha=0.2)
     plots[0].set_ylabel("FLOP/s of the direct form, one thread")
-    plots[-1].legend(fontsize=7, loc="lower right")
+    handles = plots[0].get_legend_handles_labels()
+    figure.legend(*handles, fontsize=8, ncols=3, loc="upper center", bbox_to_anchor=(0.5, 0))
     figure.savefig(path, bbox_inches="tight", metadata={"Date": None})
     pyplot.close(figure)
