@@ -250,7 +250,7 @@ class Owned:
                 self._known, self._read = _read(self.folder / LIST)
 
     def _record(self, file, digests, durable, adopts=False):
-        if not os.fstat(file.fileno()).st_size:  # at once: an empty list would be somebody else's
+        if not os.fstat(file.fileno()).st_size:
             self._append(file, f"{HEADER}\n", durable=False)
         self._refresh(file)
         if not adopts:
@@ -368,6 +368,8 @@ def _read(path):
             f"a list of at most {MOST} bytes",
             f"{path}, which is larger; move it away",
         )
+    if not content:  # another process has just made it and writes its first line next
+        return {}, None
     lines = content.split(b"\n")
     if lines[0] != HEADER.encode():
         fail(

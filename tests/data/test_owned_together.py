@@ -106,3 +106,10 @@ def test_a_forked_process_does_not_go_on_holding_a_folder(tmp_path):
     finally:
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
+
+
+def test_a_list_that_another_process_has_just_made_is_nobody_elses(tmp_path):
+    (tmp_path / LIST).touch()
+    files = Owned(tmp_path)
+    files.write({"x": lambda file: file.write(b"ours")})
+    assert Owned(tmp_path).names() == files.names() and Owned(tmp_path).owns("x")
