@@ -43,7 +43,7 @@ full-size: setup
 # An hour and a half, in pieces as above: what poisons of 3,000 images withstand.
 strength: setup
 	OMP_WAIT_POLICY=PASSIVE $(PY) -m benchmarks.studies.strength --data "$(DATA)"
-	$(PY) -m benchmarks.studies.strength --notes
+	$(PY) -m benchmarks.pages.readme --readme
 
 # Hours on a machine that does nothing else, in pieces as above.
 protection: setup

@@ -115,7 +115,7 @@ PYBIND11_MODULE(_cpu, m) {
         "batch_norm",
         [](int dtype, P x, P out, std::array<int64_t, 2> size, P weight, P bias, double eps,
            std::array<P, 3> sums, P workspace, int threads) {
-            BatchNormTensors t{};
+            BatchNormArgs t{};
             t.dtype = DType(dtype), t.x = at<const void>(x), t.out = at<void>(out);
             t.rows = size[0], t.channels = size[1], t.eps = eps;
             t.weight = at<const float>(weight), t.bias = at<const float>(bias);
@@ -128,7 +128,7 @@ PYBIND11_MODULE(_cpu, m) {
         "batch_norm_grad",
         [](int dtype, P x, P grad, P out, std::array<int64_t, 2> size, P weight, P bias, bool relu,
            std::array<P, 4> sums, P workspace, int threads) {
-            BatchNormTensors t{};
+            BatchNormArgs t{};
             t.dtype = DType(dtype), t.x = at<const void>(x), t.grad = at<const void>(grad);
             t.out = at<void>(out), t.rows = size[0], t.channels = size[1], t.relu = relu;
             t.weight = at<const float>(weight), t.bias = at<const float>(bias);

@@ -312,7 +312,7 @@ void matrix_conv_cpu(const MatrixConvArgs&, int threads);
 // Batch norm in training on [rows, channels], the memory of an NHWC tensor; channels a multiple of 16.
 // Forward: out, and the mean, the variance (not corrected) and 1 / sqrt(variance + eps) per channel. Gradient: of x, weight and bias from
 // grad and the forward's mean and inverse; with relu it is that of a ReLU's result, whose zeros are found again from x.
-struct BatchNormTensors {
+struct BatchNormArgs {
     DType dtype;  // f32 or bf16: of x, grad and out
     const void* x;
     const void* grad;
@@ -326,8 +326,8 @@ struct BatchNormTensors {
 };
 
 int64_t batch_norm_workspace_cpu(int64_t rows, int64_t channels);
-void batch_norm_cpu(const BatchNormTensors&, int threads);
-void batch_norm_grad_cpu(const BatchNormTensors&, int threads);
+void batch_norm_cpu(const BatchNormArgs&, int threads);
+void batch_norm_grad_cpu(const BatchNormArgs&, int threads);
 
 int64_t conv_weight_grad_workspace_cpu(int64_t C, int64_t K);
 void conv_weight_grad_cpu(const ConvWeightGradArgs&, int threads);

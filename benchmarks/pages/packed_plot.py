@@ -57,5 +57,5 @@ def draw(record, path):
     plots[0].set_ylabel("FLOP/s of the direct form, one thread")
     handles = plots[0].get_legend_handles_labels()
     figure.legend(*handles, fontsize=8, ncols=3, loc="upper center", bbox_to_anchor=(0.5, 0))
-    figure.savefig(path, bbox_inches="tight", metadata={"Date": None})
+    figure.savefig(path, dpi=110, bbox_inches="tight", metadata={"Software": None})
     pyplot.close(figure)

@@ -15,8 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks.harness import layers, tables, workloads
-from benchmarks.pages import full_size as full_size_page
-from benchmarks.pages import protection as protection_page
+from benchmarks.pages import full_size, networks, protection, strength
 from miue_fast.dispatch import measured
 from miue_fast.dispatch.registry import OPS
 
@@ -138,24 +137,31 @@ def benchmarks() -> str:
     return "\n\n".join(parts) or "No results yet: `make bench`."
 
 
-def full_size() -> str:
-    """What has been made of the full-size study."""
-    path = tables.RESULTS / "full_size.json"
-    return full_size_page.text(tables.load(path) if path.exists() else None)
+def of(file: str, text: Callable[[dict | None], str]) -> Callable[[], str]:
+    """A section made by `text` from the record `file` of the results, or from None without it."""
 
+    def make() -> str:
+        path = tables.RESULTS / file
+        return text(tables.load(path) if path.exists() else None)
 
-def protection() -> str:
-    """The time to protection of every method."""
-    path = tables.RESULTS / "protection.json"
-    return protection_page.text(tables.load(path) if path.exists() else None)
+    return make
 
 
 # Per page the generated sections: what stands between `<!-- NAME:begin -->` and its end.
 PAGES: dict[str, dict[str, Callable[[], str]]] = {
-    "README.md": {"result": result, "speed": speed},
-    "docs/benchmarks.md": {"protection": protection, "bench": benchmarks},
+    "README.md": {
+        "result": result,
+        "strength": of("strength.json", strength.short),
+        "speed": speed,
+    },
+    "docs/benchmarks.md": {
+        "protection": of("protection.json", protection.text),
+        "strength": of("strength.json", strength.text),
+        "bench": benchmarks,
+    },
+    "docs/performance-notes.md": {"networks": of("networks.json", networks.text)},
     "docs/backends.md": {"matrix": matrix},
-    "docs/full-size.md": {"full-size": full_size},
+    "docs/full-size.md": {"full-size": of("full_size.json", full_size.text)},
 }
 
 

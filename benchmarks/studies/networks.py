@@ -2,7 +2,7 @@
 and held to AVX2, and what the convolution engine gives a generation with a small network.
 
 python -m benchmarks.studies.networks --out benchmarks/results/networks.json
-python -m benchmarks.studies.networks --notes     # put the tables into docs/performance-notes.md
+python -m benchmarks.pages.readme --readme     # put the table into docs/performance-notes.md
 
 Two threads, interleaved rounds in one process per level, medians of at least five; about fifteen
 minutes on an idle machine. PyTorch is held to the level, too (ONEDNN_MAX_CPU_ISA, and the vectors
@@ -17,7 +17,7 @@ import os
 import statistics
 import subprocess
 import sys
-import time
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -26,14 +26,13 @@ import torch._inductor.config as inductor
 from torch.fx.experimental.optimization import fuse
 
 from benchmarks.harness import machine, measure, pgd_step, tables
+from benchmarks.pages.networks import text
 from miue_fast import data, freeze, generate, models
 from miue_fast.dispatch import native
 from miue_fast.dispatch.precision import compute_dtype
 from miue_fast.frozen import convolution, matrix
 
-NOTES, RESULT = tables.ROOT / "docs" / "performance-notes.md", tables.RESULTS / "networks.json"
-BEGIN, END = "<!-- networks:begin -->\n", "<!-- networks:end -->"
-NHWC, ROUNDS = torch.channels_last, 5
+NHWC = torch.channels_last
 ISA = {"best": "DEFAULT", "avx2": "AVX2"}
 NETWORKS = "resnet18", "resnet50", "vgg16"
 # Least share of equal signs, by compute type: PyTorch's own bfloat16 flips a fifth of those of an
@@ -91,10 +90,18 @@ def trained_looking(name, width=None):
     return network.eval().requires_grad_(False)
 
 
-def interleaved(calls, rounds):
-    """Median seconds of each call."""
-    timed = measure.interleaved(calls, measure.cpu_clock, 0, rounds)
-    return {name: statistics.median(samples) for name, samples in timed.items()}
+def rows_of(level, what, calls, roles, **more):
+    """A row for each call, with the median of at least five interleaved rounds."""
+    timed = measure.interleaved(calls, measure.cpu_clock, 0)
+    for form, samples in timed.items():
+        yield {
+            "level": level,
+            "what": what,
+            "form": form,
+            "role": roles[form],
+            "seconds": statistics.median(samples),
+            **{name: found[form] for name, found in more.items()},
+        }
 
 
 def network_rows(level, batch, width):
@@ -113,35 +120,31 @@ def network_rows(level, batch, width):
             print(shown, file=sys.stderr, flush=True)
             if agreement[form] >= needed:
                 calls[form] = lambda call=call, x=x, d=d: call(x, d)
-        for form, seconds in interleaved(calls, ROUNDS).items():
-            yield {
-                "level": level,
-                "what": f"{name}, forward and input gradient, B = {batch}",
-                "form": form,
-                "role": made[form][0],
-                "seconds": seconds,
-                "agreement": agreement[form],
-            }
+        yield from rows_of(
+            level,
+            f"{name}, forward and input gradient, B = {batch}",
+            calls,
+            {form: role for form, (role, _) in made.items()},
+            agreement=agreement,
+        )
 
 
 def step_rows(batch, width):
-    """The whole PGD step of ResNet-18 in float32, at the level in use."""
+    """The whole PGD step of ResNet-18 in float32, at the level in use. A form whose perturbation
+    has other signs than the first one's is not timed.
+    """
     c = pgd_step.case(batch, width)
-    index, calls, roles = torch.arange(batch), {}, {}
+    index, calls, roles, first = torch.arange(batch), {}, {}, None
     for form, (role, path) in pgd_step.paths(c, False).items():
-        if role != "eager" and "bfloat16" not in form:
-            delta = torch.zeros_like(c.delta)
-            path.step(c, index, delta)
+        if role == "eager" or "bfloat16" in form:
+            continue
+        delta = torch.zeros_like(c.delta)
+        path.step(c, index, delta)
+        first = delta.clone() if first is None else first
+        if pgd_step.agreeing(delta, first) >= AGREEING["float32"]:
             calls[form] = lambda path=path, delta=delta: path.step(c, index, delta)
             roles[form] = role
-    for form, seconds in interleaved(calls, ROUNDS).items():
-        yield {
-            "level": "avx2",
-            "what": f"PGD step of resnet18, B = {batch}",
-            "form": form,
-            "role": roles[form],
-            "seconds": seconds,
-        }
+    yield from rows_of("avx2", f"PGD step of resnet18, B = {batch}", calls, roles)
 
 
 def generation_rows(count):
@@ -151,7 +154,6 @@ def generation_rows(count):
     images = torch.randint(256, (count, 3, 32, 32), dtype=torch.uint8)
     labels, classes = torch.arange(count) % 10, [f"class{k}" for k in range(10)]
     dataset = data.Dataset(images, labels, classes, [str(i) for i in range(count)])
-    times = {}
 
     def epoch(dtype, off):
         with contextlib.ExitStack() as held:
@@ -170,25 +172,13 @@ def generation_rows(count):
             )
 
     kinds = ["float32"] + ["bfloat16"] * (native.matrix_missing() is None)
-    made = {
-        f"{dtype}, {'PyTorch' if off else 'own'} convolutions": (dtype, off)
-        for dtype in kinds
-        for off in (True, False)
-    }
-    for round_ in range(ROUNDS + 1):
-        for form, chosen in made.items():
-            start = time.perf_counter()
-            epoch(*chosen)
-            if round_:
-                times.setdefault(form, []).append(time.perf_counter() - start)
-    for form, seconds in times.items():
-        yield {
-            "level": "best",
-            "what": f"an epoch of generate, small_resnet of width 16, {count:,} images",
-            "form": form,
-            "role": "ours" if "own" in form else "strong",
-            "seconds": statistics.median(seconds),
-        }
+    calls, roles = {}, {}
+    for dtype in kinds:
+        for form, off in (("PyTorch", True), ("own", False)):
+            name = f"{dtype}, {form} convolutions"
+            calls[name], roles[name] = partial(epoch, dtype, off), "strong" if off else "ours"
+    what = f"an epoch of generate, small_resnet of width 16, {count:,} images"
+    yield from rows_of("best", what, calls, roles)
 
 
 def at_level(level, quick):
@@ -206,44 +196,14 @@ def at_level(level, quick):
     return found
 
 
-def markdown(record):
-    best = {}
-    for row in record["rows"]:
-        if row["role"] == "ours":
-            key = row["level"], row["what"]
-            best[key] = min(best.get(key, row["seconds"]), row["seconds"])
-    lines = [
-        (
-            row["level"],
-            row["what"],
-            row["form"],
-            tables.seconds(row["seconds"]),
-            tables.ratio(row["seconds"] / best[row["level"], row["what"]]),
-        )
-        for row in record["rows"]
-    ]
-    head = ("level", "what", "form", "time", "of the fastest of ours")
-    return f"{tables.environment_line(record['environment'])}.\n\n{tables.table(head, lines)}\n"
-
-
-def with_table(text, record):
-    """The page with the record's table between its markers."""
-    before, rest = text.split(BEGIN)
-    return before + BEGIN + markdown(record) + END + rest.split(END)[1]
-
-
 def main(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--quick", action="store_true", help="small networks, to try it")
     parser.add_argument("--out", type=Path, help="JSON file")
-    parser.add_argument("--notes", action="store_true", help="only put the tables into the notes")
     parser.add_argument("--level", choices=list(ISA), help=argparse.SUPPRESS)  # one process each
     args = parser.parse_args(argv)
-    if args.notes:
-        NOTES.write_text(with_table(NOTES.read_text(), tables.load(RESULT)))
-        return 0
     if args.level:
         print(json.dumps(at_level(args.level, args.quick)))
         return 0
@@ -266,7 +226,7 @@ def main(argv=None):
         "environment": environment,
         "rows": found,
     }
-    print(markdown(record))
+    print(text(record))
     if args.out:
         tables.save(record, args.out)
     return 0

@@ -43,7 +43,7 @@ BEGIN, END = "<!-- packed:begin -->\n", "<!-- packed:end -->"
 NHWC = torch.channels_last
 ISA = {"avx512": "AVX512_CORE", "avx2": "AVX2", "amx": "DEFAULT"}
 HALF = "amx"  # the level of bfloat16
-PICTURE = tables.ROOT / "docs" / "packed-roofline.svg"
+PICTURE = tables.ROOT / "docs" / "packed-roofline.png"
 # (channels, results, side of the input, taps, stride) of ResNet-18 and of narrow networks
 LAYERS = [
     (3, 64, 32, 3, 1),

@@ -1,7 +1,7 @@
 """What the poisons of the presets withstand: 3,000 images, several generation seeds, defences.
 
     python -m benchmarks.studies.strength --data CIFAR [--work WORK] [--only NAME ...]
-    python -m benchmarks.studies.strength --notes      # put the table into the docs
+    python -m benchmarks.pages.readme --readme      # put the tables into the pages
 
 CIFAR has train/CLASS/*; the test images are not looked at. The first 300 images of each class are
 poisoned with a small_resnet of width 16, and the next 200 judge. Victims are small_resnets that
@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.harness import machine, tables
+from benchmarks.pages.strength import CLEAN, DEFENCES, text
 from benchmarks.studies.cifar10_settings import split
 from benchmarks.studies.full_size import KEPT_OF_MACHINE, save
 from miue_fast import data, generate
@@ -25,25 +26,13 @@ from miue_fast.evaluation import run_cell
 from miue_fast.generation import Interrupted, presets
 from miue_fast.generation.objectives.em import Em
 
-RESULT, PAGE = tables.RESULTS / "strength.json", tables.ROOT / "docs/benchmarks.md"
-BEGIN, END = "<!-- strength:begin -->\n", "<!-- strength:end -->"
+RESULT = tables.RESULTS / "strength.json"
 MODEL, WIDTH, VICTIM_EPOCHS, VICTIMS, SEEDS = "small_resnet", 16, 12, (0, 1, 2), (7, 11, 3)
-CLEAN = "clean"
 POISONS = {
     "fast": {"preset": "fast"},
     "publish": {"preset": "publish"},
     "em": {"preset": "fast", "objective": Em.name},
     "em-publish": {"preset": "publish", "objective": Em.name},
-}
-DEFENCES = {
-    "none": "as it is",
-    "jpeg:90": "JPEG 90",
-    "jpeg:60": "JPEG 60",
-    "jpeg:30": "JPEG 30",
-    "jpeg:10": "JPEG 10",
-    "resize:24": "24 x 24",
-    "resize:16": "16 x 16",
-    "grayscale": "grey",
 }
 
 
@@ -62,42 +51,37 @@ class Study:
         return any(key.items() <= row.items() for row in self.record["rows"])
 
     def poisoned(self, poison: str, seed: int) -> tuple[torch.Tensor, dict]:
-        """(uint8 images [N, C, H, W], what of the generation is recorded)."""
+        """(uint8 images [N, C, H, W], what a row says of the generation)."""
         if poison == CLEAN:
-            return self.images.images, {"options": None}
-        result = generate(
-            self.images,
-            self.work / f"{poison}-seed{seed}",
-            model=MODEL,
-            width=WIDTH,
-            seed=seed,
-            **POISONS[poison],
-        )
-        told = {
-            "options": result.options.as_dict(),
-            "generation_s": sum(row["seconds"] for row in result.history),
-        }
-        return data.apply_poison(self.images.images, result.delta, result.options.eps), told
+            return self.images.images, {}
+        folder = self.work / f"{poison}-seed{seed}"
+        made = {**POISONS[poison], "model": MODEL, "width": WIDTH, "seed": seed}
+        result = generate(self.images, folder, **made)
+        images = data.apply_poison(self.images.images, result.delta, result.options.eps)
+        return images, {"generation_s": sum(row["seconds"] for row in result.history)}
+
+    def options(self, poison: str, seed: int) -> dict | None:
+        """All options of a poison; None for clean images."""
+        if poison == CLEAN:
+            return None
+        changes = {**POISONS[poison], "width": WIDTH, "seed": seed}
+        options = presets.choose(changes.pop("preset"), changes)
+        return options.resolved(len(self.images)).as_dict()
 
     def run(self, poison: str, seed: int) -> None:
         """Judges one poison behind every defence that is not recorded."""
-        options = None
-        if poison != CLEAN:
-            preset, *changes = POISONS[poison].items()
-            options = presets.choose(preset[1], {**dict(changes), "width": WIDTH, "seed": seed})
-            options = options.resolved(len(self.images)).as_dict()
-        key = {"poison": poison, "seed": seed, "options": options}
+        key = {"poison": poison, "seed": seed, "options": self.options(poison, seed)}
         missing = [name for name in DEFENCES if not self.has({**key, "defence": name})]
         if not missing:
             return
         images, told = self.poisoned(poison, seed)
         for defence in missing:
-            victims = [
-                self.victim(images, defence, seed if poison == CLEAN else number)
-                for number in (VICTIMS if defence == "none" and poison != CLEAN else VICTIMS[:1])
-            ]
+            # Of a clean set the seed is that of its one victim.
+            seeds = [seed] if poison == CLEAN else VICTIMS if defence == "none" else VICTIMS[:1]
+            victims = [self.victim(images, defence, number) for number in seeds]
             row = {
-                **{**key, **told, "options": options},
+                **key,
+                **told,
                 "defence": defence,
                 "tests": [run.test for run in victims],
                 "train": statistics.fmean(run.train for run in victims),
@@ -119,65 +103,17 @@ class Study:
         )
 
 
-def markdown(record: dict) -> str:
-    """Mean over the generation seeds, the worst in brackets."""
-    newest = {(r["poison"], r["seed"], r["defence"]): r for r in record["rows"]}
-
-    def cell(poison, defence):
-        found = [
-            statistics.fmean(row["tests"])
-            for (name, _, behind), row in newest.items()
-            if (name, behind) == (poison, defence)
-        ]
-        if not found:
-            return ""
-        worst = min(found) if poison == CLEAN else max(found)
-        return f"{100 * statistics.fmean(found):.1f} ({100 * worst:.1f})"
-
-    def of(poison, name):
-        return [row for key, row in newest.items() if key[0] == poison and row.get(name)]
-
-    lines = []
-    for poison in (CLEAN, *POISONS):
-        rows = [row for row in of(poison, "machine") if row["defence"] == "none"]
-        seeds = ", ".join(str(row["seed"]) for row in rows)
-        times = [row["generation_s"] for row in rows if "generation_s" in row]
-        time = tables.seconds(statistics.median(times)) if times else ""
-        lines.append((poison, seeds, *(cell(poison, name) for name in DEFENCES), time))
-    machines = sorted(
-        {f"{r['machine']['cpu']}, {r['machine']['threads']} threads" for r in record["rows"]}
-    )
-    return (
-        "Accuracy on held-out training images in percent: the mean over the generation seeds, in "
-        f"brackets the worst. {'; '.join(machines)}; the machine did other work meanwhile.\n\n"
-        + tables.table(("trained on", "seeds", *DEFENCES.values(), "generation"), lines)
-        + "\n"
-    )
-
-
-def with_table(text: str, record: dict) -> str:
-    """The page with the record's table between its markers."""
-    before, rest = text.split(BEGIN)
-    return before + BEGIN + markdown(record) + END + rest.split(END)[1]
-
-
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     names = [CLEAN, *POISONS]
-    parser.add_argument("--data", type=Path, metavar="CIFAR")
+    parser.add_argument("--data", type=Path, required=True, metavar="CIFAR")
     parser.add_argument("--work", type=Path, default=Path("scratch/strength"), metavar="WORK")
     parser.add_argument("--only", nargs="+", default=names, choices=names, metavar="NAME")
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS), help="of generations")
     parser.add_argument("--record", type=Path, default=RESULT, help="the JSON file")
-    parser.add_argument("--notes", action="store_true", help="only put the table into the page")
     args = parser.parse_args(argv)
-    if args.notes:
-        PAGE.write_text(with_table(PAGE.read_text(), tables.load(args.record)))
-        return 0
-    if args.data is None:
-        parser.error("--data is needed, but for --notes")
     try:
         with data.only_writer(data.check_writable(args.work)):
             study = Study(args.data, args.work, args.record)
@@ -187,7 +123,7 @@ def main(argv: list[str] | None = None) -> int:
     except (Interrupted, KeyboardInterrupt):
         print("interrupted: rows are recorded; run the same command again", file=sys.stderr)
         return 130
-    print(markdown(study.record))
+    print(text(study.record))
     return 0
 
 

@@ -1,7 +1,6 @@
 // Batch norm in training: sums over blocks of rows, then the result, block by block. Blocks do not
 // depend on the number of threads, so neither do the bits.
 #include <cmath>
-#include <cstring>
 
 #include "arena.h"
 #include "kernels.h"
@@ -25,16 +24,22 @@ struct Room {
     }
 };
 
-// first(c, sum, second sum) once per channel, between the sums and the result.
+// What the kernels multiply with and add, where there is a weight and a bias.
+void affine(const BatchNormArgs& t, const Room& room, int64_t c) {
+    room.scale[c] = t.inverse[c] * (t.weight ? t.weight[c] : 1.0f);
+    room.shift[c] = t.bias ? t.bias[c] : 0.0f;
+}
+
+// The sums, finish(c, sum, second sum) for every channel, then the result.
 template <class Finish>
-void two_passes(const BatchNormArgs& args, const double* sums, int threads, const Finish& finish) {
+void two_passes(const BatchNormJob& job, double* sums, int threads, const Finish& finish) {
     const auto& kernels = miue::kernels();
-    const int64_t blocks = (args.rows + BLOCK - 1) / BLOCK, C = args.channels;
+    const int64_t blocks = (job.rows + BLOCK - 1) / BLOCK, C = job.channels;
     Queue first(blocks), second(blocks);
     parallel(at_most(threads, blocks), [&](int thread) {
         first.drain([&](int64_t b) {
-            kernels.batch_norm_sums(args, b * BLOCK, at_most(args.rows, (b + 1) * BLOCK),
-                                    const_cast<double*>(sums) + b * 2 * C);
+            kernels.batch_norm_sums(job, b * BLOCK, at_most(job.rows, (b + 1) * BLOCK),
+                                    sums + b * 2 * C);
         });
         wait_for_all();
         if (!thread)
@@ -46,7 +51,7 @@ void two_passes(const BatchNormArgs& args, const double* sums, int threads, cons
             }
         wait_for_all();
         second.drain([&](int64_t b) {
-            kernels.batch_norm_out(args, b * BLOCK, at_most(args.rows, (b + 1) * BLOCK));
+            kernels.batch_norm_out(job, b * BLOCK, at_most(job.rows, (b + 1) * BLOCK));
         });
     });
 }
@@ -57,41 +62,30 @@ int64_t batch_norm_workspace_cpu(int64_t rows, int64_t channels) {
     return Room(nullptr, rows, channels).bytes;
 }
 
-void batch_norm_cpu(const BatchNormTensors& t, int threads) {
+void batch_norm_cpu(const BatchNormArgs& t, int threads) {
     const Room room(t.workspace, t.rows, t.channels);
     const double rows = double(t.rows);
     // The sums are those of x less its first row, whose size they do not depend on.
-    const uint16_t* half = static_cast<const uint16_t*>(t.x);
-    for (int64_t c = 0; c < t.channels; c++)
-        if (t.dtype == DType::bf16) {
-            const uint32_t bits = uint32_t(half[c]) << 16;
-            std::memcpy(room.centre + c, &bits, sizeof bits);
-        } else {
-            room.centre[c] = static_cast<const float*>(t.x)[c];
-        }
-    const BatchNormArgs args{t.x,   nullptr,     t.out,      t.dtype,    t.rows,  t.channels,
-                             false, room.centre, room.scale, room.shift, nullptr, nullptr};
-    two_passes(args, room.sums, threads, [&](int64_t c, double sum, double squares) {
+    kernels().f32.convert(room.centre, t.x, t.dtype, t.channels);
+    const BatchNormJob job{t.x,   nullptr,     t.out,      t.dtype,    t.rows,  t.channels,
+                           false, room.centre, room.scale, room.shift, nullptr, nullptr};
+    two_passes(job, room.sums, threads, [&](int64_t c, double sum, double squares) {
         const double far = sum / rows, difference = squares / rows - far * far;
         const double variance = difference < 0 ? 0 : difference;  // NaN stays
         t.mean[c] = float(room.centre[c] + far), t.variance[c] = float(variance);
         t.inverse[c] = float(1 / std::sqrt(variance + t.eps));
         room.centre[c] = t.mean[c];
-        room.scale[c] = t.inverse[c] * (t.weight ? t.weight[c] : 1.0f);
-        room.shift[c] = t.bias ? t.bias[c] : 0.0f;
+        affine(t, room, c);
     });
 }
 
-void batch_norm_grad_cpu(const BatchNormTensors& t, int threads) {
+void batch_norm_grad_cpu(const BatchNormArgs& t, int threads) {
     const Room room(t.workspace, t.rows, t.channels);
     const double rows = double(t.rows);
-    for (int64_t c = 0; c < t.channels; c++) {
-        room.scale[c] = t.inverse[c] * (t.weight ? t.weight[c] : 1.0f);
-        room.shift[c] = t.bias ? t.bias[c] : 0.0f;
-    }
-    const BatchNormArgs args{t.x,    t.grad, t.out,      t.dtype,    t.rows,     t.channels,
-                             t.relu, t.mean, room.scale, room.shift, room.slope, room.rest};
-    two_passes(args, room.sums, threads, [&](int64_t c, double sum, double product) {
+    for (int64_t c = 0; c < t.channels; c++) affine(t, room, c);
+    const BatchNormJob job{t.x,    t.grad, t.out,      t.dtype,    t.rows,     t.channels,
+                           t.relu, t.mean, room.scale, room.shift, room.slope, room.rest};
+    two_passes(job, room.sums, threads, [&](int64_t c, double sum, double product) {
         const double scale = room.scale[c], inverse = t.inverse[c];
         room.slope[c] = float(-scale * inverse * inverse * product / rows);
         room.rest[c] = float(-scale * sum / rows);

@@ -37,12 +37,11 @@ MIUE_INLINE f32v normalised(f32v x, f32v mean, f32v scale, f32v bias) {
 // 0 where ReLU of the rounded result is 0; a NaN result keeps the gradient.
 template <class T>
 MIUE_INLINE f32v through_relu(f32v grad, f32v result) {
-    // half of the smallest bfloat16 is rounded to 0
-    const f32v zero_up_to = all(sizeof(T) == 2 ? 0x1p-134f : 0.0f);
-    return f32v(i32v(grad) & ~(result <= zero_up_to));
+    // Half of the smallest bfloat16 is rounded to 0. A difference is 0 only between equal numbers.
+    return zero_unless(positive(sizeof(T) == 2 ? result - 0x1p-134f : result), grad);
 }
 
-// Work on `vectors` vectors of channels from c on, for all channels.
+// work(c, Count<N>()) on N vectors of channels from c on, until all of them are done.
 template <class Work>
 MIUE_INLINE void over_channels(int64_t channels, const Work& work) {
     constexpr int64_t L = LANES<float>, MOST = MIUE_BYTES == 64 ? 4 : 2;
@@ -54,7 +53,7 @@ MIUE_INLINE void over_channels(int64_t channels, const Work& work) {
 // sums[0][c] = sum of x - shift, sums[1][c] = sum of (x - shift)^2; or, with a gradient, sums of it
 // and of its product with x - mean.
 template <class T, bool BACK>
-static void batch_norm_sums_of(const BatchNormArgs& a, int64_t from, int64_t to, double* sums) {
+static void batch_norm_sums_of(const BatchNormJob& a, int64_t from, int64_t to, double* sums) {
     constexpr int64_t L = LANES<float>;
     const int64_t C = a.channels;
     const T *x = static_cast<const T*>(a.x), *grad = static_cast<const T*>(a.grad);
@@ -95,7 +94,7 @@ static void batch_norm_sums_of(const BatchNormArgs& a, int64_t from, int64_t to,
 
 // out = (x - mean) scale + shift, or 0 where that is negative.
 template <class T>
-static void batch_norm_out_of(const BatchNormArgs& a, int64_t from, int64_t to) {
+static void batch_norm_out_of(const BatchNormJob& a, int64_t from, int64_t to) {
     constexpr int64_t L = LANES<float>;
     const int64_t C = a.channels;
     const T* x = static_cast<const T*>(a.x);
@@ -118,7 +117,7 @@ static void batch_norm_out_of(const BatchNormArgs& a, int64_t from, int64_t to) 
 
 // out = scale (grad - mean of grad) - (x - mean) slope, grad as ReLU lets it through.
 template <class T>
-static void batch_norm_grad_of(const BatchNormArgs& a, int64_t from, int64_t to) {
+static void batch_norm_grad_of(const BatchNormJob& a, int64_t from, int64_t to) {
     constexpr int64_t L = LANES<float>;
     const int64_t C = a.channels;
     const T *x = static_cast<const T*>(a.x), *grad = static_cast<const T*>(a.grad);
@@ -143,7 +142,7 @@ static void batch_norm_grad_of(const BatchNormArgs& a, int64_t from, int64_t to)
     });
 }
 
-static void batch_norm_sums(const BatchNormArgs& a, int64_t from, int64_t to, double* sums) {
+static void batch_norm_sums(const BatchNormJob& a, int64_t from, int64_t to, double* sums) {
     const bool half = a.dtype == DType::bf16;
     if (a.grad)
         half ? batch_norm_sums_of<uint16_t, true>(a, from, to, sums)
@@ -153,7 +152,7 @@ static void batch_norm_sums(const BatchNormArgs& a, int64_t from, int64_t to, do
              : batch_norm_sums_of<float, false>(a, from, to, sums);
 }
 
-static void batch_norm_out(const BatchNormArgs& a, int64_t from, int64_t to) {
+static void batch_norm_out(const BatchNormJob& a, int64_t from, int64_t to) {
     const bool half = a.dtype == DType::bf16;
     if (a.grad)
         half ? batch_norm_grad_of<uint16_t>(a, from, to) : batch_norm_grad_of<float>(a, from, to);

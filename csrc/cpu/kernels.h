@@ -149,7 +149,7 @@ struct TileKernels {
 
 // Batch norm in training: with `grad` its gradient, see batch_norm.h. centre: the mean, or what is
 // taken from x before it is summed.
-struct BatchNormArgs {
+struct BatchNormJob {
     const void *x, *grad;
     void* out;
     DType dtype;
@@ -171,8 +171,8 @@ struct Kernels {
     void (*epilogue)(const ConvEpilogueArgs&, int64_t from, int64_t to);
     void (*grad_epilogue)(const ConvGradEpilogueArgs&, int64_t from, int64_t to);
     // Both sums of each channel over rows [from, to); then the result there.
-    void (*batch_norm_sums)(const BatchNormArgs&, int64_t from, int64_t to, double* sums);
-    void (*batch_norm_out)(const BatchNormArgs&, int64_t from, int64_t to);
+    void (*batch_norm_sums)(const BatchNormJob&, int64_t from, int64_t to, double* sums);
+    void (*batch_norm_out)(const BatchNormJob&, int64_t from, int64_t to);
     // Image b, with 4 * h * w + 4 * w + 4 values of scratch, h and w the sides of halved chroma.
     void (*jpeg)(const JpegRoundTripArgs&, int64_t b, float* scratch);
     void (*jpeg_grad)(const JpegRoundTripGradArgs&, int64_t b, float* scratch);

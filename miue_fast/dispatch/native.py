@@ -517,7 +517,7 @@ def batch_norm(
     x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """(result, mean, variance, 1 / sqrt(variance + eps)) of batch norm in training: csrc/ops.h,
-    BatchNormTensors. x: channels-last [B, C, H, W], float32 or bfloat16, C a multiple of 16; the
+    BatchNormArgs. x: channels-last [B, C, H, W], float32 or bfloat16, C a multiple of 16; the
     rest float32 [C], the variance without Bessel's correction.
     """
     channels = x.shape[1]

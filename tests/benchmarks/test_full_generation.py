@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 
 import pytest
+from _images import write_images
 from _schema import BENCHMARKS, check_generation
-from PIL import Image
 
 from benchmarks import generation
 from benchmarks.harness import tables
@@ -22,10 +22,7 @@ def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("full")
     for part, seed in (("train", 1), ("test", 2)):
         drawn = data.shapes(36, seed=seed, size=16, classes=3)
-        for k, (image, label) in enumerate(zip(drawn.images, drawn.labels)):
-            path = folder / part / drawn.classes[int(label)] / f"{k:04d}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(image.permute(1, 2, 0).numpy()).save(path)
+        write_images(folder / part, drawn)
     return folder
 
 

@@ -5,8 +5,8 @@ page shows what there is.
 import json
 
 import pytest
+from _images import write_images
 from _schema import nameless
-from PIL import Image
 
 from benchmarks.harness import tables
 from benchmarks.pages import full_size as page
@@ -32,10 +32,7 @@ def place(tmp_path, monkeypatch):
     """
     for part, seed in (("train", 1), ("test", 2)):
         drawn = data.shapes(36, seed=seed, size=16, classes=3)
-        for k, (image, label) in enumerate(zip(drawn.images, drawn.labels)):
-            path = tmp_path / "images" / part / drawn.classes[int(label)] / f"{k:04d}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(image.permute(1, 2, 0).numpy()).save(path)
+        write_images(tmp_path / "images" / part, drawn)
     monkeypatch.setitem(full_size.SOURCE, "model", "small_resnet")
     quick = Preset("fast", "", Options(epochs=2, steps=1))
     monkeypatch.setitem(PRESETS, "fast", quick)

@@ -6,8 +6,8 @@ import json
 
 import pytest
 import torch
+from _images import write_images
 from _schema import nameless
-from PIL import Image
 
 from benchmarks import protection
 from benchmarks.baselines.loop import EagerLoop
@@ -22,11 +22,7 @@ QUICK = {"epochs": 3, "steps": 2, "train_batch": 16, "batch": 24}
 @pytest.fixture
 def place(tmp_path, monkeypatch):
     """train/CLASS/*.png: 60 shapes of three classes, and presets of three epochs."""
-    drawn = data.shapes(60, size=16, classes=3)
-    for k, (image, label) in enumerate(zip(drawn.images, drawn.labels)):
-        path = tmp_path / "images/train" / drawn.classes[int(label)] / f"{k:04d}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(image.permute(1, 2, 0).numpy()).save(path)
+    write_images(tmp_path / "images/train", data.shapes(60, size=16, classes=3))
     quick = {
         "fast": (False, "fast", {}),
         "em": (False, "fast", {"objective": "em"}),

@@ -3,9 +3,10 @@ seed, and the page shows what is recorded.
 """
 
 import pytest
-from PIL import Image
+from _images import write_images
 
 from benchmarks.harness import tables
+from benchmarks.pages import strength as page
 from benchmarks.studies import strength
 from miue_fast import data
 
@@ -13,11 +14,7 @@ from miue_fast import data
 @pytest.fixture
 def place(tmp_path, monkeypatch):
     """train/CLASS/*.png: 60 shapes of three classes, and poisons of one epoch."""
-    drawn = data.shapes(60, size=16, classes=3)
-    for k, (image, label) in enumerate(zip(drawn.images, drawn.labels)):
-        path = tmp_path / "images/train" / drawn.classes[int(label)] / f"{k:04d}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(image.permute(1, 2, 0).numpy()).save(path)
+    write_images(tmp_path / "images/train", data.shapes(60, size=16, classes=3))
     quick = {"preset": "fast", "epochs": 1, "train_batch": 12, "batch": 24}
     monkeypatch.setattr(strength, "POISONS", {"fast": quick, "em": {**quick, "objective": "em"}})
     monkeypatch.setattr(strength, "DEFENCES", {"none": "as it is", "jpeg:90": "JPEG 90"})
@@ -74,19 +71,11 @@ def test_the_table_has_the_mean_and_the_worst_seed():
         {"poison": "clean", "seed": 7, "tests": [0.4], **rest},
         {"poison": "clean", "seed": 3, "tests": [0.5], **rest},
     ]
-    text = strength.markdown({"rows": rows})
-    assert "| clean | 7, 3 | 45.0 (40.0) |" in text
+    text, short = page.text({"rows": rows}), page.short({"rows": rows[:1] + rows[2:]})
+    assert "| clean | 7, 3 | 45.0 (40.0) |" in text and "65 s" in text
     assert "| fast | 7, 3 | 16.0 (21.0) |" in text
-
-
-def test_the_page_shows_the_record():
-    page = strength.PAGE.read_text()
-    if strength.RESULT.exists():
-        assert strength.with_table(page, tables.load(strength.RESULT)) == page, (
-            "run `python -m benchmarks.studies.strength --notes`"
-        )
-    else:
-        assert "No results yet: `python -m benchmarks.studies.strength" in page
+    assert "| clean | 7, 3 | 45.0 (40.0) |" in short and "| fast | 7 | 11.0 |" in short
+    assert "No results yet" in page.text(None) and page.short(None) == page.text(None)
 
 
 def test_no_data():

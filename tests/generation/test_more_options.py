@@ -8,7 +8,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from _runs import SMALL, Plain
 
 from miue_fast import data, freeze
 from miue_fast.generation import (
@@ -29,39 +29,14 @@ from miue_fast.generation.training import Trainer
 from miue_fast.reference.projected_step import cell_sums, viewed
 from miue_fast.support import output
 
-SMALL = {
-    "model": "small_resnet",
-    "progress": False,
-    "steps": 2,
-    "epochs": 4,
-    "batch": 16,
-    "train_batch": 16,
-    "width": 2,
-    "device": "cpu",
-}
-
 
 @pytest.fixture(scope="module")
 def images():
     return data.shapes(40, seed=5, size=16, classes=4)
 
 
-class Plain(nn.Module):
-    """Two convolutions, so that the step is fused into the first one where it can be."""
-
-    def __init__(self):
-        super().__init__()
-        self.conv1 = nn.Conv2d(3, 8, 3, padding=1)
-        self.conv2 = nn.Conv2d(8, 8, 3, stride=2, padding=1)
-        self.avgpool, self.fc = nn.AdaptiveAvgPool2d(1), nn.Linear(8, 4)
-
-    def forward(self, x):
-        x = self.conv2(torch.relu(self.conv1((x - 0.45) * 4)))
-        return self.fc(self.avgpool(torch.relu(x)).flatten(1))
-
-
 def run(dataset, out=None, **options):
-    return generate(dataset, out, **{**SMALL, **options})
+    return generate(dataset, out, **{**SMALL, "epochs": 4, **options})
 
 
 def test_each_default_is_the_run_without_the_option(images):

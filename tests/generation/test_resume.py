@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from _runs import SMALL
 from torch import nn
 
 from miue_fast import data
@@ -27,15 +28,6 @@ from miue_fast.generation.run import BiLevelRun
 from miue_fast.generation.training import Trainer
 
 KILLS = int(os.environ.get("MIUE_KILLS", "6"))
-OPTIONS = {
-    "model": "small_resnet",
-    "progress": False,
-    "steps": 2,
-    "batch": 16,
-    "train_batch": 16,
-    "width": 2,
-    "device": "cpu",
-}
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +36,7 @@ def images():
 
 
 def run(dataset, out, **options):
-    return generate(dataset, out, **{**OPTIONS, "epochs": 4, **options})
+    return generate(dataset, out, **{**SMALL, "epochs": 4, **options})
 
 
 def stop_after(monkeypatch, epochs, reason):
@@ -91,7 +83,7 @@ def test_killed_at_random_moments_the_result_has_the_same_bits(images, tmp_path)
 
     def start(out):
         process = context.Process(
-            target=generate, args=(str(npz), str(out)), kwargs={**OPTIONS, "epochs": 8}
+            target=generate, args=(str(npz), str(out)), kwargs={**SMALL, "epochs": 8}
         )
         process.start()
         return process

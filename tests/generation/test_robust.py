@@ -7,7 +7,8 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from _runs import SMALL as SMALL_RUN
+from _runs import Plain
 
 import miue_fast
 from miue_fast import data, freeze
@@ -17,16 +18,7 @@ from miue_fast.generation.descent import Descent
 from miue_fast.generation.robust import read
 from miue_fast.reference.projected_step import cell_sums, viewed
 
-SMALL = {
-    "model": "small_resnet",
-    "progress": False,
-    "steps": 2,
-    "epochs": 3,
-    "batch": 16,
-    "train_batch": 16,
-    "width": 2,
-    "device": "cpu",
-}
+SMALL = {**SMALL_RUN, "epochs": 3}
 JPEG = "jpeg:30:highest=80:share=1"
 LISTS = ["crop", "grid:4", "resize", "gray:0.5", JPEG, f"crop,grid:3,resize:0.4,{JPEG},gray:0.5"]
 
@@ -133,21 +125,6 @@ def test_jpeg_of_every_quality_in_its_share_of_the_steps():
     often = [sum(torch.equal(each, one) for each in found) for one in wanted]
     assert sum(often) == len(found) and min(often) > 40
     assert read("jpeg").transforms == read("jpeg:60:highest=95:share=0.6").transforms
-
-
-class Plain(nn.Module):
-    """Two convolutions, so that the step is fused into the first one where it can be."""
-
-    def __init__(self):
-        super().__init__()
-        self.conv1 = nn.Conv2d(3, 8, 3, padding=1)
-        self.conv2 = nn.Conv2d(8, 8, 3, stride=2, padding=1)
-        self.avgpool, self.fc = nn.AdaptiveAvgPool2d(1), nn.Linear(8, 4)
-
-    def forward(self, x):
-        mean = torch.tensor([0.5, 0.4, 0.3], dtype=x.dtype, device=x.device)[:, None, None]
-        x = self.conv2(torch.relu(self.conv1((x - mean) * 4)))
-        return self.fc(self.avgpool(torch.relu(x)).flatten(1))
 
 
 @pytest.mark.parametrize("fused", [True, False])

@@ -94,7 +94,7 @@ def wrong(text):
     found = {name for name in named if name not in files() and not MADE.fullmatch(name)}
     dotted = {name.rstrip(".") for name in MODULE.findall(text)}
     dotted |= {f"miue_fast.{name}" for name in PUBLIC.findall(text)}
-    dotted = {name for name in dotted if not name.endswith((".py", ".so", ".json", "._"))}
+    dotted = {name for name in dotted if not name.endswith((".py", ".so", ".json", ".md", "._"))}
     return sorted(found | {name for name in dotted if not exists(name)})
 
 
